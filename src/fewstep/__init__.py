@@ -1,0 +1,71 @@
+"""fewstep: latent diffusion, from training to one-step pictures on any device.
+
+    import fewstep
+    pipe = fewstep.load()
+    pipe.text_to_image("a red cube on top of a blue sphere", seed=7).images[0].save("cube.png")
+
+Everything is imported when it is first used, so that `import fewstep` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.diffusion.samplers import SAMPLERS
+    from fewstep.diffusion.schedule import SCHEDULES
+    from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError
+    from fewstep.models.zoo import CATALOGUE
+    from fewstep.pipeline.load import load
+    from fewstep.pipeline.options import Progress, SizeConditioning
+    from fewstep.pipeline.pipeline import Pipeline
+    from fewstep.pipeline.result import Result
+    from fewstep.pipeline.run import Run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CATALOGUE": "fewstep.models.zoo",
+    "CheckpointError": "fewstep.errors",
+    "InputError": "fewstep.errors",
+    "MissingExtraError": "fewstep.errors",
+    "NotFiniteError": "fewstep.errors",
+    "Pipeline": "fewstep.pipeline.pipeline",
+    "Progress": "fewstep.pipeline.options",
+    "Result": "fewstep.pipeline.result",
+    "Run": "fewstep.pipeline.run",
+    "SAMPLERS": "fewstep.diffusion.samplers",
+    "SCHEDULES": "fewstep.diffusion.schedule",
+    "SizeConditioning": "fewstep.pipeline.options",
+    "load": "fewstep.pipeline.load",
+}
+
+__all__ = [
+    "CATALOGUE",
+    "SAMPLERS",
+    "SCHEDULES",
+    "CheckpointError",
+    "InputError",
+    "MissingExtraError",
+    "NotFiniteError",
+    "Pipeline",
+    "Progress",
+    "Result",
+    "Run",
+    "SizeConditioning",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

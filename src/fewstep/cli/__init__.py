@@ -1,0 +1,53 @@
+"""The `fewstep` command: one file a sub-command, and nothing heavy imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fewstep.cli import exits, generate, inspect, models
+
+app = typer.Typer(
+    name="fewstep",
+    help="Draw pictures from words with latent diffusion models.",
+    epilog='Start here:  fewstep generate "a red cube on top of a blue sphere" -o cube.png',
+    rich_markup_mode="rich",
+)
+app.command("generate")(generate.generate)
+app.command("models")(models.models)
+app.command("inspect")(inspect.inspect)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv` without one) and return its exit code, see `exits.Exit`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--debug"] or ["--help"]
+    try:
+        code = app(words, prog_name="fewstep", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return exits.reader_left()
+    except Exception as error:
+        return exits.report(error, debug="--debug" in given)
+    return code if isinstance(code, int) else 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fewstep import __version__
+
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Hold the options of the bare command; `main` has taken `--debug` out, wherever it stood."""

@@ -1,0 +1,102 @@
+"""The samplers by name, and what a caller has to know about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, plms, unipc
+from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
+from fewstep.diffusion.step import Noise, Step
+from fewstep.errors import InputError, nearest
+
+Sampler = Callable[..., Iterator[Step]]
+"""`sampler(denoise, x, sigmas, *, noise, eta)`, without those of the last two that it does not take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """A sampler, and how diffusers would start and end it.
+
+    - `evaluations`: model calls a step (a step to 0 takes one; `plms` makes one more in its first step);
+    - `variance_preserving`: whether it starts from unit noise in the network's own coordinates;
+    - `may_end_above_zero`: whether it heeds a checkpoint's `set_alpha_to_one: false`, by levels that end
+      at the schedule's lowest; all others end at 0;
+    - `consistency`: whether it wants its denoiser wrapped in `denoiser.consistency`.
+    """
+
+    function: Sampler
+    takes_noise: bool = False
+    takes_eta: bool = False
+    evaluations: int = 1
+    variance_preserving: bool = True
+    may_end_above_zero: bool = False
+    consistency: bool = False
+
+    def __call__(
+        self, denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise, eta: float | None = None
+    ) -> Iterator[Step]:
+        """The steps of a run; `noise` and `eta` reach only a sampler that takes them.
+
+        Raises InputError for an `eta` outside 0 ... 1, or given to a sampler without one.
+        """
+        options: dict[str, Any] = {"noise": noise} if self.takes_noise else {}
+        if eta is not None:
+            options["eta"] = self._checked(eta)
+        return self.function(denoise, x, sigmas, **options)
+
+    def _checked(self, eta: float) -> float:
+        if not self.takes_eta:
+            others = ", ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)
+            raise InputError(f"eta {eta} means nothing to this sampler; those that take it are {others}")
+        if not 0 <= eta <= 1:
+            raise InputError(f"eta {eta} is not in 0 ... 1; the nearest is {min(max(eta, 0.0), 1.0)}")
+        return eta
+
+    def initial_scale(self, schedule_name: str, sigma: float) -> float:
+        """What to multiply unit noise by, to start at level `sigma`: diffusers' `init_noise_sigma`.
+
+        The samplers born in sigma coordinates take levels that start at the very top (`linspace`, `trailing`)
+        for pure noise of that size; elsewhere x also holds x0, of variance about 1.
+        """
+        if not self.variance_preserving and schedule_name in ("linspace", "trailing"):
+            return sigma
+        return sqrt(1 + sigma**2)
+
+
+SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
+    {
+        "euler": SamplerSpec(function=euler, variance_preserving=False),
+        "euler_ancestral": SamplerSpec(
+            function=euler_ancestral, takes_noise=True, takes_eta=True, variance_preserving=False
+        ),
+        "heun": SamplerSpec(function=heun, evaluations=2, variance_preserving=False),
+        "ddim": SamplerSpec(function=ddim, takes_noise=True, takes_eta=True, may_end_above_zero=True),
+        "plms": SamplerSpec(function=plms, may_end_above_zero=True),
+        "dpmpp_2m": SamplerSpec(function=dpmpp_2m),
+        "dpmpp_2m_sde": SamplerSpec(function=dpmpp_2m_sde, takes_noise=True, takes_eta=True),
+        "dpmpp_sde": SamplerSpec(
+            function=dpmpp_sde, takes_noise=True, takes_eta=True, evaluations=2, variance_preserving=False
+        ),
+        "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, takes_noise=True, takes_eta=True),
+        "unipc": SamplerSpec(function=unipc),
+        "lcm": SamplerSpec(function=lcm, takes_noise=True, consistency=True),
+        "ddpm": SamplerSpec(function=ddpm, takes_noise=True),
+    }
+)
+"""Every sampler by its name."""
+
+
+def sampler(name: str) -> SamplerSpec:
+    """The sampler of this name. Raises InputError, with the nearest name, for an unknown one."""
+    if name not in SAMPLERS:
+        raise InputError(
+            f"unknown sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}"
+        )
+    return SAMPLERS[name]

@@ -1,0 +1,1 @@
+"""Engines run the four parts of a model: text encoder, UNet, decoder, encoder."""

@@ -1,0 +1,78 @@
+"""The plain engine: PyTorch modules, called one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewstep.engines.engine import Conditioning
+
+if TYPE_CHECKING:
+    from fewstep.weights.load import Parts
+
+
+class EagerEngine:
+    """Runs the modules of `parts` where they are and in the number format they are in."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        weight = parts.unet.conv_in.weight
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def encode_text(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """See `Engine`. SD 1 and 2 read the last states, SDXL the penultimate ones of both towers side by side."""
+        chunks = ids[0].shape[1]
+        rows = [each.flatten(0, 1).to(self.device) for each in ids]
+        states = [tower(tower_rows) for tower, tower_rows in zip(self.parts.text_encoders, rows, strict=True)]
+        if self.parts.unet.config.addition is None:
+            return states[0].last.unflatten(0, (-1, chunks)).flatten(1, 2).float(), None
+        context = torch.cat([state.penultimate for state in states], dim=-1)
+        pooled = states[-1].pooled.unflatten(0, (-1, chunks))[:, 0]  # that of the first chunk
+        return context.unflatten(0, (-1, chunks)).flatten(1, 2).float(), pooled.float()
+
+    def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """See `Engine`."""
+        if conditioning.channels is not None:
+            x = torch.cat([x, conditioning.channels.to(x)], dim=1)
+        times = torch.full((len(x),), t, device=self.device)
+        pooled, sizes = conditioning.pooled, conditioning.sizes
+        output: Tensor = self.parts.unet(
+            x.to(self.device, self.dtype),
+            times,
+            conditioning.context.to(self.device, self.dtype),
+            None if pooled is None else pooled.to(self.device, self.dtype),
+            None if sizes is None else sizes.to(self.device),
+        )
+        return output.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Engine`. A half-precision decoder that overflows is run again in float32."""
+        vae = self.parts.autoencoder
+        latents = latents.to(self.device) / vae.config.scaling_factor
+        fragile = self.dtype == torch.float16 and vae.config.force_upcast
+        if not fragile:
+            image = vae.decode(latents.to(self.dtype)).float()
+            if self.dtype == torch.float32 or bool(image.isfinite().all()):
+                return image
+        return self._in_float32(latents, "decode")
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
+        vae = self.parts.autoencoder
+        moments = vae.encode(image.to(self.device, self.dtype)).float()
+        if self.dtype != torch.float32 and not bool(moments.isfinite().all()):
+            moments = self._in_float32(image.to(self.device), "encode")
+        mean, logvar = moments.chunk(2, dim=1)
+        deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
+        return mean * vae.config.scaling_factor, deviation * vae.config.scaling_factor
+
+    def _in_float32(self, value: Tensor, method: str) -> Tensor:
+        vae = self.parts.autoencoder.float()
+        try:
+            out: Tensor = getattr(vae, method)(value.float())
+            return out
+        finally:
+            vae.to(self.dtype)

@@ -1,0 +1,28 @@
+"""The errors that fewstep raises, each saying what is wrong, what was expected and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """A value given by the user is out of range or unknown."""
+
+
+class CheckpointError(ValueError):
+    """A file or folder of weights cannot be loaded; nothing of it was."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A stage of the pipeline produced NaN or infinity; the message names the stage."""
+
+
+class MissingExtraError(ImportError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of `names`, or an empty string when none is close."""
+    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""What a trained model is worth: readers of its pictures and measures over them."""

@@ -1,0 +1,245 @@
+"""Pictures: from files and arrays to tensors and back, and PNG files that say how they were made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewstep.errors import InputError, NotFiniteError
+
+Picture = Image.Image | NDArray[Any] | Tensor | str | Path
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+LARGEST_PICTURE = 64_000_000  # pixels
+LARGEST_METADATA = 65_536  # characters
+PARAMETERS = {  # in AUTOMATIC1111's `parameters` text: our key, its key and value, type
+    "steps": (r"Steps: (\d{1,9})", int),
+    "sampler": (r"Sampler: ([^,]+)", str),
+    "guidance_scale": (r"CFG scale: (\d{1,9}(?:\.\d{1,9})?)", float),
+    "seed": (r"Seed: (\d{1,19})", int),
+    "width": (r"Size: (\d{1,9})x", int),
+    "height": (r"Size: \d{1,9}x(\d{1,9})", int),
+    "model": (r"Model: ([^,]+)", str),
+}
+
+
+def to_tensor(image: Picture, width: int | None = None, height: int | None = None) -> Tensor:
+    """`image` as float32 (1, 3, H, W) in [-1, 1], H and W rounded down to multiples of 8.
+
+    Takes a PIL image or the path of a PNG, JPEG or WebP file (turned as its EXIF data say, transparency on
+    white), an array (H, W, 3) of uint8 or of floats in 0..1, or a tensor (3, H, W) or (B, 3, H, W) that is
+    in [-1, 1] already. Keeps its size where `width` or `height` is None. PIL images are resized by Lanczos
+    and equal those of diffusers' VaeImageProcessor. Raises `InputError`.
+    """
+    if isinstance(image, Tensor):
+        return _resized(_checked(image, channels=3, lowest=-1.0), width, height)
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        planes = torch.from_numpy(image).movedim(-1, 0)
+        return _resized(_checked(planes, channels=3, lowest=0.0) * 2 - 1, width, height)
+    picture = _rgb(_opened(image))
+    return _from_pil(picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)) * 2 - 1
+
+
+def mask_to_tensor(mask: Picture, width: int, height: int) -> Tensor:
+    """`mask` as float32 (1, 1, H, W) of 0 (keep) and 1 (repaint): white is 1, split at half brightness.
+
+    Takes a PIL image or a path (transparency does not count), or an array or tensor (H, W): uint8, bool, or
+    floats in 0..1. Equal to diffusers' mask processor for PIL images. Raises `InputError`.
+    """
+    if isinstance(mask, np.ndarray) and mask.dtype != np.uint8:
+        mask = torch.from_numpy(mask)
+    if isinstance(mask, Tensor):
+        grey = _resized(_checked(mask, channels=1, lowest=0.0), width, height)
+    else:
+        picture = _opened(mask)
+        resized = picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)
+        grey = _from_pil(resized.convert("L"))
+    return (grey >= 0.5).float()
+
+
+def to_numpy(images: Tensor) -> NDArray[np.float32]:
+    """(B, 3, H, W) in [-1, 1] as float32 (B, H, W, 3), clamped to 0..1. Raises `NotFiniteError`."""
+    if not torch.isfinite(images).all():
+        raise NotFiniteError("the picture holds NaN or infinity")
+    unit = (images.detach() * 0.5 + 0.5).clamp(0, 1)
+    array: NDArray[np.float32] = unit.permute(0, 2, 3, 1).float().cpu().numpy()
+    return array
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] as B pictures of 8 bits, rounded as diffusers does. Raises `NotFiniteError`."""
+    return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
+    """Write `image` with `metadata` as JSON in the text chunk `fewstep`, or nothing at all when interrupted.
+
+    The chunk `parameters` says the same in AUTOMATIC1111's words, for other programs. Raises `InputError` for
+    a missing folder or more than 65,536 characters of metadata.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to save {path.name} in; make it first")
+    text = json.dumps(dict(metadata), ensure_ascii=False)
+    if len(text) > LARGEST_METADATA:
+        raise InputError(f"{len(text)} characters of metadata are too many; the limit is {LARGEST_METADATA}")
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("fewstep", text)
+    chunks.add_text("parameters", _parameters(metadata))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(partial, format="PNG", pnginfo=chunks)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """What `save_png` wrote into the file at `path`, or what AUTOMATIC1111 did; None where neither is there.
+
+    Of a foreign file it holds `prompt`, `negative_prompt` and what is found of `steps`, `sampler` (by its
+    foreign name), `guidance_scale`, `seed`, `width`, `height`, `model`. Raises `InputError`.
+    """
+    with _readable(path), Image.open(path, formats=FORMATS) as image:
+        ours, foreign = (image.info.get(name) for name in ("fewstep", "parameters"))
+        text = ours if isinstance(ours, str) else foreign
+        if not isinstance(text, str):
+            return None
+        if len(text) > LARGEST_METADATA:
+            raise InputError(
+                f"{path} holds {len(text)} characters of metadata; the limit is {LARGEST_METADATA}"
+            )
+        found = _foreign(text) if text is foreign else json.loads(text)
+        if not isinstance(found, dict):
+            raise InputError(f"the metadata of {path} are not a JSON object: {text[:40]!r}")
+        return found
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """`images` in rows of `columns` on white, each in a cell as large as the largest of them."""
+    if not images or columns < 1:
+        raise InputError(f"a contact sheet needs a picture and a column, not {len(images)} and {columns}")
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (width * min(columns, len(images)), height * rows), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+@contextmanager
+def _readable(source: object) -> Iterator[None]:
+    name = source if isinstance(source, str | Path) else type(source).__name__
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise InputError(f"{name} cannot be read as a PNG, JPEG or WebP picture: {error}") from error
+
+
+def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
+    """The picture upright and decoded, which happens only when it is not too large."""
+    with _readable(image):
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        elif not isinstance(image, Image.Image):
+            with Image.open(image, formats=FORMATS) as opened:
+                return _opened(opened)
+        if image.width * image.height > LARGEST_PICTURE:
+            raise InputError(
+                f"{image.width} x {image.height} pixels are over the limit of {LARGEST_PICTURE:,}"
+            )
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # Pillow would clip at 255
+            return Image.fromarray((np.asarray(upright, np.uint16) // 257).astype(np.uint8))
+        return upright
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    with _readable(picture):
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+def _size(size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+    width, height = (asked or own for asked, own in zip((width, height), size, strict=True))
+    if min(width, height) < 8:
+        raise InputError(f"a picture of {width} x {height} pixels is too small; each side needs 8 or more")
+    return width - width % 8, height - height % 8
+
+
+def _from_pil(picture: Image.Image) -> Tensor:
+    planes = torch.from_numpy(np.array(picture, np.float32) / 255)  # (H, W) or (H, W, 3)
+    return planes.reshape(1, *planes.shape[:2], -1).permute(0, 3, 1, 2).contiguous()  # (1, C, H, W)
+
+
+def _checked(planes: Tensor, channels: int, lowest: float) -> Tensor:
+    planes = planes.float()
+    planes = planes.reshape((1,) * (4 - planes.ndim) + planes.shape)
+    if planes.ndim != 4 or planes.shape[1] != channels:
+        raise InputError(
+            f"a picture of shape {tuple(planes.shape)} has not {channels} channels of two dimensions"
+        )
+    if not bool(((planes >= lowest) & (planes <= 1)).all()):  # NaN too
+        raise InputError(f"the picture's values are not all within {lowest:g} to 1")
+    return planes
+
+
+def _resized(planes: Tensor, width: int | None, height: int | None) -> Tensor:
+    width, height = _size((planes.shape[3], planes.shape[2]), width, height)
+    if (height, width) == tuple(planes.shape[2:]):
+        return planes
+    smooth = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    return smooth.clamp(-1, 1)
+
+
+def _parameters(metadata: Mapping[str, object]) -> str:
+    value = {name: metadata.get(name) for name in ("prompt", "negative_prompt", *PARAMETERS)}
+    size = f"{value['width']}x{value['height']}" if value["width"] and value["height"] else None
+    settings = {
+        "Steps": value["steps"],
+        "Sampler": value["sampler"],
+        "CFG scale": value["guidance_scale"],
+        "Seed": value["seed"],
+        "Size": size,
+        "Model": value["model"],
+    }
+    lines = [str(value["prompt"] or "")]
+    lines += [f"Negative prompt: {value['negative_prompt']}"] if value["negative_prompt"] else []
+    return "\n".join(
+        [*lines, ", ".join(f"{key}: {item}" for key, item in settings.items() if item is not None)]
+    )
+
+
+def _foreign(text: str) -> dict[str, Any]:
+    head, _, last = text.strip().rpartition("\n")
+    if not last.startswith("Steps: "):
+        head, last = text, ""
+    prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
+    found: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
+    for name, (pattern, kind) in PARAMETERS.items():
+        if match := re.search(rf"(?:^|, ){pattern}", last):
+            found[name] = kind(match[1])
+    return found

@@ -1,0 +1,1 @@
+"""The networks of the Stable Diffusion family, each built from one frozen config."""

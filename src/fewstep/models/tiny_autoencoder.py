@@ -1,0 +1,78 @@
+"""The tiny autoencoder: a distilled encoder and decoder of 1.2 million parameters each (TAESD's layout).
+
+Source: github.com/madebyollin/taesd. Parameter names are those of a diffusers `AutoencoderTiny`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH = 64
+
+
+class TinyAutoencoder(nn.Module):
+    """Pictures to latents and back, without attention or norms; latents are scaled already (factor 1)."""
+
+    def __init__(self, latent_channels: int = 4) -> None:
+        super().__init__()
+        self.encoder = TinyEncoder(latent_channels)
+        self.decoder = TinyDecoder(latent_channels)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8)."""
+        latents: Tensor = self.encoder(image)
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, latent_channels, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""
+        image: Tensor = self.decoder(latents)
+        return image
+
+
+class TinyEncoder(nn.Module):
+    """Four levels, halved by strided convolutions."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), TinyBlock()]
+        for _ in range(3):
+            halve = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False)
+            layers += [halve, TinyBlock(), TinyBlock(), TinyBlock()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8)."""
+        latents: Tensor = self.layers((image + 1) / 2)
+        return latents
+
+
+class TinyDecoder(nn.Module):
+    """Four levels, doubled by nearest-neighbour upsampling; the latents are soft-clipped to [-3, 3] first."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()]
+        for _ in range(3):
+            double = nn.Upsample(scale_factor=2.0)
+            layers += [TinyBlock(), TinyBlock(), TinyBlock(), double, nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers, TinyBlock(), nn.Conv2d(WIDTH, 3, 3, padding=1))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """latents (B, latent_channels, h, w) -> image (B, 3, 8h, 8w)."""
+        image: Tensor = self.layers(torch.tanh(latents / 3) * 3)
+        return image * 2 - 1
+
+
+class TinyBlock(nn.Module):
+    """Three 3x3 convolutions with ReLU, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 64, h, w) -> (B, 64, h, w)."""
+        return F.relu(self.conv(x) + x)

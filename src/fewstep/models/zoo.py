@@ -1,0 +1,215 @@
+"""The catalogue: the models that fewstep knows by name, with their shapes, defaults and licences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.errors import InputError, nearest
+from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+
+Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
+Prediction = Literal["eps", "v", "x0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a task uses when it is not told: names of `diffusion`'s samplers and schedules, sizes in pixels."""
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the catalogue.
+
+    `source`: hub repository, None for a model that comes with fewstep and has its shapes in its own folder.
+    `megabytes`: about what is downloaded, in half precision where that is published. `texts`: the text towers in
+    order. `terms`: what the licence forbids, in one line. `tiny_decoder`: the entry whose fast decoder fits.
+    """
+
+    name: str
+    family: Family
+    source: str | None
+    licence: str
+    terms: str
+    megabytes: int
+    unet: UNetConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+    texts: tuple[TextConfig, ...] = ()
+    defaults: Defaults | None = None
+    prediction: Prediction = "eps"
+    tiny_decoder: str | None = None
+
+
+def entry(name: str) -> Entry:
+    """The entry called `name`; InputError names the nearest one when there is none."""
+    if name not in CATALOGUE:
+        known = ", ".join(CATALOGUE)
+        raise InputError(f"unknown model {name!r}{nearest(name, CATALOGUE)}; there are {known}")
+    return CATALOGUE[name]
+
+
+def entry_of_source(source: str) -> Entry | None:
+    """The entry whose hub repository is `source`, if any."""
+    return next((known for known in CATALOGUE.values() if known.source == source), None)
+
+
+def _stages(*rows: tuple[int, int, int], resnets: int = 2) -> tuple[Stage, ...]:
+    return tuple(Stage(channels=c, depth=d, heads=h, resnets=resnets) for c, d, h in rows)
+
+
+SD1_LEVELS = ((320, 1, 8), (640, 1, 8), (1280, 1, 8), (1280, 0, 8))  # channels, transformer depth, heads
+SD1_UNET = UNetConfig(stages=_stages(*SD1_LEVELS), context=768)
+SMALL_UNET = UNetConfig(stages=_stages(*SD1_LEVELS, resnets=1), context=768)
+SD2_UNET = UNetConfig(
+    stages=_stages((320, 1, 5), (640, 1, 10), (1280, 1, 20), (1280, 0, 20)), context=1024, linear_projection=True
+)
+SDXL_UNET = UNetConfig(
+    stages=_stages((320, 0, 5), (640, 2, 10), (1280, 10, 20)),
+    context=2048,
+    mid_depth=10,
+    linear_projection=True,
+    addition=2816,
+)
+REFINER_UNET = UNetConfig(
+    stages=_stages((384, 0, 6), (768, 4, 12), (1536, 4, 24), (1536, 0, 24)),
+    context=1280,
+    mid_depth=4,
+    linear_projection=True,
+    addition=2560,
+)
+SD_AUTOENCODER = AutoencoderConfig()
+SDXL_AUTOENCODER = AutoencoderConfig(scaling_factor=0.13025, force_upcast=True)
+CLIP_L = TextConfig()
+OPENCLIP_H = TextConfig(width=1024, layers=23, heads=16, inner=4096, activation="gelu")
+OPENCLIP_G = TextConfig(width=1280, layers=32, heads=20, inner=5120, activation="gelu", projection=1280)
+
+
+def _defaults(
+    size: int, sampler: str, schedule: str = "leading", *, steps: int = 50, guidance_scale: float = 7.5
+) -> Defaults:
+    return Defaults(
+        steps=steps, guidance_scale=guidance_scale, sampler=sampler, schedule=schedule, width=size, height=size
+    )
+
+
+_OPENRAIL = "no harmful use: the list in the licence's attachment A applies to whoever uses or shares the model"
+_TURBO = "research and non-commercial use only; commercial use needs an agreement with Stability AI"
+_TURBO_LICENCE = "stabilityai-nc-research-community"
+_ENTRIES = (
+    Entry(
+        name="blocks-base",
+        family="blocks",
+        source=None,
+        licence="Apache-2.0",
+        terms="none; it draws coloured shapes and nothing else",
+        megabytes=0,
+    ),
+    Entry(
+        name="sd-v1-4",
+        family="sd1",
+        source="CompVis/stable-diffusion-v1-4",
+        licence="creativeml-openrail-m",
+        terms=_OPENRAIL,
+        megabytes=2132,
+        unet=SD1_UNET,
+        autoencoder=SD_AUTOENCODER,
+        texts=(CLIP_L,),
+        defaults=_defaults(512, "plms"),
+        tiny_decoder="taesd",
+    ),
+    Entry(
+        name="small-sd",
+        family="sd1",
+        source="OFA-Sys/small-stable-diffusion-v0",
+        licence="creativeml-openrail-m",
+        terms=_OPENRAIL,
+        megabytes=3144,
+        unet=SMALL_UNET,
+        autoencoder=SD_AUTOENCODER,
+        texts=(CLIP_L,),
+        defaults=_defaults(512, "plms"),
+        tiny_decoder="taesd",
+    ),
+    Entry(
+        name="sd-v2-1",
+        family="sd2",
+        source="stabilityai/stable-diffusion-2-1",
+        licence="creativeml-openrail++-m",
+        terms=_OPENRAIL,
+        megabytes=2580,
+        unet=SD2_UNET,
+        autoencoder=SD_AUTOENCODER,
+        texts=(OPENCLIP_H,),
+        defaults=_defaults(768, "ddim"),
+        prediction="v",
+        tiny_decoder="taesd",
+    ),
+    Entry(
+        name="sd-turbo",
+        family="sd2",
+        source="stabilityai/sd-turbo",
+        licence=_TURBO_LICENCE,
+        terms=_TURBO,
+        megabytes=2580,
+        unet=SD2_UNET,
+        autoencoder=SD_AUTOENCODER,
+        texts=(OPENCLIP_H,),
+        defaults=_defaults(512, "euler", "trailing", steps=1, guidance_scale=0.0),
+        tiny_decoder="taesd",
+    ),
+    Entry(
+        name="sdxl-base",
+        family="sdxl",
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        licence="creativeml-openrail++-m",
+        terms=_OPENRAIL,
+        megabytes=6938,
+        unet=SDXL_UNET,
+        autoencoder=SDXL_AUTOENCODER,
+        texts=(CLIP_L, OPENCLIP_G),
+        defaults=_defaults(1024, "euler", guidance_scale=5.0),
+        tiny_decoder="taesdxl",
+    ),
+    Entry(
+        name="sdxl-turbo",
+        family="sdxl",
+        source="stabilityai/sdxl-turbo",
+        licence=_TURBO_LICENCE,
+        terms=_TURBO,
+        megabytes=6938,
+        unet=SDXL_UNET,
+        autoencoder=SDXL_AUTOENCODER,
+        texts=(CLIP_L, OPENCLIP_G),
+        defaults=_defaults(512, "euler_ancestral", "trailing", steps=1, guidance_scale=0.0),
+        tiny_decoder="taesdxl",
+    ),
+    Entry(
+        name="sdxl-refiner",
+        family="sdxl-refiner",
+        source="stabilityai/stable-diffusion-xl-refiner-1.0",
+        licence="creativeml-openrail++-m",
+        terms=_OPENRAIL,
+        megabytes=6076,
+        unet=REFINER_UNET,
+        autoencoder=SDXL_AUTOENCODER,
+        texts=(OPENCLIP_G,),
+        defaults=_defaults(1024, "euler", guidance_scale=5.0),
+        tiny_decoder="taesdxl",
+    ),
+    Entry(
+        name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10
+    ),
+    Entry(
+        name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10
+    ),
+)
+CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
+"""Every entry by its name; the first is the one that comes with fewstep."""

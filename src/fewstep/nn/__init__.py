@@ -1,0 +1,1 @@
+"""The layers every model of the family is made of; torch only."""

@@ -1,0 +1,51 @@
+"""Attention over tokens, and over the pixels of a feature map."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to `context`, or to itself: (B, N, C), (B, M, D) -> (B, N, C)."""
+
+    def __init__(self, channels: int, heads: int, *, context: int | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # the published names say `to_out.0`
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (B, N, C), context (B, M, D) or None for self-attention -> (B, N, C)."""
+        source = x if context is None else context
+        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+
+
+class PixelAttention(nn.Module):
+    """One-head self-attention over the pixels of a map, with its residual: (B, C, H, W) -> the same.
+
+    The middle of the autoencoder; its linear layers have biases, unlike those of the UNet.
+    """
+
+    def __init__(self, channels: int, *, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
+        mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        out = self.to_out[0](mixed[:, 0]).transpose(1, 2).reshape(x.shape)
+        return x + out

@@ -1,0 +1,42 @@
+"""Halving and doubling the resolution."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution with stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    The UNet pads all sides by one (`padding=1`); the autoencoder pads only right and bottom (`padding=0`), so
+    there H and W must be even.
+    """
+
+    def __init__(self, channels: int, *, padding: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H/2, W/2)."""
+        if self.conv.padding == (0, 0):
+            x = F.pad(x, (0, 1, 0, 1))
+        halved: Tensor = self.conv(x)
+        return halved
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W), or exactly `size` where an odd size was halved before."""
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        else:
+            x = F.interpolate(x, size=size, mode="nearest")
+        doubled: Tensor = self.conv(x)
+        return doubled

@@ -1,0 +1,99 @@
+"""Where a run starts: from noise, from a picture, or from a picture with a hole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.step import Noise
+from fewstep.engines.engine import Engine
+from fewstep.errors import InputError
+from fewstep.images import mask_to_tensor, to_tensor
+
+ImageLike = Any
+"""A PIL picture, an array (H, W, 3), a tensor (1, 3, H, W) in [-1, 1], scaled latents (1, 4, h, w), or a path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """The pictures a run starts from, (B or 1, 3, H, W) or latents (B or 1, 4, h, w); `mask` (1, 1, H, W) is 1 where
+    to paint anew.
+    """
+
+    image: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether `image` holds latents already."""
+        return self.image.shape[1] == 4
+
+
+def read_canvas(
+    image: ImageLike | Sequence[ImageLike], mask: ImageLike | None, width: int | None, height: int | None
+) -> Canvas:
+    """The canvas of one picture, or of one for each prompt; all must come out equally large, in pixels."""
+    images = list(image) if isinstance(image, Sequence) and not isinstance(image, str | Path) else [image]
+    if not images:
+        raise InputError("image is an empty list; give one picture, or one for each prompt")
+    tensors = [i if _latent(i) else to_tensor(i, width, height) for i in images]
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+    if len(shapes) > 1:
+        sizes = ", ".join(sorted(f"{shape[2]}x{shape[1]}" for shape in shapes))
+        raise InputError(f"the pictures differ in size ({sizes}); give width and height to resize them")
+    pixels = torch.cat(tensors)
+    if mask is None:
+        return Canvas(image=pixels)
+    return Canvas(image=pixels, mask=mask_to_tensor(mask, pixels.shape[3], pixels.shape[2]))
+
+
+def _latent(image: ImageLike) -> bool:
+    return isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 4
+
+
+def rows_of(tensor: Tensor, count: int) -> Tensor:
+    """`tensor` with its rows repeated to `count`, each in turn."""
+    if count % len(tensor):
+        raise InputError(f"{len(tensor)} pictures for {count} results; give one picture, or one for each prompt")
+    return tensor.repeat_interleave(count // len(tensor), dim=0)
+
+
+def drawn_latents(engine: Engine, image: Tensor, count: int, noise: Noise) -> Tensor:
+    """Latents (count, 4, h, w) drawn from what the encoder makes of `image`."""
+    mean, deviation = engine.encode(image)
+    return rows_of(mean, count) + rows_of(deviation, count) * noise().to(mean)
+
+
+def masked_channels(engine: Engine, canvas: Canvas, count: int, noise: Noise) -> Tensor:
+    """What an inpainting UNet reads besides the latents, (count, 5, h, w): mask, and latents of the masked picture."""
+    assert canvas.mask is not None
+    latents = drawn_latents(engine, canvas.image * (canvas.mask < 0.5), count, noise)
+    mask = latent_mask(canvas.mask, latents)
+    return torch.cat([mask.expand(count, -1, -1, -1), latents], dim=1)
+
+
+def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
+    """`mask` (1, 1, H, W) at the size of `latents`: (1, 1, h, w), 1 where to paint anew."""
+    return F.interpolate(mask.to(latents), size=latents.shape[2:])
+
+
+def keeping(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor, start: float) -> Denoiser:
+    """A denoiser that paints where `mask` is 1 and sees `known` elsewhere, at every level below `start`.
+
+    known, noise (B, 4, h, w), mask (1, 1, h, w). Above, x holds the starting noise everywhere. The latent blending of
+    arXiv:2206.02779, sec. 3.3, done on what the network sees: the sampler itself needs no change.
+    """
+
+    def keep(x: Tensor, sigma: float) -> Tensor:
+        if sigma < start:
+            x = torch.lerp(known + sigma * noise, x, mask)
+        return torch.lerp(known, denoise(x, sigma), mask)
+
+    return keep

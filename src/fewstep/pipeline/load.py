@@ -1,0 +1,43 @@
+"""Loading a model, ready to draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fewstep.engines.device import choose_device, choose_dtype
+from fewstep.pipeline.pipeline import Pipeline
+from fewstep.weights.load import load_parts
+
+EMBEDDED = "blocks-base"
+
+
+def load(
+    what: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    prediction: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> Pipeline:
+    """A model, ready to draw.
+
+    `what`: a name in `fewstep.CATALOGUE`, a diffusers folder, an original single file (.safetensors, .ckpt), a hub id
+    such as "stabilityai/sd-turbo", or None for the embedded model, which needs no network. `device` and `dtype`
+    default to what this machine does best. `revision`: a branch, tag or commit of the hub. `prediction` ("epsilon",
+    "v_prediction", "sample") and `tokenizer` (a folder) are for single files, which do not say.
+
+    Raises InputError for an unknown name, CheckpointError for files that cannot be loaded.
+    """
+    chosen = choose_device(device)
+    parts = load_parts(
+        EMBEDDED if what is None else what,
+        dtype=choose_dtype(dtype, chosen),
+        device=chosen,
+        revision=revision,
+        prediction=prediction,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
+    return Pipeline(parts)

@@ -1,0 +1,220 @@
+"""What a task can be told, checked and completed with the model's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal, NamedTuple, TypedDict
+
+from torch import Tensor
+
+from fewstep.diffusion.guidance import Guidance
+from fewstep.diffusion.samplers import sampler as sampler_named
+from fewstep.diffusion.schedule import SCHEDULES
+from fewstep.errors import InputError, nearest
+from fewstep.rng import seeds_for
+
+Output = Literal["pil", "numpy", "latent"]
+SIDES = (64, 8192)
+
+
+class Progress(NamedTuple):
+    """Told after each step: its number (from 0), how many there are, the level reached, and the expected result.
+
+    `x0` (B, 4, h, w) are scaled latents; `Pipeline.decode` makes pictures of them.
+    """
+
+    index: int
+    total: int
+    sigma: float
+    x0: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConditioning:
+    """What SDXL is told about the size of the picture (arXiv:2307.01952, sec. 2.2), all (height, width) in pixels.
+
+    None is the size drawn. The aesthetic scores, 1 to 10, are read by the refiner alone.
+    """
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+
+
+class TaskOptions(TypedDict, total=False):
+    """The keywords that all tasks share; see `Pipeline.text_to_image`."""
+
+    negative_prompt: str | Sequence[str] | None
+    steps: int | None
+    guidance_scale: float | None
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    sampler: str | None
+    schedule: str | None
+    eta: float | None
+    width: int | None
+    height: int | None
+    images_per_prompt: int
+    seed: int | Sequence[int] | None
+    latents: Tensor | None
+    output: Output
+    on_step: Callable[[Progress], None] | None
+    size_conditioning: SizeConditioning
+    chunk: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call of a task with everything decided; a row for each picture."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] | None
+    steps: int
+    guidance: Guidance
+    sampler: str
+    schedule: str
+    eta: float | None
+    width: int
+    height: int
+    seeds: tuple[int, ...]
+    latents: Tensor | None
+    output: Output
+    size_conditioning: SizeConditioning
+    chunk: bool
+
+
+class Native(NamedTuple):
+    """What a model does when it is not told otherwise; sides in pixels."""
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str
+    width: int
+    height: int
+
+
+def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Native, *, multiple: int = 8) -> Job:
+    """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
+    _known(options, TaskOptions.__annotations__, "option")
+    given = {key: value for key, value in options.items() if value is not None}
+    per_prompt = _whole("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000)
+    prompts = _repeated(_texts("prompt", prompt), per_prompt)
+    schedule = str(given.get("schedule", native.schedule))
+    if schedule not in SCHEDULES:
+        raise InputError(f"unknown schedule {schedule!r}{nearest(schedule, SCHEDULES)}; there are {_list(SCHEDULES)}")
+    sampler = str(given.get("sampler", native.sampler))
+    sampler_named(sampler)
+    return Job(
+        prompts=prompts,
+        negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), per_prompt),
+        steps=_whole("steps", given.get("steps", native.steps), 1, 1000),
+        guidance=_guidance(given, native.guidance_scale),
+        sampler=sampler,
+        schedule=schedule,
+        eta=None if "eta" not in given else _number("eta", given["eta"], 0, 1),
+        width=side("width", given.get("width", native.width), multiple),
+        height=side("height", given.get("height", native.height), multiple),
+        seeds=seeds_for(options.get("seed"), len(prompts)),
+        latents=options.get("latents"),
+        output=_one_of("output", given.get("output", "pil"), ("pil", "numpy", "latent")),
+        size_conditioning=options.get("size_conditioning", SizeConditioning()),
+        chunk=bool(options.get("chunk", True)),
+    )
+
+
+def side(name: str, value: Any, multiple: int) -> int:
+    """`value` if it is a side that the model can draw, in pixels; otherwise InputError names the nearest ones."""
+    pixels = _whole(name, value, *SIDES)
+    if pixels % multiple:
+        low = pixels // multiple * multiple
+        raise InputError(
+            f"{name} {pixels} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
+        )
+    return pixels
+
+
+def strength_steps(steps: int, strength: float) -> int:
+    """The number of steps image-to-image runs, `int(steps * strength)`; InputError if that is none."""
+    _number("strength", strength, 0, 1)
+    count = int(steps * strength + 1e-9)  # 0.29 * 100 is a hair below 29
+    if count < 1:
+        raise InputError(
+            f"strength {strength:g} with {steps} steps runs no step, since int(steps * strength) is 0; "
+            f"the smallest strength that runs one is {_ceil(1 / steps)}"
+        )
+    return count
+
+
+def _ceil(value: float) -> str:
+    rounded = round(value, 3)
+    return f"{rounded if rounded >= value else rounded + 0.001:.3g}"
+
+
+def _guidance(given: Mapping[str, Any], scale: float) -> Guidance:
+    low, high = given.get("guidance_interval", (0.0, inf))
+    if not 0 <= low <= high:
+        raise InputError(f"guidance_interval ({low}, {high}) is not (lowest sigma, highest sigma) with 0 <= low <= high")
+    return Guidance(
+        scale=_number("guidance_scale", given.get("guidance_scale", scale), 0, 100),
+        rescale=_number("guidance_rescale", given.get("guidance_rescale", 0.0), 0, 1),
+        interval=(float(low), float(high)),
+    )
+
+
+def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name} {value!r} is not a text or a list of texts")
+    return texts
+
+
+def _repeated(texts: tuple[str, ...], times: int) -> tuple[str, ...]:
+    return tuple(text for text in texts for _ in range(times))
+
+
+def _negatives(value: str | Sequence[str] | None, count: int, per_prompt: int) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return (value,) * count
+    negatives = _repeated(_texts("negative_prompt", value), per_prompt)
+    if len(negatives) != count:
+        raise InputError(
+            f"{len(negatives) // per_prompt} negative prompts for {count // per_prompt} prompts; give one, or one for each"
+        )
+    return negatives
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        near = f"; the nearest is {min(max(round(value), low), high)}" if isinstance(value, int | float) else ""
+        raise InputError(f"{name} {value!r} is not a whole number from {low} to {high}{near}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        near = f"; the nearest is {min(max(value, low), high)}" if isinstance(value, int | float) else ""
+        raise InputError(f"{name} {value!r} is not a number from {low:g} to {high:g}{near}")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}{nearest(str(value), known)}; there are {_list(known)}")
+    return value
+
+
+def _known(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
+    for key in given:
+        if key not in known:
+            raise InputError(f"unknown {what} {key!r}{nearest(key, known)}; there are {_list(known)}")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(names)

@@ -1,0 +1,186 @@
+"""The face of a loaded model: its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from fewstep.engines.eager import EagerEngine
+from fewstep.engines.engine import Engine
+from fewstep.errors import InputError
+from fewstep.images import to_pil
+from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
+from fewstep.pipeline.options import Job, Native, TaskOptions, make_job
+from fewstep.pipeline.result import Result
+from fewstep.pipeline.run import Handoff, Model, Run
+from fewstep.weights.load import Parts
+from fewstep.weights.save import save_parts
+
+
+class Pipeline:
+    """Draws with one loaded model. `fewstep.load` makes it; `engine` defaults to plain PyTorch."""
+
+    def __init__(self, parts: Parts, engine: Engine | None = None) -> None:
+        self.parts = parts
+        self.engine: Engine = engine or EagerEngine(parts)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.parts.name!r}, {self.parts.family}, {self.engine.device})"
+
+    def text_to_image(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        refiner: Pipeline | None = None,
+        handoff: float = 0.8,
+        **options: Unpack[TaskOptions],
+    ) -> Result:
+        """Pictures of `prompt`: one for each text and each of `images_per_prompt`.
+
+        Options of all tasks, each with the model's own default:
+
+        - `negative_prompt`: what to steer away from; read only with `guidance_scale` > 1;
+        - `steps` 1..1000, `guidance_scale` 0..100, `guidance_rescale` 0..1, `guidance_interval` (low, high sigma);
+        - `sampler` and `schedule`: names in `fewstep.SAMPLERS` and `fewstep.SCHEDULES`; `eta` 0..1 for some samplers;
+        - `width`, `height` in pixels, multiples of 8; `size_conditioning` tells SDXL another size;
+        - `seed`: an int (counting up over the pictures), one for each picture, or None for fresh ones;
+        - `latents`: unit-variance noise (B, 4, h, w) to start from instead of the seed's;
+        - `output`: "pil", "numpy", or "latent", which decodes nothing;
+        - `on_step`: called with a `Progress` after each step;
+        - `chunk`: False cuts prompts longer than the text window, instead of reading them in pieces.
+
+        With `refiner`, an SDXL refiner takes over after the fraction `handoff` of the noise levels. Raises InputError
+        for a value that cannot be used, NotFiniteError for NaN.
+        """
+        return _finished(self.start(prompt, refiner=refiner, handoff=handoff, **options), options)
+
+    def image_to_image(
+        self,
+        prompt: str | Sequence[str],
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        strength: float = 0.8,
+        **options: Unpack[TaskOptions],
+    ) -> Result:
+        """Pictures of `prompt` that start from `image` under noise (SDEdit, arXiv:2108.01073).
+
+        Runs the last `int(steps * strength)` steps; InputError gives the smallest strength when that is none. `image`
+        is one picture or one for each prompt: PIL, array, tensor, latents or path. `width` and `height` resize it. An
+        SDXL refiner polishes a finished picture this way. The other options are those of `text_to_image`.
+        """
+        return _finished(self.start(prompt, image=image, strength=strength, **options), options)
+
+    def inpaint(
+        self,
+        prompt: str | Sequence[str],
+        image: ImageLike | Sequence[ImageLike],
+        mask: ImageLike,
+        *,
+        strength: float = 1.0,
+        **options: Unpack[TaskOptions],
+    ) -> Result:
+        """Pictures that keep `image` where `mask` is black and follow `prompt` where it is white.
+
+        Works with every model by blending latents, and better with inpainting UNets (9 input channels). The other
+        options are those of `image_to_image`.
+        """
+        return _finished(self.start(prompt, image=image, mask=mask, strength=strength, **options), options)
+
+    def start(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        mask: ImageLike | None = None,
+        strength: float = 1.0,
+        refiner: Pipeline | None = None,
+        handoff: float = 0.8,
+        **options: Unpack[TaskOptions],
+    ) -> Run:
+        """A task under way: iterate it for previews, cancelling and custom loops, then call `result()` on it."""
+        canvas = None
+        if image is not None:
+            canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
+            options |= _size(canvas, self.parts.autoencoder.config.factor)
+        elif self.parts.unet.config.in_channels == 9:
+            raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
+        job = make_job(prompt, options, self._native(), multiple=self.parts.autoencoder.config.factor)
+        if mask is None and self.parts.unet.config.in_channels == 9:
+            raise InputError(f"{self.parts.name} is an inpainting model and needs a mask")
+        extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
+        taken = None
+        if refiner is not None:
+            taken = Handoff(refiner=Model(parts=refiner.parts, engine=refiner.engine), at=handoff)
+            extra |= {"refiner": refiner.parts.name, "handoff": handoff}
+        task = "text_to_image" if canvas is None else "image_to_image" if mask is None else "inpaint"
+        return Run(
+            Model(parts=self.parts, engine=self.engine),
+            job,
+            canvas=canvas,
+            strength=strength if canvas else 1.0,
+            handoff=taken,
+            settings={"task": task, "model": self.parts.name} | _settings(job) | extra,
+        )
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image]:
+        """Pictures of scaled latents (B, 4, h, w), such as those of a step."""
+        return to_pil(self.engine.decode(latents))
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the model to a new diffusers folder, which diffusers itself reads."""
+        save_parts(self.parts, Path(folder), dtype=dtype)
+
+    def _native(self) -> Native:
+        defaults = self.parts.defaults
+        return Native(
+            steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale,
+            sampler=defaults.sampler,
+            schedule=defaults.schedule,
+            width=defaults.width,
+            height=defaults.height,
+        )
+
+
+def _finished(run: Run, options: TaskOptions) -> Result:
+    on_step = options.get("on_step")
+    for progress in run:
+        if on_step is not None:
+            on_step(progress)
+    return run.result()
+
+
+def _size(canvas: Canvas, factor: int) -> TaskOptions:
+    height, width = canvas.image.shape[2:]
+    scale = factor if canvas.is_latent else 1
+    return {"width": width * scale, "height": height * scale}
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What of `job` goes into a picture's metadata, all but its seed."""
+    guidance = job.guidance
+    settings: dict[str, Any] = {
+        "prompt": _one(job.prompts),
+        "negative_prompt": job.negative_prompts and _one(job.negative_prompts),
+        "steps": job.steps,
+        "guidance_scale": guidance.scale,
+        "sampler": job.sampler,
+        "schedule": job.schedule,
+        "width": job.width,
+        "height": job.height,
+    }
+    if guidance.rescale:
+        settings["guidance_rescale"] = guidance.rescale
+    if job.eta is not None:
+        settings["eta"] = job.eta
+    return settings
+
+
+def _one(texts: tuple[str, ...]) -> str | list[str]:
+    return texts[0] if len(set(texts)) == 1 else list(texts)

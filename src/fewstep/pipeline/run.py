@@ -1,0 +1,240 @@
+"""One task under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from math import sqrt
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser, consistency, denoiser
+from fewstep.diffusion.guidance import guided
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.diffusion.schedule import sigmas_for
+from fewstep.diffusion.step import Step
+from fewstep.engines.engine import Conditioning, Engine, stacked
+from fewstep.errors import InputError, NotFiniteError
+from fewstep.images import to_numpy, to_pil
+from fewstep.pipeline.canvas import Canvas, drawn_latents, keeping, latent_mask, masked_channels
+from fewstep.pipeline.conditioning import Prompted, encode_prompts
+from fewstep.pipeline.options import Job, Progress, strength_steps
+from fewstep.pipeline.result import Result
+from fewstep.rng import SeededNoise
+from fewstep.weights.load import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model's parts and the engine that runs them."""
+
+    parts: Parts
+    engine: Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handoff:
+    """Where the refiner takes over: after the fraction `at` of the noise levels (SDXL's ensemble of experts)."""
+
+    refiner: Model
+    at: float
+
+
+class Run:
+    """One call of a task: iterate it for its steps, then take its `result()`. To cancel, stop iterating.
+
+    The rows of a run belong to its pictures alone: neither batch nor order changes them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        job: Job,
+        *,
+        canvas: Canvas | None = None,
+        strength: float = 1.0,
+        handoff: Handoff | None = None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.model, self.job, self.canvas, self.handoff = model, job, canvas, handoff
+        self.settings = settings
+        self.seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
+        self.sampler = SAMPLERS[job.sampler]
+        self.sigmas = self._levels(strength)
+        factor = model.parts.autoencoder.config.factor
+        self.shape = (model.parts.autoencoder.config.latent_channels, job.height // factor, job.width // factor)
+        self.noise = SeededNoise(job.seeds, self.shape)
+        self._handoff_step = _handoff_step(self.sigmas, model.parts, handoff)
+        self._prompted: Prompted | None = None
+        self._latents: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self.sigmas) - 1
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[Progress]:
+        """The steps, each as it is done."""
+        with self._timed("text"):
+            prompted = self._prompted = self._checked_prompts(self.model)
+        with self._timed("encode"):
+            x, denoise, finish = self._start(prompted)
+        started = perf_counter()
+        for index, step in enumerate(self._steps(x, denoise)):
+            self._latents = step.x
+            self.seconds["denoise"] += perf_counter() - started
+            yield Progress(index, len(self), step.sigma, step.x0)
+            started = perf_counter()
+        assert self._latents is not None
+        self._latents = finish(self._latents / sqrt(1 + self.sigmas[-1] ** 2))
+        _finite(self._latents, "the denoising steps", "a lower guidance_scale, another sampler, or dtype='float32'")
+
+    @torch.inference_mode()
+    def result(self) -> Result:
+        """The pictures; runs the steps first if nobody has iterated them."""
+        if self._latents is None or self._prompted is None:
+            for _ in self:
+                pass
+        latents, prompted = self._latents, self._prompted
+        assert latents is not None
+        assert prompted is not None
+        images: dict[str, Any] = {"latents": latents.cpu()}
+        if self.job.output != "latent":
+            with self._timed("decode"):
+                pixels = self.model.engine.decode(latents).cpu()
+            _finite(pixels, "the decoder", "dtype='float32'")
+            images = {"array": to_numpy(pixels)} if self.job.output == "numpy" else {"images": tuple(to_pil(pixels))}
+        return Result(
+            **images,
+            seeds=self.job.seeds,
+            tokens_used=prompted.used,
+            tokens_dropped=prompted.dropped,
+            chunks=prompted.chunks,
+            unknown_words=_unknown_words(self.model.parts, self.job),
+            seconds=dict(self.seconds),
+            settings=self.settings,
+        )
+
+    def _levels(self, strength: float) -> tuple[float, ...]:
+        """The levels to visit: the last `int(steps * strength)` steps of the schedule."""
+        parts, job = self.model.parts, self.job
+        sigmas = sigmas_for(
+            job.schedule,
+            job.steps,
+            parts.scheduler.noise_schedule,
+            steps_offset=parts.scheduler.steps_offset,
+            final=parts.scheduler.final if self.sampler.may_end_above_zero else "zero",
+            family="sdxl" if parts.unet.config.addition else "sd",
+        )
+        return sigmas[job.steps - strength_steps(job.steps, strength) :]
+
+    def _checked_prompts(self, model: Model) -> Prompted:
+        prompted = encode_prompts(model.parts, model.engine, self.job)
+        _finite(prompted.cond.context, "the text encoder", "dtype='float32'")
+        return prompted
+
+    def _start(self, prompted: Prompted) -> tuple[Tensor, Denoiser, Callable[[Tensor], Tensor]]:
+        """The first x, the denoiser, and what to do to the last latents."""
+        known = None
+        inpaints = self.model.parts.unet.config.in_channels == 9
+        whole = len(self) == self.job.steps  # nothing of the picture shines through the noise
+        if self.canvas and not (inpaints and whole):
+            known = self._known(self.canvas)
+        unit = self._unit_noise()
+        x = unit * self.sampler.initial_scale(self.job.schedule, self.sigmas[0])
+        if self.canvas is None or self.canvas.mask is None:
+            return x if known is None else known + self.sigmas[0] * unit, self._denoiser(prompted), lambda z: z
+        if known is not None and not whole:
+            x = known + self.sigmas[0] * unit
+        if inpaints:
+            channels = masked_channels(self.model.engine, self.canvas, len(self.job.seeds), self.noise)
+            return x, self._denoiser(prompted.with_channels(channels)), lambda z: z
+        assert known is not None
+        mask = latent_mask(self.canvas.mask, known)
+        denoise = keeping(self._denoiser(prompted), known, mask, unit, self.sigmas[0])
+        return x, denoise, lambda z: torch.lerp(known, z, mask)
+
+    def _known(self, canvas: Canvas) -> Tensor:
+        count = len(self.job.seeds)
+        if canvas.is_latent:
+            return canvas.image.to(self.model.engine.device).repeat_interleave(count // len(canvas.image), dim=0)
+        known = drawn_latents(self.model.engine, canvas.image, count, self.noise)
+        _finite(known, "the encoder", "dtype='float32'")
+        return known
+
+    def _unit_noise(self) -> Tensor:
+        given, count = self.job.latents, len(self.job.seeds)
+        if given is not None and tuple(given.shape) != (count, *self.shape):
+            raise InputError(f"latents have shape {tuple(given.shape)}; {(count, *self.shape)} is needed here")
+        unit = self.noise() if given is None else given.float()
+        return unit.to(self.model.engine.device)
+
+    def _denoiser(self, prompted: Prompted) -> Denoiser:
+        return model_denoiser(self.model, prompted, self.job)
+
+    def _steps(self, x: Tensor, denoise: Denoiser) -> Iterator[Step]:
+        step = None
+        for step in islice(self._walk(x, denoise, self.sigmas), self._handoff_step):
+            yield step
+        if self.handoff is None:
+            return
+        assert step is not None
+        refiner = self.handoff.refiner
+        prompted = self._checked_prompts(refiner)
+        denoise = model_denoiser(refiner, prompted, self.job)
+        yield from self._walk(step.x.to(refiner.engine.device), denoise, self.sigmas[self._handoff_step :])
+
+    def _walk(self, x: Tensor, denoise: Denoiser, sigmas: tuple[float, ...]) -> Iterator[Step]:
+        if self.sampler.consistency:
+            denoise = consistency(denoise, self.model.parts.scheduler.noise_schedule)
+        return self.sampler(denoise, x, sigmas, noise=lambda: self.noise().to(x), eta=self.job.eta)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = perf_counter()
+        yield
+        self.seconds[stage] += perf_counter() - started
+
+
+def model_denoiser(model: Model, prompted: Prompted, job: Job) -> Denoiser:
+    """The model's guided denoiser under these conditions."""
+    scheduler, engine = model.parts.scheduler, model.engine
+
+    def bound(conditioning: Conditioning) -> Denoiser:
+        return denoiser(
+            lambda x, t: engine.predict(x, t, conditioning), scheduler.noise_schedule, scheduler.prediction
+        )
+
+    cond = bound(prompted.cond)
+    if prompted.uncond is None:
+        return cond
+    return guided(cond, bound(stacked(prompted.uncond, prompted.cond)), job.guidance, scheduler.prediction)
+
+
+def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: Handoff | None) -> int:
+    """How many of the steps the first model does."""
+    steps = len(sigmas) - 1
+    if handoff is None:
+        return steps
+    schedule = parts.scheduler.noise_schedule
+    cutoff = round(len(schedule) * (1 - handoff.at))
+    count = sum(schedule.sigma_to_t(sigma) > cutoff - 0.5 for sigma in sigmas[:-1])
+    if not 0 < count < steps:
+        who = "the refiner" if count else "the base model"
+        raise InputError(f"handoff {handoff.at:g} with {steps} steps leaves {who} none; move it or take more steps")
+    return count
+
+
+def _finite(tensor: Tensor, stage: str, remedy: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise NotFiniteError(f"{stage} gave NaN or infinity; try {remedy}")
+
+
+def _unknown_words(parts: Parts, job: Job) -> tuple[str, ...]:
+    words = (word for text in dict.fromkeys(job.prompts) for word in parts.tokenizers[0].unknown(text))
+    return tuple(dict.fromkeys(words))

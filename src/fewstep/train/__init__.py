@@ -1,0 +1,1 @@
+"""Training: losses, the moving average, checkpoints and one plain loop."""

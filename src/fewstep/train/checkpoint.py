@@ -1,0 +1,50 @@
+"""Checkpoints of a training run: written whole or not at all, the last few kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.errors import CheckpointError
+
+State = dict[str, Any]
+
+
+def save_checkpoint(folder: Path, step: int, state: State, *, keep: int = 2) -> Path:
+    """Write `folder/step-00001234.pt` and delete all but the `keep` newest; the path written.
+
+    The file appears under its name only when all of it is on the disk: a kill leaves the one before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_checkpoint(folder: Path) -> State | None:
+    """The newest checkpoint in `folder`, on the CPU, or None. Raises `CheckpointError` for a damaged file."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        state: State = torch.load(found[-1], map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken archive
+        raise CheckpointError(
+            f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before"
+        ) from error
+    return state

@@ -1,0 +1,80 @@
+"""What the networks of a latent diffusion model are trained to make small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+def target(prediction: Prediction, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the UNet should put out for `sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps`; all of one shape, or broadcast.
+
+    The velocity is that of arXiv:2202.00512, app. D.
+    """
+    if prediction == "epsilon":
+        return eps
+    if prediction == "sample":
+        return x0
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+
+def min_snr_weight(prediction: Prediction, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """Weight of a squared error so that it counts as min(SNR, gamma) in x0 (arXiv:2303.09556, eq. 5).
+
+    `gamma` = inf gives the weight 1 to the error in noise, SNR / (SNR + 1) to the velocity's.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = snr.clamp(max=gamma)
+    if prediction == "epsilon":
+        return weight / snr
+    if prediction == "v_prediction":
+        return weight / (snr + 1)
+    return weight
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """(count,) int64 in [0, steps): one from each of `count` equal parts of the range, shuffled.
+
+    Each alone is uniform; together they cover the range, which takes variance out of the loss.
+    """
+    share = (torch.arange(count) + torch.rand((), generator=generator)) / count
+    order = torch.randperm(count, generator=generator)
+    return (share * steps).long().clamp(max=steps - 1)[order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLoss:
+    """The picture's and the latents' error, term by term; pictures are in [-1, 1].
+
+    `chroma`: how much more a fully saturated pixel counts than a grey one (objects are coloured, the stage is not);
+    `edges`: weight of the error of the differences between neighbours; `kl`: weight of the mean divergence per latent.
+    """
+
+    chroma: float = 3.0
+    squared: float = 2.0
+    edges: float = 0.5
+    kl: float = 1e-4
+
+    def picture(self, output: Tensor, image: Tensor) -> Tensor:
+        """Weighted L1 + `squared` * MSE + `edges` * L1 of differences; both (B, 3, H, W)."""
+        saturation = (image.amax(1, keepdim=True) - image.amin(1, keepdim=True)).clamp(max=1)
+        weight = 1 + self.chroma * saturation
+        error = output - image
+        edges = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
+        return (weight * (error.abs() + self.squared * error.square())).mean() + self.edges * edges
+
+    def divergence(self, moments: Tensor) -> Tensor:
+        """`kl` times the mean divergence of the latents' normal distributions from N(0, 1); moments (B, 2C, h, w)."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        return self.kl * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+
+
+def sampled_latents(moments: Tensor) -> Tensor:
+    """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn_like(mean)

@@ -1,0 +1,136 @@
+"""Files of tensors: what a file really is, and the tensors in it, mapped into memory or read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MOST_TENSORS = 20_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_FOREIGN = (  # how a file starts, what it is, what to do
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "run `git lfs pull` in its folder"),
+    (b"<!doctype", "an HTML page", "download the file itself, not the page that shows it"),
+    (b"<html", "an HTML page", "download the file itself, not the page that shows it"),
+    (b"gguf", "a GGUF file", "fewstep reads .safetensors and .ckpt"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"\x89png", "a PNG picture", "give the file of weights"),
+    (b"{", "a JSON text", "give the file of weights"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """The names, shapes and number formats in one or more files, and `read`, which takes a name to its tensor.
+
+    `read(name, True)` maps the tensor into memory, `read(name, False)` copies it, and frees the file's pages.
+    """
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str, bool], Tensor]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def kind_of(path: Path) -> str:
+    """`"safetensors"` or `"torch"` by what the file holds, whatever it is called; CheckpointError for another file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty; download it again")
+    for magic, what, advice in _FOREIGN:
+        if start.lstrip().lower().startswith(magic):
+            raise CheckpointError(f"{path} is {what}; {advice}")
+    if start.startswith(b"PK\x03\x04"):
+        return "torch"
+    if start[0] == 0x80 and start[1] < 6 and start[8:9] != b"{":
+        raise CheckpointError(f"{path} is a bare pickle, which can run any program; convert it to .safetensors where it is trusted")
+    return "safetensors"
+
+
+def read_safetensors(path: Path) -> TensorFile:
+    """The tensors of a .safetensors file, after its header was checked; CheckpointError says what is wrong with it."""
+    entries, data = _header(path)
+    notes = entries.pop("__metadata__", {})
+    if len(entries) > MOST_TENSORS:
+        raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
+    try:
+        mapped = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+    def read(name: str, keep_mapped: bool) -> Tensor:
+        found: Tensor = mapped.get_tensor(name) if keep_mapped else _copied(path, entries[name], data)
+        return found
+
+    dtypes = {name: _DTYPES.get(entry["dtype"], torch.int64) for name, entry in entries.items()}
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    return TensorFile(path=path, shapes=shapes, dtypes=dtypes, read=read, notes=notes)
+
+
+def joined(path: Path, files: Iterable[TensorFile]) -> TensorFile:
+    """The shards of one model as one file; CheckpointError when two of them hold the same name."""
+    owner: dict[str, TensorFile] = {}
+    for file in files:
+        twice = owner.keys() & file.shapes.keys()
+        if twice:
+            raise CheckpointError(f"{path}: two shards hold {min(twice)!r}; download them again")
+        owner |= dict.fromkeys(file.shapes, file)
+    return TensorFile(
+        path=path,
+        shapes={name: file.shapes[name] for name, file in owner.items()},
+        dtypes={name: file.dtypes[name] for name, file in owner.items()},
+        read=lambda name, keep_mapped: owner[name].read(name, keep_mapped),
+    )
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The parsed header, and where the data starts."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > LARGEST_HEADER or file.read(1) != b"{":
+            raise CheckpointError(f"{path} is not a safetensors file, nor a torch archive; it has no header")
+        start = b"{" + file.read(length - 1)
+    try:
+        header = json.loads(start)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        cut = " and is cut short" if len(start) < length else ""
+        raise CheckpointError(f"{path} has a safetensors header that cannot be read{cut}; download it again") from error
+    if 8 + length + end > size:
+        raise CheckpointError(f"{path} is cut short: its header promises {8 + length + end:,} bytes, it has {size:,}")
+    return header, 8 + length
+
+
+def _copied(path: Path, entry: Mapping[str, Any], data: int) -> Tensor:
+    """One tensor, by ordinary reading: mapped pages would count as memory until the last tensor is done."""
+    start, end = entry["data_offsets"]
+    buffer = torch.empty(end - start, dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(data + start)
+        if file.readinto(buffer.numpy()) != end - start:
+            raise CheckpointError(f"{path} ended while it was read; was it replaced meanwhile?")
+    return buffer.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -1,0 +1,136 @@
+"""What a checkpoint says about its noise levels: scheduler_config.json, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fewstep.errors import CheckpointError, nearest
+from fewstep.models.zoo import Family, Prediction
+
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "LCMScheduler": "lcm",
+    "PNDMScheduler": "plms",
+    "UniPCMultistepScheduler": "unipc",
+}
+_STAND_INS = {  # samplers that fewstep has not, by its nearest one; the noise levels are the same
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
+    "KDPM2DiscreteScheduler": "heun",
+    "LMSDiscreteScheduler": "dpmpp_2m",
+}
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_LEADING = ("ddim", "ddpm", "lcm", "plms")  # whose files mean this when they name no spacing, and count alphas
+_CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The noise levels a checkpoint was trained at, and how it is usually sampled; the defaults are SD 1's.
+
+    `sampler`, `spacing`: names of `diffusion`'s samplers and schedules. `final`: where a run ends, at 0 or at the lowest
+    trained level (`set_alpha_to_one: false`). `train_steps`: T, the number of time steps.
+    """
+
+    sampler: str = "plms"
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    train_steps: int = 1000
+    prediction: Prediction = "eps"
+    spacing: str = "leading"
+    steps_offset: int = 1
+    final: Literal["zero", "sigma_min"] = "sigma_min"
+    zero_terminal_snr: bool = False
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
+        """From a scheduler_config.json; CheckpointError for one whose pictures would come out different here."""
+        sampler = _sampler(config)
+        _refuse(config, sampler)
+        leading = sampler in _LEADING
+        spacing = config.get("timestep_spacing", "leading" if leading else "linspace")
+        if config.get("use_karras_sigmas"):
+            spacing = "karras"
+        elif config.get("use_exponential_sigmas"):
+            spacing = "exponential"
+        lowest = not config.get("set_alpha_to_one", sampler != "plms")
+        final = ("sigma_min" if lowest else "zero") if leading else config.get("final_sigmas_type", "zero")
+        return cls(
+            sampler=sampler,
+            beta_schedule=config.get("beta_schedule", "linear"),
+            beta_start=config.get("beta_start", 0.0001),
+            beta_end=config.get("beta_end", 0.02),
+            train_steps=config.get("num_train_timesteps", 1000),
+            prediction=_PREDICTIONS[config.get("prediction_type", "epsilon")],
+            spacing=spacing,
+            steps_offset=config.get("steps_offset", 0),
+            final=final,
+            zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """A scheduler_config.json that says the same to diffusers."""
+        config: dict[str, Any] = {
+            **_class_of(self.sampler),
+            "beta_schedule": self.beta_schedule,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "num_train_timesteps": self.train_steps,
+            "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[self.prediction],
+            "steps_offset": self.steps_offset,
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
+            "clip_sample": False,
+        }
+        if self.spacing in ("karras", "exponential"):
+            config[f"use_{self.spacing}_sigmas"] = True
+        else:
+            config["timestep_spacing"] = self.spacing
+        if self.sampler in _LEADING:
+            return config | {"set_alpha_to_one": self.final == "zero", "skip_prk_steps": True}
+        return config | {"final_sigmas_type": self.final}
+
+
+def usual_scheduler(family: Family, prediction: Prediction = "eps") -> SchedulerConfig:
+    """What the published models of `family` say; for single files, which say nothing."""
+    if family in ("sdxl", "sdxl-refiner"):
+        return SchedulerConfig(sampler="euler", final="zero", prediction=prediction)
+    return SchedulerConfig(sampler="ddim" if family == "sd2" else "plms", prediction=prediction)
+
+
+def _sampler(config: Mapping[str, Any]) -> str:
+    name, known = config.get("_class_name"), _SAMPLERS | _STAND_INS
+    if name not in known:
+        raise CheckpointError(f"scheduler: {name!r} is unknown{nearest(str(name), known)}; known are {', '.join(known)}")
+    if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
+    return known[name]
+
+
+def _class_of(sampler: str) -> dict[str, Any]:
+    if sampler in ("dpmpp_2m_sde", "dpmpp_3m_sde"):
+        settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": int(sampler[6])}
+        return {"_class_name": "DPMSolverMultistepScheduler", **settings}
+    return {"_class_name": next(theirs for theirs, ours in _SAMPLERS.items() if ours == sampler)}
+
+
+def _refuse(config: Mapping[str, Any], sampler: str) -> None:
+    """Settings under which diffusers would draw another picture than fewstep."""
+    wrong = [key for key in ("thresholding", "trained_betas", "use_beta_sigmas") if config.get(key)]
+    if sampler in _CLIPPING and config.get("clip_sample", sampler != "lcm"):
+        wrong.append("clip_sample")
+    prediction = config.get("prediction_type", "epsilon")
+    if wrong or prediction not in _PREDICTIONS:
+        named = wrong[0] if wrong else "prediction_type"
+        raise CheckpointError(
+            f"scheduler: {named} is {config.get(named, True)!r}, which fewstep has not; its latent models need none of it"
+        )
