@@ -24,14 +24,14 @@ Picture = Image.Image | NDArray[Any] | Tensor | str | Path
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_PICTURE = 64_000_000  # pixels
 LARGEST_METADATA = 65_536  # characters
-PARAMETERS = {  # in AUTOMATIC1111's `parameters` text: our key, its key and value, type
-    "steps": (r"Steps: (\d{1,9})", int),
-    "sampler": (r"Sampler: ([^,]+)", str),
-    "guidance_scale": (r"CFG scale: (\d{1,9}(?:\.\d{1,9})?)", float),
-    "seed": (r"Seed: (\d{1,19})", int),
-    "width": (r"Size: (\d{1,9})x", int),
-    "height": (r"Size: \d{1,9}x(\d{1,9})", int),
-    "model": (r"Model: ([^,]+)", str),
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError)
+PARAMETERS = {  # of AUTOMATIC1111's text: our name, its name, what a value looks like, our type
+    "steps": ("Steps", r"\d{1,9}", int),
+    "sampler": ("Sampler", r"[^,]+", str),
+    "guidance_scale": ("CFG scale", r"\d{1,9}(?:\.\d{1,9})?", float),
+    "seed": ("Seed", r"\d{1,19}", int),
+    "size": ("Size", r"\d{1,9}x\d{1,9}", str),
+    "model": ("Model", r"[^,]+", str),
 }
 
 
@@ -46,9 +46,9 @@ def to_tensor(image: Picture, width: int | None = None, height: int | None = Non
     if isinstance(image, Tensor):
         return _resized(_checked(image, channels=3, lowest=-1.0), width, height)
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-        planes = torch.from_numpy(image).movedim(-1, 0)
-        return _resized(_checked(planes, channels=3, lowest=0.0) * 2 - 1, width, height)
-    picture = _rgb(_opened(image))
+        planes = _checked(np.moveaxis(image, -1, 0).copy(), channels=3, lowest=0.0)
+        return _resized(planes * 2 - 1, width, height)
+    picture = _on_white(_opened(image))
     return _from_pil(picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)) * 2 - 1
 
 
@@ -58,14 +58,12 @@ def mask_to_tensor(mask: Picture, width: int, height: int) -> Tensor:
     Takes a PIL image or a path (transparency does not count), or an array or tensor (H, W): uint8, bool, or
     floats in 0..1. Equal to diffusers' mask processor for PIL images. Raises `InputError`.
     """
-    if isinstance(mask, np.ndarray) and mask.dtype != np.uint8:
-        mask = torch.from_numpy(mask)
-    if isinstance(mask, Tensor):
+    if isinstance(mask, Tensor) or (isinstance(mask, np.ndarray) and mask.dtype != np.uint8):
         grey = _resized(_checked(mask, channels=1, lowest=0.0), width, height)
     else:
         picture = _opened(mask)
-        resized = picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)
-        grey = _from_pil(resized.convert("L"))
+        picture = picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)
+        grey = _from_pil(_converted(picture, "L"))
     return (grey >= 0.5).float()
 
 
@@ -113,15 +111,13 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     foreign name), `guidance_scale`, `seed`, `width`, `height`, `model`. Raises `InputError`.
     """
     with _readable(path), Image.open(path, formats=FORMATS) as image:
-        ours, foreign = (image.info.get(name) for name in ("fewstep", "parameters"))
-        text = ours if isinstance(ours, str) else foreign
+        own = "fewstep" in image.info
+        text = image.info.get("fewstep" if own else "parameters")
         if not isinstance(text, str):
             return None
         if len(text) > LARGEST_METADATA:
-            raise InputError(
-                f"{path} holds {len(text)} characters of metadata; the limit is {LARGEST_METADATA}"
-            )
-        found = _foreign(text) if text is foreign else json.loads(text)
+            raise InputError(f"{len(text)} characters of metadata in {path}: over {LARGEST_METADATA}")
+        found = json.loads(text) if own else _foreign(text)
         if not isinstance(found, dict):
             raise InputError(f"the metadata of {path} are not a JSON object: {text[:40]!r}")
         return found
@@ -146,62 +142,62 @@ def _readable(source: object) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        RecursionError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UNREADABLE as error:
         raise InputError(f"{name} cannot be read as a PNG, JPEG or WebP picture: {error}") from error
 
 
 def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
-    """The picture upright and decoded, which happens only when it is not too large."""
     with _readable(image):
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        elif not isinstance(image, Image.Image):
-            with Image.open(image, formats=FORMATS) as opened:
-                return _opened(opened)
-        if image.width * image.height > LARGEST_PICTURE:
-            raise InputError(
-                f"{image.width} x {image.height} pixels are over the limit of {LARGEST_PICTURE:,}"
-            )
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # Pillow would clip at 255
-            return Image.fromarray((np.asarray(upright, np.uint16) // 257).astype(np.uint8))
-        return upright
+            return Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+        if isinstance(image, Image.Image):
+            return _decoded(image)
+        if not isinstance(image, str | Path):
+            raise InputError(f"{type(image).__name__} is not a picture, an array, a tensor or a path")
+        with Image.open(image, formats=FORMATS) as opened:
+            return _decoded(opened)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _decoded(image: Image.Image) -> Image.Image:
+    """A copy, upright and of 8 bits; its pixels are read only when there are not too many."""
+    if image.width * image.height > LARGEST_PICTURE:
+        raise InputError(f"{image.width} x {image.height} pixels are over the limit of {LARGEST_PICTURE:,}")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(upright, np.uint16) // 257).astype(np.uint8))
+    return upright
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return _converted(picture, "RGB")
+    picture = _converted(picture, "RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
     with _readable(picture):
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        return picture.convert(mode)
 
 
 def _size(size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
-    width, height = (asked or own for asked, own in zip((width, height), size, strict=True))
+    width, height = (own if asked is None else asked for asked, own in zip((width, height), size, strict=True))
     if min(width, height) < 8:
         raise InputError(f"a picture of {width} x {height} pixels is too small; each side needs 8 or more")
     return width - width % 8, height - height % 8
 
 
 def _from_pil(picture: Image.Image) -> Tensor:
-    planes = torch.from_numpy(np.array(picture, np.float32) / 255)  # (H, W) or (H, W, 3)
-    return planes.reshape(1, *planes.shape[:2], -1).permute(0, 3, 1, 2).contiguous()  # (1, C, H, W)
+    planes = torch.from_numpy(np.atleast_3d(np.array(picture, np.float32) / 255))  # (H, W, C)
+    return planes.permute(2, 0, 1)[None].contiguous()  # (1, C, H, W)
 
 
-def _checked(planes: Tensor, channels: int, lowest: float) -> Tensor:
-    planes = planes.float()
+def _checked(values: Tensor | NDArray[Any], channels: int, lowest: float) -> Tensor:
+    with _readable(values):
+        planes = torch.as_tensor(values, dtype=torch.float32)
     planes = planes.reshape((1,) * (4 - planes.ndim) + planes.shape)
     if planes.ndim != 4 or planes.shape[1] != channels:
-        raise InputError(
-            f"a picture of shape {tuple(planes.shape)} has not {channels} channels of two dimensions"
-        )
+        raise InputError(f"a picture of shape {tuple(planes.shape)} has not {channels} flat channels")
     if not bool(((planes >= lowest) & (planes <= 1)).all()):  # NaN too
         raise InputError(f"the picture's values are not all within {lowest:g} to 1")
     return planes
@@ -216,21 +212,12 @@ def _resized(planes: Tensor, width: int | None, height: int | None) -> Tensor:
 
 
 def _parameters(metadata: Mapping[str, object]) -> str:
-    value = {name: metadata.get(name) for name in ("prompt", "negative_prompt", *PARAMETERS)}
-    size = f"{value['width']}x{value['height']}" if value["width"] and value["height"] else None
-    settings = {
-        "Steps": value["steps"],
-        "Sampler": value["sampler"],
-        "CFG scale": value["guidance_scale"],
-        "Seed": value["seed"],
-        "Size": size,
-        "Model": value["model"],
-    }
-    lines = [str(value["prompt"] or "")]
-    lines += [f"Negative prompt: {value['negative_prompt']}"] if value["negative_prompt"] else []
-    return "\n".join(
-        [*lines, ", ".join(f"{key}: {item}" for key, item in settings.items() if item is not None)]
-    )
+    size = "{width}x{height}".format_map(metadata) if {"width", "height"} <= metadata.keys() else None
+    values = {**metadata, "size": size}
+    named = {key: values.get(name) for name, (key, _, _) in PARAMETERS.items()}
+    settings = ", ".join(f"{key}: {value}" for key, value in named.items() if value is not None)
+    negative = f"\nNegative prompt: {values['negative_prompt']}" if values.get("negative_prompt") else ""
+    return f"{values.get('prompt', '')}{negative}\n{settings}"
 
 
 def _foreign(text: str) -> dict[str, Any]:
@@ -239,7 +226,9 @@ def _foreign(text: str) -> dict[str, Any]:
         head, last = text, ""
     prompt, _, negative = f"\n{head}".partition("\nNegative prompt:")
     found: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
-    for name, (pattern, kind) in PARAMETERS.items():
-        if match := re.search(rf"(?:^|, ){pattern}", last):
+    for name, (key, value, kind) in PARAMETERS.items():
+        if match := re.search(f"(?:^|, ){key}: ({value})", last):
             found[name] = kind(match[1])
+    if size := found.pop("size", None):
+        found["width"], found["height"] = map(int, size.split("x"))
     return found

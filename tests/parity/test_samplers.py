@@ -1,49 +1,51 @@
-"""Every sampler walks the same way as its counterpart in diffusers, or as k-diffusion's formulas written out here.
+"""Every sampler walks the same way as its counterpart in diffusers, or as k-diffusion's formulas written out.
 
-The model is a small deterministic nonlinear function of (x, t) in float32; both sides get the same start and,
-through generators with one seed, the same noise. Left out, with the reason, are the cases where diffusers
-itself does something else than the method says:
+The model is a small, deterministic, nonlinear function of (x, t) in float32; both sides get the same start and,
+through generators with one seed, the same noise. Left out are cases where diffusers does not do what the
+method says:
 
-- PNDM with v-prediction mixes past outputs, not past noises, although v means something else at each level; a
-  sampler here never sees the output, so `plms` is compared for epsilon only.
-- DDIM with `trailing` at 3 and 9 steps (not divisors of 1000) goes to `t - 1000 // steps`, which is not the next
-  time step it visits, so a step lands between two levels. The same for PNDM; both are compared on `leading`.
-- DPMSolverMultistep and UniPC round the time steps of karras levels, and DDPM, LCM, PNDM and DDIM have no such
-  levels: karras is compared with Euler and Heun.
-- DPMSolverSDE needs the package torchsde; it is k-diffusion's sampler, whose formulas are used instead.
-- LCM refuses more steps than its 50 original ones, and DDPM etc. at 1 step with `leading` start at t = 0 or 1:
-  compared all the same.
+- PNDM with v-prediction mixes past outputs as if they were noises, although v means something else at each
+  level. A sampler here never sees outputs, so `plms` is compared for epsilon only.
+- DDIM and PNDM step from t to `t - 1000 // steps`. With `trailing` and a number of steps that does not divide
+  1000 that is not the next time step they visit, so they are compared on `leading`.
+- PNDM in the middle of a schedule (image to image) takes its second time step for the repeated one, and is a
+  step off from then on; `plms` starts afresh wherever it starts. Only whole runs are compared.
+- DPMSolverMultistep and UniPC round the time steps of karras levels before they ask the model, and DDIM,
+  PNDM, DDPM and LCM have no such levels: karras is compared with Euler and Heun.
+- DDIM and DDPM let zero-terminal-SNR schedules reach sigma = infinity; Euler and the multistep solvers stop
+  at 4096, as here.
+- DPMSolverSDE needs a package for Brownian trees. It is k-diffusion's sampler: see `k_dpmpp_sde`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from math import exp, expm1, log, sqrt
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import sqrt
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from torch import Tensor
+
 from fewstep.diffusion.denoiser import Denoiser, Prediction, consistency, denoiser
 from fewstep.diffusion.samplers import SAMPLERS
-from fewstep.diffusion.schedule import NoiseSchedule, noise_schedule, sigmas_for
+from fewstep.diffusion.schedule import noise_schedule, sigmas_for
 from fewstep.diffusion.step import Noise, Step
-from torch import Tensor
 
 SHAPE = (2, 4, 4, 4)
 STEPS = (1, 2, 3, 9, 20, 50)
 TOLERANCE = 1e-5
-TRAINED: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+TRAINED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULE = noise_schedule()
+
+Network = Callable[[Tensor, Any], Tensor]
 
 
 @pytest.fixture(scope="module")
-def schedule() -> NoiseSchedule:
-    return noise_schedule()
-
-
-@pytest.fixture(scope="module")
-def predict() -> Callable[[Tensor, Any], Tensor]:
+def predict() -> Network:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(64, 64, generator=generator) / 8
     shift = torch.randn(64, generator=generator)
@@ -60,14 +62,18 @@ def seeded_noise(seed: int = 11) -> Noise:
     return lambda: torch.randn(SHAPE, generator=generator)
 
 
-def walked(steps: Iterator[Step]) -> Tensor:
-    """The last x of a run, in the network's own coordinates."""
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    assert torch.isfinite(theirs).all()
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def last_x(steps: Iterator[Step]) -> Tensor:
+    """The last x of a run, in the network's own coordinates, as diffusers leaves it."""
     *_, last = steps
     return last.x / sqrt(1 + last.sigma**2)
 
 
-def reference(scheduler: Any, steps: int, predict: Callable[[Tensor, Any], Tensor], **options: Any) -> Tensor:
-    """The last x of diffusers' loop."""
+def last_x_of_diffusers(scheduler: Any, steps: int, predict: Network, **options: Any) -> Tensor:
     scheduler.set_timesteps(steps)
     x = seeded_noise(5)() * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -75,70 +81,228 @@ def reference(scheduler: Any, steps: int, predict: Callable[[Tensor, Any], Tenso
     return x
 
 
-def levels(scheduler: Any, steps: int, schedule: NoiseSchedule, final: float = 0.0) -> tuple[float, ...]:
-    """The levels of diffusers' time steps (Heun and PNDM list some twice)."""
-    scheduler.set_timesteps(steps)
-    return (*(schedule.t_to_sigma(t) for t in dict.fromkeys(scheduler.timesteps.tolist())), final)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One of our samplers and the scheduler of diffusers that it should agree with."""
+
+    sampler: str
+    scheduler: str
+    config: dict[str, Any] = field(default_factory=dict)
+    eta: float | None = None
+    predictions: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.sampler, self.scheduler, *self.config.values())))
+
+    def theirs(self, prediction: Prediction, steps: int, predict: Network) -> Tensor:
+        scheduler = self.built(prediction)
+        options = {} if self.eta is None else {"eta": self.eta}
+        if SAMPLERS[self.sampler].takes_noise:
+            options["generator"] = torch.Generator().manual_seed(11)
+        return last_x_of_diffusers(scheduler, steps, predict, **options)
+
+    def ours(self, prediction: Prediction, steps: int, predict: Network) -> Tensor:
+        spec = SAMPLERS[self.sampler]
+        denoise = denoiser(predict, SCHEDULE, prediction)
+        if spec.consistency:
+            denoise = consistency(denoise, SCHEDULE)
+        sigmas = self.sigmas(prediction, steps)
+        x = seeded_noise(5)() * spec.initial_scale(self.config.get("timestep_spacing", "linspace"), sigmas[0])
+        return last_x(spec(denoise, x, sigmas, noise=seeded_noise(), eta=self.eta))
+
+    def built(self, prediction: Prediction) -> Any:
+        return getattr(diffusers, self.scheduler)(**TRAINED, prediction_type=prediction, **self.config)
+
+    def sigmas(self, prediction: Prediction, steps: int) -> tuple[float, ...]:
+        """The levels of the time steps of diffusers, which lists some twice for Heun and PNDM."""
+        scheduler = self.built(prediction)
+        scheduler.set_timesteps(steps)
+        ends_low = "sigma_min" in self.config.values() or self.config.get("set_alpha_to_one") is False
+        times = dict.fromkeys(scheduler.timesteps.tolist())
+        return (*map(SCHEDULE.t_to_sigma, times), SCHEDULE.sigmas[0] if ends_low else 0.0)
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    assert torch.isfinite(theirs).all()
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+DDIM = {"clip_sample": False, "steps_offset": 1}
+PNDM = {"skip_prk_steps": True, "steps_offset": 1}
+PAIRS = (
+    Pair(sampler="euler", scheduler="EulerDiscreteScheduler", config={"timestep_spacing": "leading"}),
+    Pair(sampler="euler", scheduler="EulerDiscreteScheduler", config={"timestep_spacing": "trailing"}),
+    Pair(
+        sampler="euler_ancestral",
+        scheduler="EulerAncestralDiscreteScheduler",
+        config={"timestep_spacing": "trailing"},
+    ),
+    Pair(sampler="heun", scheduler="HeunDiscreteScheduler", config={"timestep_spacing": "trailing"}),
+    Pair(sampler="ddim", scheduler="DDIMScheduler", config=DDIM),
+    Pair(sampler="ddim", scheduler="DDIMScheduler", config=DDIM, eta=0.7),
+    Pair(sampler="ddim", scheduler="DDIMScheduler", config={**DDIM, "set_alpha_to_one": False}, eta=0.7),
+    Pair(
+        sampler="plms",
+        scheduler="PNDMScheduler",
+        config={**PNDM, "set_alpha_to_one": False},
+        predictions=("epsilon",),
+    ),
+    Pair(
+        sampler="plms",
+        scheduler="PNDMScheduler",
+        config={**PNDM, "set_alpha_to_one": True},
+        predictions=("epsilon",),
+    ),
+    Pair(sampler="dpmpp_2m", scheduler="DPMSolverMultistepScheduler"),
+    Pair(sampler="dpmpp_2m", scheduler="DPMSolverMultistepScheduler", config={"timestep_spacing": "trailing"}),
+    Pair(
+        sampler="dpmpp_2m",
+        scheduler="DPMSolverMultistepScheduler",
+        config={"final_sigmas_type": "sigma_min"},
+    ),
+    Pair(
+        sampler="dpmpp_2m_sde",
+        scheduler="DPMSolverMultistepScheduler",
+        config={"algorithm_type": "sde-dpmsolver++"},
+    ),
+    Pair(sampler="unipc", scheduler="UniPCMultistepScheduler"),
+    Pair(sampler="unipc", scheduler="UniPCMultistepScheduler", config={"final_sigmas_type": "sigma_min"}),
+    Pair(sampler="lcm", scheduler="LCMScheduler"),
+    Pair(sampler="ddpm", scheduler="DDPMScheduler", config=DDIM),
+    Pair(sampler="ddpm", scheduler="DDPMScheduler", config={**DDIM, "timestep_spacing": "trailing"}),
+)
 
 
-Case = tuple[str, str, dict[str, Any], dict[str, Any]]
-"""Our sampler and its options, diffusers' scheduler class, and its configuration."""
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    ("pair", "prediction"), [(pair, prediction) for pair in PAIRS for prediction in pair.predictions], ids=str
+)
+def test_a_sampler_ends_where_diffusers_does(pair: Pair, prediction: Prediction, steps: int, predict: Network) -> None:
+    ours, theirs = pair.ours(prediction, steps, predict), pair.theirs(prediction, steps, predict)
+    assert difference(ours, theirs) < TOLERANCE
 
-CASES: list[Case] = [
-    ("euler", "EulerDiscreteScheduler", {"timestep_spacing": "leading", "steps_offset": 1}, {}),
-    ("euler", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, {}),
-    ("euler_ancestral", "EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, {}),
-    ("heun", "HeunDiscreteScheduler", {"timestep_spacing": "trailing"}, {}),
-    ("ddim", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, {}),
-    ("ddim", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, {"eta": 0.7}),
-    ("ddim", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}, {}),
-    ("plms", "PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}, {}),
-    ("plms", "PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": True}, {}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}, {}),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, {}),
-    ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
-    ("unipc", "UniPCMultistepScheduler", {"timestep_spacing": "linspace"}, {}),
-    ("unipc", "UniPCMultistepScheduler", {"timestep_spacing": "trailing"}, {}),
-    ("lcm", "LCMScheduler", {}, {}),
-    ("ddpm", "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}, {}),
-]
+
+@pytest.mark.parametrize("steps", STEPS[1:])  # at 1, diffusers takes its highest karras level from t = 0
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("euler", "EulerDiscreteScheduler"), ("heun", "HeunDiscreteScheduler")]
+)
+def test_karras_levels_and_fractional_time_steps_agree(name: str, scheduler: str, steps: int, predict: Network) -> None:
+    built = getattr(diffusers, scheduler)(**TRAINED, use_karras_sigmas=True)
+    theirs = last_x_of_diffusers(built, steps, predict)
+    sigmas = sigmas_for("karras", steps, SCHEDULE)
+    x = seeded_noise(5)() * SAMPLERS[name].initial_scale("linspace", sigmas[0])
+    ours = last_x(SAMPLERS[name](denoiser(predict, SCHEDULE), x, sigmas, noise=seeded_noise()))
+    assert difference(ours, theirs) < 5 * TOLERANCE  # Heun's step from 14.6 to 0.03 divides rounding by 0.03
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "tolerance"),
+    [
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", TOLERANCE),
+        ("unipc", "UniPCMultistepScheduler", TOLERANCE),
+        ("euler", "EulerDiscreteScheduler", 5e-4),  # theirs takes differences of 4096 in float32
+    ],
+)
+def test_zero_terminal_snr_agrees(name: str, scheduler: str, tolerance: float, steps: int, predict: Network) -> None:
+    config = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    built = getattr(diffusers, scheduler)(**TRAINED, prediction_type="v_prediction", **config)
+    theirs = last_x_of_diffusers(built, steps, predict)
+    schedule = noise_schedule(zero_terminal_snr=True)
+    sigmas = sigmas_for("trailing", steps, schedule)
+    x = seeded_noise(5)() * SAMPLERS[name].initial_scale("trailing", sigmas[0])
+    denoise = denoiser(predict, schedule, "v_prediction")
+    ours = last_x(SAMPLERS[name](denoise, x, sigmas, noise=seeded_noise()))
+    assert difference(ours, theirs) < tolerance
+
+
+def k_ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    up = min(sigma_next, eta * (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5)
+    return (sigma_next**2 - up**2) ** 0.5, up
+
+
+def k_dpmpp_sde(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
+    """k-diffusion's `sample_dpmpp_sde` with r = 1/2; its Brownian tree is a path that grows as it is read."""
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    for sigma, sigma_next in pairwise(levels):
+        x0 = denoise(x, float(sigma))
+        if sigma_next == 0:
+            x = x + (x - x0) / sigma * (sigma_next - sigma)
+            continue
+        t, t_next = -sigma.log(), -sigma_next.log()
+        s = t + (t_next - t) / 2
+        middle = (-s).exp()
+        path = {sigma: torch.zeros(())}
+        path[middle] = path[sigma] + (sigma - middle).sqrt() * noise()
+        path[sigma_next] = path[middle] + (middle - sigma_next).sqrt() * noise()
+
+        down, up = k_ancestral(float(sigma), float(middle), eta)
+        s_down = -torch.tensor(down, dtype=torch.float64).log()
+        x2 = ((-s_down).exp() / sigma) * x - (t - s_down).expm1() * x0
+        x2 = x2 + (path[middle] - path[sigma]) / (sigma - middle).sqrt() * up
+        x0 = denoise(x2, float(middle))
+
+        down, up = k_ancestral(float(sigma), float(sigma_next), eta)
+        t_down = -torch.tensor(down, dtype=torch.float64).log()
+        x = ((-t_down).exp() / sigma) * x - (t - t_down).expm1() * x0
+        x = x + (path[sigma_next] - path[sigma]) / (sigma - sigma_next).sqrt() * up
+    return x
+
+
+def k_dpmpp_2m_sde(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
+    """k-diffusion's `sample_dpmpp_2m_sde`, midpoint; there a run of one step raises UnboundLocalError."""
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    before: tuple[Tensor, Tensor] | None = None
+    for sigma, sigma_next in pairwise(levels):
+        x0 = denoise(x, float(sigma))
+        if sigma_next == 0:
+            return x0
+        h = sigma.log() - sigma_next.log()
+        x = sigma_next / sigma * (-eta * h).exp() * x + (-h - eta * h).expm1().neg() * x0
+        if before is not None:
+            r = before[1] / h
+            x = x + 0.5 * (-h - eta * h).expm1().neg() * (1 / r) * (x0 - before[0])
+        x = x + noise() * sigma_next * (-2 * eta * h).expm1().neg().sqrt()
+        before = (x0, h)
+    return x
+
+
+def k_dpmpp_3m_sde(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float) -> Tensor:
+    """k-diffusion's `sample_dpmpp_3m_sde`; there a run of one step raises UnboundLocalError."""
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    before: list[tuple[Tensor, Tensor]] = []
+    for sigma, sigma_next in pairwise(levels):
+        x0 = denoise(x, float(sigma))
+        if sigma_next == 0:
+            return x0
+        h = sigma.log() - sigma_next.log()
+        h_eta = h * (eta + 1)
+        x = (-h_eta).exp() * x + (-h_eta).expm1().neg() * x0
+        phi_2 = (-h_eta).expm1() / h_eta + 1
+        phi_3 = phi_2 / h_eta - 0.5
+        if len(before) == 2:
+            (x0_1, h_1), (x0_2, h_2) = before
+            r0, r1 = h_1 / h, h_2 / h
+            d1_0, d1_1 = (x0 - x0_1) / r0, (x0_1 - x0_2) / r1
+            d1 = d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1)
+            d2 = (d1_0 - d1_1) / (r0 + r1)
+            x = x + phi_2 * d1 - phi_3 * d2
+        elif before:
+            x0_1, h_1 = before[0]
+            x = x + phi_2 * (x0 - x0_1) / (h_1 / h)
+        x = x + noise() * sigma_next * (-2 * h * eta).expm1().neg().sqrt()
+        before = [(x0, h), *before[:1]]
+    return x
+
+
+K_DIFFUSION = {"dpmpp_sde": k_dpmpp_sde, "dpmpp_2m_sde": k_dpmpp_2m_sde, "dpmpp_3m_sde": k_dpmpp_3m_sde}
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[2].values()))}")
-def test_a_sampler_ends_where_diffusers_does(
-    case: Case,
-    prediction: Prediction,
-    steps: int,
-    schedule: NoiseSchedule,
-    predict: Callable[[Tensor, Any], Tensor],
-    record_property: Callable[[str, object], None],
+@pytest.mark.parametrize("eta", [0.6, 1.0])
+@pytest.mark.parametrize("name", K_DIFFUSION)
+def test_a_sampler_ends_where_k_diffusions_formulas_do(
+    name: str, eta: float, prediction: Prediction, steps: int, predict: Network
 ) -> None:
-    name, scheduler_class, config, options = case
-    if name == "plms" and prediction != "epsilon":
-        pytest.skip("diffusers' PNDM mixes outputs, not noises")
-    scheduler = getattr(diffusers, scheduler_class)(**TRAINED, prediction_type=prediction, **config)
-    spec = SAMPLERS[name]
-    theirs_options = dict(options)
-    if spec.takes_noise:
-        theirs_options["generator"] = torch.Generator().manual_seed(11)
-    theirs = reference(scheduler, steps, predict, **theirs_options)
-
-    low_end = config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"
-    sigmas = levels(scheduler, steps, schedule, schedule.sigmas[0] if low_end else 0.0)
-    denoise = denoiser(predict, schedule, prediction)
-    if spec.consistency:
-        denoise = consistency(denoise, schedule)
-    x = seeded_noise(5)() * spec.initial_scale(config.get("timestep_spacing", "linspace"), sigmas[0])
-    ours = walked(spec(denoise, x, sigmas, noise=seeded_noise(), **options))
-    if low_end and name == "dpmpp_2m":
-        ours = ours * 1.0
-    difference = relative(ours, theirs)
-    record_property("difference", difference)
-    assert difference < TOLERANCE
+    sigmas = sigmas_for("karras", steps, SCHEDULE)
+    denoise = denoiser(predict, SCHEDULE, prediction)
+    x = seeded_noise(5)() * SAMPLERS[name].initial_scale("karras", sigmas[0])
+    theirs = K_DIFFUSION[name](denoise, x, sigmas, seeded_noise(), eta)
+    ours = last_x(SAMPLERS[name](denoise, x, sigmas, noise=seeded_noise(), eta=eta))
+    assert difference(ours, theirs) < TOLERANCE

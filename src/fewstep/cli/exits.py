@@ -51,7 +51,7 @@ def _message(error: Exception, code: int) -> str:
     if _out_of_memory(error):
         return "out of memory; ask for a smaller --size or fewer --images, or another --device"
     if code == Exit.BUG:
-        return f"{type(error).__name__}: {error}; this is a bug in fewstep, please report it with what --debug shows"
+        return f"{type(error).__name__}: {error}; a bug in fewstep: please report it with what --debug shows"
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(text.split())
 

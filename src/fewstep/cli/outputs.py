@@ -46,7 +46,7 @@ def paths(output: Path | None, seeds: Sequence[int]) -> list[Path]:
 
 
 def save(result: Result, settings: Mapping[str, Any], output: Path | None) -> list[Path]:
-    """Write every picture of `result` as a PNG that carries `settings` and its own seed; the paths written."""
+    """Write every picture of `result` as a PNG with `settings` and its own seed; the paths written."""
     from fewstep import images
 
     written = paths(output, result.seeds)

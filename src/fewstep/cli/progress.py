@@ -26,9 +26,7 @@ class Bar:
 
     def on_step(self, progress: Progress) -> None:
         """Show that step `progress.index` (from 0) of `progress.total` is done."""
-        self.bars.update(
-            self.task, description="drawing", total=progress.total, completed=progress.index + 1
-        )
+        self.bars.update(self.task, description="drawing", total=progress.total, completed=progress.index + 1)
 
 
 @contextmanager
@@ -40,5 +38,5 @@ def bar(*, shown: bool) -> Iterator[Bar]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=5) as bars:
         yield Bar(bars=bars, task=bars.add_task("", total=None))

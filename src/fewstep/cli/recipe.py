@@ -7,18 +7,19 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fewstep.errors import InputError
 
-if TYPE_CHECKING:
-    from fewstep import Result
-
 Recipe = dict[str, Any]
 
-MODELS = ("model", "refiner")
+MODELS = ("model", "refiner", "tokenizer")  # names or paths
+HOW = ("dtype", "revision", "prediction")  # they are loaded
 PICTURES = ("init", "mask")  # that a recipe reads
-_NOT_SHARED = ("prompt", "task", "device", "dtype", "handoff", "strength", *MODELS, *PICTURES)
+DRAWING = (  # keywords of every task
+    *("prompt", "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "guidance_interval"),
+    *("sampler", "schedule", "eta", "width", "height", "seed", "chunk", "strength", "handoff"),
+)
 
 
 def complete(asked: Mapping[str, Any]) -> Recipe:
@@ -31,48 +32,61 @@ def complete(asked: Mapping[str, Any]) -> Recipe:
     if "images" in asked:
         recipe["images_per_prompt"] = asked["images"]
     if "like" in asked:
-        recipe = from_png(asked["like"]) | recipe
+        recipe = from_png(asked["like"], instead=recipe)
     _check(recipe)
     return recipe
 
 
+def redraws(recipe: Recipe) -> bool:
+    """Whether the refiner redraws the finished picture, instead of taking over before it is finished."""
+    return "refiner" in recipe and "strength" in recipe and "init" not in recipe
+
+
 def keywords(recipe: Recipe) -> Recipe:
-    """The keywords that every task takes."""
-    return {name: value for name, value in recipe.items() if name not in _NOT_SHARED}
+    """The keywords of `Pipeline.start`, but for the refiner."""
+    known = {name: value for name, value in recipe.items() if name not in (*MODELS, *HOW, "device")}
+    if "init" in known:
+        known["image"] = known.pop("init")
+        known.setdefault("strength", 1.0 if "mask" in known else 0.8)
+    return known
 
 
-def from_png(path: Path) -> Recipe:
-    """The recipe that the PNG at `path` carries; files it was made from are looked for as seen from its folder.
+def from_png(path: Path, instead: Mapping[str, Any]) -> Recipe:
+    """The recipe that the PNG at `path` carries, but for the entries `instead`; paths in it start at its folder.
 
-    Raises InputError if it carries none, or if such a file is gone or has changed.
+    Raises InputError if it carries none, one of another version, or if a file it names is gone or has changed.
     """
     from fewstep import images
 
-    settings = images.read_metadata(path)
-    if "fewstep" not in settings:
-        raise InputError(f"{path} does not say how fewstep drew it; `fewstep inspect {path}` shows what it holds")
-    recipe = {name: value for name, value in settings.items() if value is not None and name != "fewstep"}
+    found = images.read_metadata(path)
+    if found is None or "fewstep" not in found:
+        raise InputError(f"{path} does not say how fewstep drew it; fewstep inspect shows what it does say")
+    digests = {name: found.pop(f"{name}_sha256", None) for name in PICTURES}
+    recipe = {name: value for name, value in found.items() if value is not None and name not in instead}
+    for name in ("fewstep", "task"):
+        recipe.pop(name, None)
+    if unknown := recipe.keys() - {*DRAWING, *HOW, *MODELS, *PICTURES}:
+        raise InputError(f"{path} was drawn with {min(unknown)!r} by fewstep {found['fewstep']}, unknown here")
     for name in MODELS:
         if str(recipe.get(name, "")).startswith("."):
             recipe[name] = str(path.parent / recipe[name])
     for name in PICTURES:
-        digest = recipe.pop(f"{name}_sha256", None)
         if name in recipe:
-            recipe[name] = _unchanged(path.parent / recipe[name], digest, path)
-    return recipe
+            recipe[name] = _unchanged(path.parent / recipe[name], digests[name], path)
+    return recipe | dict(instead)
 
 
-def metadata(recipe: Recipe, result: Result, folder: Path) -> Recipe:
-    """The settings to write into PNG files in `folder`, all but the seed; files are named as seen from there."""
+def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recipe:
+    """What to write into PNG files in `folder`: a result's `settings`, and files as seen from there."""
     from fewstep import __version__
 
-    kept = {name: recipe[name] for name in ("handoff", "strength", "dtype") if name in recipe}
-    kept |= {name: _seen_from(folder, recipe[name]) for name in MODELS if name in recipe}
+    kept: Recipe = {name: recipe[name] for name in ("strength", *HOW) if name in recipe}
+    kept |= {name: _seen_from(folder, str(recipe[name])) for name in MODELS if name in recipe}
     for name in PICTURES:
         if name in recipe:
-            kept[name] = os.path.relpath(recipe[name], folder)
+            kept[name] = _relative(recipe[name], folder)
             kept[f"{name}_sha256"] = _sha256(recipe[name])
-    return {"fewstep": __version__, **result.settings, **kept}
+    return {"fewstep": __version__, **settings, **kept}
 
 
 def _sides(asked: Mapping[str, Any]) -> Recipe:
@@ -83,7 +97,7 @@ def _sides(asked: Mapping[str, Any]) -> Recipe:
         raise InputError(f"--size {size} and --width or --height say the same twice; give one of them")
     match = re.fullmatch(r"(\d{1,6})(?:[xX×*](\d{1,6}))?", size.strip())
     if match is None:
-        raise InputError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, as 512x768, or one number for a square")
+        raise InputError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, as 512x768, or 512 for a square")
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
 
 
@@ -107,7 +121,7 @@ def _unchanged(file: Path, digest: str | None, png: Path) -> Path:
     if not file.is_file():
         raise InputError(f"{png} was drawn from {file}, which is not there; give it with --init or --mask")
     if digest and _sha256(file) != digest:
-        raise InputError(f"{png} was drawn from {file}, which has changed since; give the old one with --init or --mask")
+        raise InputError(f"{png} was drawn from {file}, which has changed; give it with --init or --mask")
     return file
 
 
@@ -118,4 +132,11 @@ def _sha256(file: Path) -> str:
 
 def _seen_from(folder: Path, model: str) -> str:
     """A path of weights as seen from `folder`, told from a name by its leading dot; a name unchanged."""
-    return os.path.join(".", os.path.relpath(model, folder)) if Path(model).exists() else model
+    from fewstep.models.zoo import CATALOGUE
+
+    named = model in CATALOGUE or not Path(model).exists()
+    return model if named else f"./{_relative(model, folder)}"
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()

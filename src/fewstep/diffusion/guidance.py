@@ -29,9 +29,7 @@ class Guidance:
         return self.scale > 1 and self.interval[0] <= sigma <= self.interval[1]
 
 
-def guided(
-    cond: Denoiser, pair: Denoiser, guidance: Guidance, prediction: Prediction = "epsilon"
-) -> Denoiser:
+def guided(cond: Denoiser, pair: Denoiser, guidance: Guidance, prediction: Prediction = "epsilon") -> Denoiser:
     """Classifier-free guidance (arXiv:2207.12598): a call of `pair`, or of `cond` where that is enough.
 
     `cond` takes B rows. `pair` takes 2B, the unconditional ones first: the same network with both conditions

@@ -92,14 +92,17 @@ def _ends_first_order(sigmas: Sequence[float], sigma_next: float) -> bool:
 
 
 def _sde_noise(sigma_next: float, h: float) -> float:
-    """The std of the noise that the SDE of arXiv:2211.01095, app. A, adds over a step of length `h`."""
+    """The std of the noise that the SDE adds over a step of length `h`."""
     return sigma_next * sqrt(-expm1(-2 * h))
 
 
 def dpmpp_3m_sde(
     denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise, eta: float = 1.0
 ) -> Iterator[Step]:
-    """DPM-Solver++(3M) with `eta`, 0 ... 1, of the SDE's noise: k-diffusion's `sample_dpmpp_3m_sde`."""
+    """DPM-Solver++(3M) with `eta`, 0 ... 1, of the SDE's noise: k-diffusion's `sample_dpmpp_3m_sde`.
+
+    As published, it counts half of the predictions' bend, and so is of order 2 with a small error, not 3.
+    """
     past: list[Past] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
@@ -114,7 +117,7 @@ def dpmpp_3m_sde(
 
 
 def _drift(x0: Tensor, h: float, past: Sequence[Past], eta: float) -> Tensor:
-    """What a changing prediction adds to a step: exact for one on the line, or parabola, through the last."""
+    """What a prediction that changes, along the line or parabola through the last ones, adds to a step."""
     length = h + eta * h
     phi2 = expm1(-length) / length + 1
     phi3 = phi2 / length - 1 / 2
@@ -127,7 +130,7 @@ def _drift(x0: Tensor, h: float, past: Sequence[Past], eta: float) -> Tensor:
 
 
 def unipc(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
-    """UniPC of order 2 with B2(h) (arXiv:2302.04867, Alg. 1): `dpmpp_2m`, each step redone from its end.
+    """UniPC-2 with B2(h) (arXiv:2302.04867): `dpmpp_2m`, each step redone with its end known.
 
     Redoing costs no evaluation: the one at the predicted `x` serves it and the next step.
     """

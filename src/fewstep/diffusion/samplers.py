@@ -96,7 +96,5 @@ SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
 def sampler(name: str) -> SamplerSpec:
     """The sampler of this name. Raises InputError, with the nearest name, for an unknown one."""
     if name not in SAMPLERS:
-        raise InputError(
-            f"unknown sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}"
-        )
+        raise InputError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]

@@ -36,9 +36,7 @@ def euler_ancestral(
         yield Step(x, x0, sigma_next)
 
 
-def ddim(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise, eta: float = 0.0
-) -> Iterator[Step]:
+def ddim(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise, eta: float = 0.0) -> Iterator[Step]:
     """DDIM (arXiv:2010.02502, eq. 12): in sigma coordinates `euler_ancestral`, without noise by default."""
     return euler_ancestral(denoise, x, sigmas, noise=noise, eta=eta)
 

@@ -15,8 +15,8 @@ Noise = Callable[[], Tensor]
 class Step(NamedTuple):
     """What a sampler yields: `x` (B, C, H, W) at level `sigma`, and the clean latents `x0` it came from.
 
-    `x` is the sampler's own tensor: the next step starts from it, so a caller who writes into it in place,
-    as inpainting does, steers the run.
+    `x` is the sampler's own tensor: the next step starts from it, so a caller who writes into it steers the
+    run, except `unipc`, which redoes the step.
     """
 
     x: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.engines.engine import Conditioning
 
 if TYPE_CHECKING:
-    from fewstep.weights.load import Parts
+    from fewstep.weights.parts import Parts
 
 
 class EagerEngine:
@@ -28,10 +28,9 @@ class EagerEngine:
         rows = [each.flatten(0, 1).to(self.device) for each in ids]
         states = [tower(tower_rows) for tower, tower_rows in zip(self.parts.text_encoders, rows, strict=True)]
         if self.parts.unet.config.addition is None:
-            return states[0].last.unflatten(0, (-1, chunks)).flatten(1, 2).float(), None
+            return _joined(states[0].last, chunks), None
         context = torch.cat([state.penultimate for state in states], dim=-1)
-        pooled = states[-1].pooled.unflatten(0, (-1, chunks))[:, 0]  # that of the first chunk
-        return context.unflatten(0, (-1, chunks)).flatten(1, 2).float(), pooled.float()
+        return _joined(context, chunks), states[-1].pooled[::chunks].float()  # pooled: that of the first chunk
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
@@ -39,14 +38,15 @@ class EagerEngine:
             x = torch.cat([x, conditioning.channels.to(x)], dim=1)
         times = torch.full((len(x),), t, device=self.device)
         pooled, sizes = conditioning.pooled, conditioning.sizes
-        output: Tensor = self.parts.unet(
+        output = self.parts.unet(
             x.to(self.device, self.dtype),
             times,
             conditioning.context.to(self.device, self.dtype),
             None if pooled is None else pooled.to(self.device, self.dtype),
             None if sizes is None else sizes.to(self.device),
         )
-        return output.float()
+        float32: Tensor = output.float()
+        return float32
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. A half-precision decoder that overflows is run again in float32."""
@@ -54,7 +54,7 @@ class EagerEngine:
         latents = latents.to(self.device) / vae.config.scaling_factor
         fragile = self.dtype == torch.float16 and vae.config.force_upcast
         if not fragile:
-            image = vae.decode(latents.to(self.dtype)).float()
+            image: Tensor = vae.decode(latents.to(self.dtype)).float()
             if self.dtype == torch.float32 or bool(image.isfinite().all()):
                 return image
         return self._in_float32(latents, "decode")
@@ -62,7 +62,7 @@ class EagerEngine:
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
         vae = self.parts.autoencoder
-        moments = vae.encode(image.to(self.device, self.dtype)).float()
+        moments: Tensor = vae.encode(image.to(self.device, self.dtype)).float()
         if self.dtype != torch.float32 and not bool(moments.isfinite().all()):
             moments = self._in_float32(image.to(self.device), "encode")
         mean, logvar = moments.chunk(2, dim=1)
@@ -76,3 +76,8 @@ class EagerEngine:
             return out
         finally:
             vae.to(self.dtype)
+
+
+def _joined(states: Tensor, chunks: int) -> Tensor:
+    """The windows (B * chunks, N, D) of each prompt end to end: (B, chunks * N, D) float32."""
+    return states.reshape(len(states) // chunks, -1, states.shape[-1]).float()

@@ -49,7 +49,8 @@ class UNetConfig:
         """How many size numbers SDXL is told: 6 for the base, 5 (with the aesthetic score) for the refiner."""
         if self.addition is None:
             return 0
-        return 5 if self.addition == 1280 + 5 * self.size_features else 6
+        alone = self.addition == self.context + 5 * self.size_features  # one text tower gives states and pooled
+        return 5 if alone else 6
 
     @property
     def pooled(self) -> int:

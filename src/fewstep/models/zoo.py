@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fewstep.errors import InputError, nearest
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 
+if TYPE_CHECKING:
+    from fewstep.diffusion.denoiser import Prediction
+
 Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
-Prediction = Literal["eps", "v", "x0"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Entry:
     autoencoder: AutoencoderConfig | None = None
     texts: tuple[TextConfig, ...] = ()
     defaults: Defaults | None = None
-    prediction: Prediction = "eps"
+    prediction: Prediction = "epsilon"
     tiny_decoder: str | None = None
 
 
@@ -149,7 +151,7 @@ _ENTRIES = (
         autoencoder=SD_AUTOENCODER,
         texts=(OPENCLIP_H,),
         defaults=_defaults(768, "ddim"),
-        prediction="v",
+        prediction="v_prediction",
         tiny_decoder="taesd",
     ),
     Entry(
@@ -204,12 +206,8 @@ _ENTRIES = (
         defaults=_defaults(1024, "euler", guidance_scale=5.0),
         tiny_decoder="taesdxl",
     ),
-    Entry(
-        name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10
-    ),
-    Entry(
-        name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10
-    ),
+    Entry(name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10),
+    Entry(name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10),
 )
 CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 """Every entry by its name; the first is the one that comes with fewstep."""

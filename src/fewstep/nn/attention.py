@@ -26,7 +26,8 @@ class Attention(nn.Module):
         return out
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        rows, count, width = tokens.shape
+        return tokens.view(rows, count, self.heads, width // self.heads).transpose(1, 2)  # (B, heads, N, C / heads)
 
 
 class PixelAttention(nn.Module):
@@ -47,5 +48,5 @@ class PixelAttention(nn.Module):
         """x (B, C, H, W) -> (B, C, H, W)."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        out = self.to_out[0](mixed[:, 0]).transpose(1, 2).reshape(x.shape)
-        return x + out
+        out: Tensor = self.to_out[0](mixed[:, 0])
+        return x + out.transpose(1, 2).reshape(x.shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.engines.engine import Conditioning, Engine
 from fewstep.pipeline.options import Job, SizeConditioning
 from fewstep.text.prompt import Tokens, tokenize
-from fewstep.weights.load import Parts
+from fewstep.weights.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ Output = Literal["pil", "numpy", "latent"]
 SIDES = (64, 8192)
 
 
-class Progress(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Progress:
     """Told after each step: its number (from 0), how many there are, the level reached, and the expected result.
 
     `x0` (B, 4, h, w) are scaled latents; `Pipeline.decode` makes pictures of them.
@@ -106,7 +107,7 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Native, 
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
     schedule = str(given.get("schedule", native.schedule))
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}{nearest(schedule, SCHEDULES)}; there are {_list(SCHEDULES)}")
+        raise InputError(f"unknown schedule {schedule!r}{nearest(schedule, SCHEDULES)}; one of {_list(SCHEDULES)}")
     sampler = str(given.get("sampler", native.sampler))
     sampler_named(sampler)
     return Job(

@@ -18,7 +18,7 @@ from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
 from fewstep.pipeline.options import Job, Native, TaskOptions, make_job
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Handoff, Model, Run
-from fewstep.weights.load import Parts
+from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fewstep.pipeline.conditioning import Prompted, encode_prompts
 from fewstep.pipeline.options import Job, Progress, strength_steps
 from fewstep.pipeline.result import Result
 from fewstep.rng import SeededNoise
-from fewstep.weights.load import Parts
+from fewstep.weights.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Run:
         self.noise = SeededNoise(job.seeds, self.shape)
         self._handoff_step = _handoff_step(self.sigmas, model.parts, handoff)
         self._prompted: Prompted | None = None
-        self._latents: Tensor | None = None
+        self._latents: Tensor | None = None  # of the finished run
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -80,29 +81,28 @@ class Run:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Progress]:
         """The steps, each as it is done."""
+        self.noise, self._latents = SeededNoise(self.job.seeds, self.shape), None
         with self._timed("text"):
             prompted = self._prompted = self._checked_prompts(self.model)
         with self._timed("encode"):
             x, denoise, finish = self._start(prompted)
         started = perf_counter()
         for index, step in enumerate(self._steps(x, denoise)):
-            self._latents = step.x
+            x = step.x
             self.seconds["denoise"] += perf_counter() - started
-            yield Progress(index, len(self), step.sigma, step.x0)
+            yield Progress(index=index, total=len(self), sigma=step.sigma, x0=step.x0)
             started = perf_counter()
-        assert self._latents is not None
-        self._latents = finish(self._latents / sqrt(1 + self.sigmas[-1] ** 2))
-        _finite(self._latents, "the denoising steps", "a lower guidance_scale, another sampler, or dtype='float32'")
+        _finite(x, "the denoising steps", "a lower guidance_scale, another sampler, or dtype='float32'")
+        self._latents = finish(x / sqrt(1 + self.sigmas[-1] ** 2))
 
     @torch.inference_mode()
     def result(self) -> Result:
-        """The pictures; runs the steps first if nobody has iterated them."""
-        if self._latents is None or self._prompted is None:
-            for _ in self:
-                pass
+        """The pictures; runs the steps first if nobody has. Raises InputError for a run that was left half-way."""
+        if self._prompted is None:
+            deque(self, maxlen=0)
         latents, prompted = self._latents, self._prompted
-        assert latents is not None
-        assert prompted is not None
+        if latents is None or prompted is None:
+            raise InputError("this run was left before its last step; iterate it to the end, or start a new one")
         images: dict[str, Any] = {"latents": latents.cpu()}
         if self.job.output != "latent":
             with self._timed("decode"):
@@ -223,7 +223,7 @@ def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: Handoff | No
         return steps
     schedule = parts.scheduler.noise_schedule
     cutoff = round(len(schedule) * (1 - handoff.at))
-    count = sum(schedule.sigma_to_t(sigma) > cutoff - 0.5 for sigma in sigmas[:-1])
+    count: int = sum(schedule.sigma_to_t(sigma) > cutoff - 0.5 for sigma in sigmas[:-1])
     if not 0 < count < steps:
         who = "the refiner" if count else "the base model"
         raise InputError(f"handoff {handoff.at:g} with {steps} steps leaves {who} none; move it or take more steps")

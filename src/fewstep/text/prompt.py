@@ -96,9 +96,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         if piece in opened:
             opened[piece].append(len(pieces))
             if len(opened["("]) + len(opened["["]) > DEEPEST:
-                raise InputError(
-                    f"over {DEEPEST} brackets are open at character {match.start()}: {prompt!r:.60}"
-                )
+                raise InputError(f"over {DEEPEST} brackets are open at character {match.start()}: {prompt!r:.60}")
         elif weight and opened["("]:
             _scale(pieces, opened["("].pop(), float(weight))
         elif opened.get(CLOSES.get(piece, "")):

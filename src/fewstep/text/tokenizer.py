@@ -13,16 +13,11 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from fewstep.errors import CheckpointError, InputError
 
 END = "<|endoftext|>"
-CLIP_SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": END, "pad_token": END, "unk_token": END}
-WORD_SPECIALS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+# In the order in which they are added: where two are the same token, the last one's flags count.
+CLIP_SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": END}
+WORD_SPECIALS = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
 SPLITTERS = ["WhitespaceSplit", "Punctuation"]  # of a word list
 CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-ADDING_ORDER = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-)  # of equal ones the last one's flags count
 WORD_END = "</w>"
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LARGEST_FILE = 64 * 2**20  # bytes; CLIP's own tokenizer.json has 3.6 million
@@ -42,7 +37,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, specials: Mapping[str, str], window: int) -> None:
         self.backend, self.specials, self.window = backend, dict(specials), window
-        self.bos, self.eos, self.pad, unk = (_id(backend, specials[name]) for name in CLIP_SPECIALS)
+        self.bos, self.eos, unk, self.pad = (_id(backend, specials[name]) for name in CLIP_SPECIALS)
         self.unk = unk if isinstance(backend.model, models.WordLevel) else None
 
     @classmethod
@@ -75,11 +70,9 @@ class Tokenizer:
         defaults = WORD_SPECIALS if merges is None else CLIP_SPECIALS
         named = {name: _added_token(token) for name, token in defaults.items()} | dict(specials or {})
         names = {name: token.content for name, token in named.items()}
-        if merges is None:
-            backend = _words(vocabulary, names["unk_token"])
-        else:
-            backend = _byte_pairs(vocabulary, merges, names["unk_token"])
-        _add_tokens(backend, added or {}, [named[name] for name in ADDING_ORDER])
+        unk = names["unk_token"]
+        backend = _words(vocabulary, unk) if merges is None else _byte_pairs(vocabulary, merges, unk)
+        _add_tokens(backend, added or {}, named.values())
         bos, eos = ((names[name], _id(backend, names[name])) for name in ("bos_token", "eos_token"))
         backend.post_processor = processors.RobertaProcessing(eos, bos, trim_offsets=False)
         return cls(backend, names, window)
@@ -118,12 +111,12 @@ class Tokenizer:
             "model_max_length": self.window,
             "tokenizer_class": "CLIPTokenizer" if self.unk is None else "PreTrainedTokenizerFast",
         }
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         self.backend.save(str(folder / "tokenizer.json"))
         if self.unk is None:
-            merges = (" ".join(pair) for pair in model["merges"])
-            _write(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
-            _write(folder / "merges.txt", "\n".join(("#version: 0.2", *merges)))
+            merges = "\n".join(("#version: 0.2", *(" ".join(pair) for pair in model["merges"])))
+            (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+            (folder / "merges.txt").write_text(merges + "\n", encoding="utf-8")
 
 
 def word_tokenizer(words: Sequence[str], window: int) -> Tokenizer:
@@ -165,9 +158,7 @@ def _words(vocabulary: Mapping[str, int], unknown: str) -> tokenizers.Tokenizer:
     return backend
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], named: Iterable[AddedToken]
-) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
     for index, token in sorted(added.items()):
         backend.add_tokens([token])
         if _id(backend, token.content) != index:
@@ -191,9 +182,7 @@ def _load(folder: Path) -> Tokenizer:
     vocabulary, merges = _model(whole) if whole else _slow_model(folder)
     config = _read_json(folder / "tokenizer_config.json")
     listed = config.get("added_tokens_decoder")
-    if (
-        listed is None
-    ):  # older folders: the map overrides. SD 2's two files differ, and its padding is the map's
+    if listed is None:  # older folders, where the map has the last word: SD 2's pads with "!", its config does not
         config |= _read_json(folder / "special_tokens_map.json")
         listed = {index: token for token, index in _read_json(folder / "added_tokens.json").items()}
         listed |= {token["id"]: token for token in whole.get("added_tokens", ())}
@@ -268,7 +257,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return _expect(json.loads(text), dict)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not a JSON object; it starts {text[:40]!r}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")

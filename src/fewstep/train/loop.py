@@ -46,7 +46,7 @@ class Plan:
     clip: float = 1.0
     ema: float = 0.999
     save_seconds: float = 120.0
-    log_steps: int = 100
+    log_steps: int = 50
     keep: int = 2
 
     def __post_init__(self) -> None:

@@ -23,13 +23,14 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
 
-def min_snr_weight(prediction: Prediction, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """Weight of a squared error so that it counts as min(SNR, gamma) in x0 (arXiv:2303.09556, eq. 5).
+def min_snr_weight(prediction: Prediction, alpha_bar: Tensor, gamma: float, *, floor: float = 0.0) -> Tensor:
+    """Weight of a squared error so that it counts as `SNR` in x0, held between `floor` and `gamma`.
 
-    `gamma` = inf gives the weight 1 to the error in noise, SNR / (SNR + 1) to the velocity's.
+    `gamma` 5 and no floor is arXiv:2303.09556, eq. 5. A floor of 1 (arXiv:2202.00512, sec. 4) keeps the noisiest levels
+    in the loss, where the layout of a picture is decided.
     """
     snr = alpha_bar / (1 - alpha_bar)
-    weight = snr.clamp(max=gamma)
+    weight = snr.clamp(floor, gamma)
     if prediction == "epsilon":
         return weight / snr
     if prediction == "v_prediction":

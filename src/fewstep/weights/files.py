@@ -66,7 +66,9 @@ def kind_of(path: Path) -> str:
     if start.startswith(b"PK\x03\x04"):
         return "torch"
     if start[0] == 0x80 and start[1] < 6 and start[8:9] != b"{":
-        raise CheckpointError(f"{path} is a bare pickle, which can run any program; convert it to .safetensors where it is trusted")
+        raise CheckpointError(
+            f"{path} is a bare pickle, which can run any program; convert it to .safetensors where it is trusted"
+        )
     return "safetensors"
 
 
@@ -77,13 +79,12 @@ def read_safetensors(path: Path) -> TensorFile:
     if len(entries) > MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
     try:
-        mapped = safe_open(path, framework="pt")
+        reader: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
     def read(name: str, keep_mapped: bool) -> Tensor:
-        found: Tensor = mapped.get_tensor(name) if keep_mapped else _copied(path, entries[name], data)
-        return found
+        return reader.get_tensor(name) if keep_mapped else _copied(path, entries[name], data)
 
     dtypes = {name: _DTYPES.get(entry["dtype"], torch.int64) for name, entry in entries.items()}
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
@@ -131,6 +132,6 @@ def _copied(path: Path, entry: Mapping[str, Any], data: int) -> Tensor:
     buffer = torch.empty(end - start, dtype=torch.uint8)
     with path.open("rb") as file:
         file.seek(data + start)
-        if file.readinto(buffer.numpy()) != end - start:
+        if file.readinto(buffer.numpy().data) != end - start:
             raise CheckpointError(f"{path} ended while it was read; was it replaced meanwhile?")
     return buffer.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -60,8 +60,8 @@ def weight_file(names: Iterable[str], *, half: bool) -> str | None:
 def shards(index: Path) -> tuple[Path, ...]:
     """The files that an index of shards names, beside it; CheckpointError for a name that leaves the folder."""
     places = read_json(index).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) and places else [""]
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) and places else [""]
     for name in names:
-        if not name or Path(name).name != name or "\\" in name:
+        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index} names the shard {name!r}; expected names of files beside it")
     return tuple(index.with_name(name) for name in names)

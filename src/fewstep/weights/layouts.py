@@ -1,0 +1,222 @@
+"""How parameters are called in files: diffusers folders old and new, and the original single files.
+
+The tables are templates read in both directions: our name on the left, the original one on the right. A mark says
+how the tensor is stored there: `[0]`, `[1]`, `[2]` one third of the rows of a fused tensor, `[T]` transposed,
+`[1x1]` as a convolution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.models.zoo import Family
+from fewstep.weights.files import Shape
+
+UNET_PREFIX = "model.diffusion_model."
+AUTOENCODER_PREFIX = "first_stage_model."
+TEXT_PREFIXES: Mapping[Family, tuple[str, ...]] = {
+    "sd1": ("cond_stage_model.transformer.",),
+    "sd2": ("cond_stage_model.model.",),
+    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+    "sdxl-refiner": ("conditioner.embedders.0.model.",),
+}
+"""Where each family keeps its text towers; those under `model.` are OpenCLIP's."""
+
+Table = Mapping[str, str]
+
+_UNET = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.attentions.0": "middle_block.1",
+}
+_UNET_RESBLOCK = {
+    "{}.norm1": "{}.in_layers.0",
+    "{}.conv1": "{}.in_layers.2",
+    "{}.time_emb_proj": "{}.emb_layers.1",
+    "{}.norm2": "{}.out_layers.0",
+    "{}.conv2": "{}.out_layers.3",
+    "{}.conv_shortcut": "{}.skip_connection",
+}
+_AUTOENCODER = {
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+    "{}.conv_in": "{}.conv_in",
+    "{}.conv_norm_out": "{}.norm_out",
+    "{}.conv_out": "{}.conv_out",
+    "{}.mid_block.resnets.0": "{}.mid.block_1",
+    "{}.mid_block.resnets.1": "{}.mid.block_2",
+    "{}.mid_block.attentions.0.group_norm": "{}.mid.attn_1.norm",
+}
+_PIXEL_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_OPENCLIP = {
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection[T]",
+}
+_OPENCLIP_LAYER = {
+    "text_model.encoder.layers.{}.layer_norm1": "transformer.resblocks.{}.ln_1",
+    "text_model.encoder.layers.{}.layer_norm2": "transformer.resblocks.{}.ln_2",
+    "text_model.encoder.layers.{}.mlp.fc1": "transformer.resblocks.{}.mlp.c_fc",
+    "text_model.encoder.layers.{}.mlp.fc2": "transformer.resblocks.{}.mlp.c_proj",
+    "text_model.encoder.layers.{}.self_attn.out_proj": "transformer.resblocks.{}.attn.out_proj",
+    **{
+        f"text_model.encoder.layers.{{}}.self_attn.{name}_proj.{kind}": (
+            f"transformer.resblocks.{{}}.attn.in_proj_{kind}[{third}]"
+        )
+        for third, name in enumerate("qkv")
+        for kind in ("weight", "bias")
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a parameter lies in a file, and how: see the marks in the module's docstring."""
+
+    key: str
+    mark: str = ""
+
+    def stored(self, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes that a file may hold for a parameter of `shape`; the first is the one to write."""
+        match self.mark:
+            case "0" | "1" | "2":
+                return ((3 * shape[0], *shape[1:]),)
+            case "T":
+                return (shape[::-1],)
+            case "1x1":
+                return ((*shape, 1, 1), (*shape, 1), shape)
+        return (shape,)
+
+    def take(self, tensor: Tensor, shape: Shape) -> Tensor:
+        """The parameter out of the stored `tensor`: a view of it where that is contiguous."""
+        if self.mark == "T":
+            return tensor.T.contiguous()
+        if self.mark in ("0", "1", "2"):
+            return tensor.chunk(3)[int(self.mark)]
+        return tensor.reshape(shape)
+
+
+def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, Place]:
+    """The places of our `keys` in a diffusers or transformers file that holds the names `present`.
+
+    Text towers are written with and without `text_model.`; old autoencoders name their attention differently.
+    """
+    names = set(present)
+    bare = not any(name.startswith("text_model.") for name in names)
+    old = any(".attentions.0.query." in name for name in names)
+    table = {f"mid_block.attentions.0.{ours}": theirs for ours, theirs in _OLD_PIXEL_ATTENTION.items()}
+
+    def place(key: str) -> Place:
+        if old and (found := re.fullmatch(r"(..coder)\.(mid_block\.attentions\.0\.)(to_.*)\.(weight|bias)", key)):
+            side, block, layer, kind = found.groups()
+            theirs = f"{side}.{block}{table[f'mid_block.attentions.0.{layer}']}.{kind}"
+            return Place(key=theirs, mark="1x1" if kind == "weight" else "")
+        return Place(key=key.removeprefix("text_model.") if bare else key)
+
+    return {key: place(key) for key in keys}
+
+
+def unet_places(keys: Iterable[str], config: UNetConfig) -> dict[str, Place]:
+    """The places of a UNet's `keys` in an original single file."""
+    return _places(keys, _unet_table(config), UNET_PREFIX)
+
+
+def autoencoder_places(keys: Iterable[str], config: AutoencoderConfig) -> dict[str, Place]:
+    """The places of an autoencoder's `keys` in an original single file."""
+    return _places(keys, _autoencoder_table(config), AUTOENCODER_PREFIX)
+
+
+def text_places(keys: Iterable[str], config: TextConfig, prefix: str) -> dict[str, Place]:
+    """The places of a text tower's `keys` in an original single file, under one of `TEXT_PREFIXES`."""
+    if prefix.endswith("transformer."):
+        return {key: Place(key=prefix + key) for key in keys}
+    table = _OPENCLIP | _filled(_OPENCLIP_LAYER, *((str(i), str(i)) for i in range(config.layers)))
+    return _places(keys, table, prefix)
+
+
+def gathered(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to write for `state`: the inverse of taking each parameter from its place."""
+    thirds: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, place in places.items():
+        tensor = state[name]
+        if place.mark in ("0", "1", "2"):
+            thirds.setdefault(place.key, {})[place.mark] = tensor
+        elif place.mark == "T":
+            tensors[place.key] = tensor.T.contiguous()
+        else:
+            tensors[place.key] = tensor.reshape(place.stored(tuple(tensor.shape))[0])
+    fused = {key: torch.cat([rows[mark] for mark in "012"]) for key, rows in thirds.items()}
+    return tensors | fused
+
+
+def _unet_table(config: UNetConfig) -> Table:
+    """A UNet's modules in the order of the original's numbered lists of blocks."""
+    table, resnets = dict(_UNET), [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
+    last, n = len(config.stages) - 1, 1
+    for i, stage in enumerate(config.stages):
+        for j in range(stage.resnets):
+            resnets.append((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0"))
+            table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
+            n += 1
+        if i < last:
+            table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+            n += 1
+    n = 0
+    for i, stage in enumerate(reversed(config.stages)):
+        for j in range(stage.resnets + 1):
+            resnets.append((f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0"))
+            table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
+            n += 1
+        place = 2 if stage.depth else 1  # the doubling stands behind the last transformer, where there is one
+        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{place}.conv"
+    return table | _filled(_UNET_RESBLOCK, *resnets)
+
+
+def _autoencoder_table(config: AutoencoderConfig) -> Table:
+    table = _filled(_AUTOENCODER, ("encoder", "encoder"), ("decoder", "decoder"))
+    last = len(config.channels) - 1
+    for i in range(last + 1):
+        table[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+        table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{last - i}.upsample"
+        for j in range(config.resnets + 1):
+            pairs = (("encoder.down_blocks", "encoder.down", i), ("decoder.up_blocks", "decoder.up", last - i))
+            for ours, theirs, level in pairs:
+                table[f"{ours}.{i}.resnets.{j}"] = f"{theirs}.{level}.block.{j}"
+                table[f"{ours}.{i}.resnets.{j}.conv_shortcut"] = f"{theirs}.{level}.block.{j}.nin_shortcut"
+    for side in ("encoder", "decoder"):
+        for ours, theirs in _PIXEL_ATTENTION.items():
+            table[f"{side}.mid_block.attentions.0.{ours}.weight"] = f"{side}.mid.attn_1.{theirs}.weight[1x1]"
+            table[f"{side}.mid_block.attentions.0.{ours}.bias"] = f"{side}.mid.attn_1.{theirs}.bias"
+    return table
+
+
+def _filled(templates: Table, *names: tuple[str, str]) -> dict[str, str]:
+    """The templates with each pair of names in their holes."""
+    return {a.format(ours): b.format(theirs) for a, b in templates.items() for ours, theirs in names}
+
+
+def _places(keys: Iterable[str], table: Table, prefix: str) -> dict[str, Place]:
+    """Each key by the longest of its beginnings that the table has."""
+
+    def place(key: str) -> Place:
+        head = key
+        while head not in table:
+            head = head.rpartition(".")[0]
+        name, _, mark = (table[head] + key[len(head) :]).partition("[")
+        return Place(key=prefix + name, mark=mark.rstrip("]"))
+
+    return {key: place(key) for key in keys}

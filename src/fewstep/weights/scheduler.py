@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
+from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.schedule import BetaKind, NoiseSchedule, noise_schedule
 from fewstep.errors import CheckpointError, nearest
-from fewstep.models.zoo import Family, Prediction
+from fewstep.models.zoo import Family
 
 _SAMPLERS = {
     "DDIMScheduler": "ddim",
@@ -28,7 +31,7 @@ _STAND_INS = {  # samplers that fewstep has not, by its nearest one; the noise l
     "KDPM2DiscreteScheduler": "heun",
     "LMSDiscreteScheduler": "dpmpp_2m",
 }
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 _LEADING = ("ddim", "ddpm", "lcm", "plms")  # whose files mean this when they name no spacing, and count alphas
 _CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
 
@@ -37,20 +40,31 @@ _CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
 class SchedulerConfig:
     """The noise levels a checkpoint was trained at, and how it is usually sampled; the defaults are SD 1's.
 
-    `sampler`, `spacing`: names of `diffusion`'s samplers and schedules. `final`: where a run ends, at 0 or at the lowest
-    trained level (`set_alpha_to_one: false`). `train_steps`: T, the number of time steps.
+    `sampler`, `spacing`: names of `diffusion`'s samplers and schedules. `final`: where a run ends, at 0 or at the
+    lowest trained level (`set_alpha_to_one: false`). `train_steps`: T, the number of time steps.
     """
 
     sampler: str = "plms"
-    beta_schedule: str = "scaled_linear"
+    beta_schedule: BetaKind = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_steps: int = 1000
-    prediction: Prediction = "eps"
+    prediction: Prediction = "epsilon"
     spacing: str = "leading"
     steps_offset: int = 1
     final: Literal["zero", "sigma_min"] = "sigma_min"
     zero_terminal_snr: bool = False
+
+    @cached_property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The noise levels themselves."""
+        return noise_schedule(
+            self.beta_schedule,
+            beta_start=self.beta_start,
+            beta_end=self.beta_end,
+            count=self.train_steps,
+            zero_terminal_snr=self.zero_terminal_snr,
+        )
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
@@ -63,18 +77,16 @@ class SchedulerConfig:
             spacing = "karras"
         elif config.get("use_exponential_sigmas"):
             spacing = "exponential"
-        lowest = not config.get("set_alpha_to_one", sampler != "plms")
-        final = ("sigma_min" if lowest else "zero") if leading else config.get("final_sigmas_type", "zero")
         return cls(
             sampler=sampler,
             beta_schedule=config.get("beta_schedule", "linear"),
             beta_start=config.get("beta_start", 0.0001),
             beta_end=config.get("beta_end", 0.02),
             train_steps=config.get("num_train_timesteps", 1000),
-            prediction=_PREDICTIONS[config.get("prediction_type", "epsilon")],
+            prediction=config.get("prediction_type", "epsilon"),
             spacing=spacing,
             steps_offset=config.get("steps_offset", 0),
-            final=final,
+            final="zero" if config.get("set_alpha_to_one", sampler != "plms") else "sigma_min",
             zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
         )
 
@@ -86,7 +98,7 @@ class SchedulerConfig:
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "num_train_timesteps": self.train_steps,
-            "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[self.prediction],
+            "prediction_type": self.prediction,
             "steps_offset": self.steps_offset,
             "rescale_betas_zero_snr": self.zero_terminal_snr,
             "clip_sample": False,
@@ -95,12 +107,10 @@ class SchedulerConfig:
             config[f"use_{self.spacing}_sigmas"] = True
         else:
             config["timestep_spacing"] = self.spacing
-        if self.sampler in _LEADING:
-            return config | {"set_alpha_to_one": self.final == "zero", "skip_prk_steps": True}
-        return config | {"final_sigmas_type": self.final}
+        return config | {"set_alpha_to_one": self.final == "zero", "skip_prk_steps": True}
 
 
-def usual_scheduler(family: Family, prediction: Prediction = "eps") -> SchedulerConfig:
+def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> SchedulerConfig:
     """What the published models of `family` say; for single files, which say nothing."""
     if family in ("sdxl", "sdxl-refiner"):
         return SchedulerConfig(sampler="euler", final="zero", prediction=prediction)
@@ -110,7 +120,9 @@ def usual_scheduler(family: Family, prediction: Prediction = "eps") -> Scheduler
 def _sampler(config: Mapping[str, Any]) -> str:
     name, known = config.get("_class_name"), _SAMPLERS | _STAND_INS
     if name not in known:
-        raise CheckpointError(f"scheduler: {name!r} is unknown{nearest(str(name), known)}; known are {', '.join(known)}")
+        raise CheckpointError(
+            f"scheduler: {name!r} is unknown{nearest(str(name), known)}; known are {', '.join(known)}"
+        )
     if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
     return known[name]
@@ -129,8 +141,6 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
     if sampler in _CLIPPING and config.get("clip_sample", sampler != "lcm"):
         wrong.append("clip_sample")
     prediction = config.get("prediction_type", "epsilon")
-    if wrong or prediction not in _PREDICTIONS:
+    if wrong or prediction not in PREDICTIONS:
         named = wrong[0] if wrong else "prediction_type"
-        raise CheckpointError(
-            f"scheduler: {named} is {config.get(named, True)!r}, which fewstep has not; its latent models need none of it"
-        )
+        raise CheckpointError(f"scheduler: {named} is {config.get(named, True)!r}, which no model of this family needs")

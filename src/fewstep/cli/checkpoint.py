@@ -1,0 +1,109 @@
+"""What a file or folder of weights is, told from its names and shapes: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from fewstep.weights.files import TensorFile
+
+Description = dict[str, Any]
+
+
+def describe(path: Path) -> Description:
+    """The family, layout, parts and notes of the checkpoint at `path`; CheckpointError if it is none."""
+    if not path.is_dir():
+        return _single_file(path)
+    if (path / "model_index.json").is_file():
+        return _model(path)
+    if (path / "config.json").is_file():
+        return _network(path)
+    raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers folder; name a file in it")
+
+
+def _model(folder: Path) -> Description:
+    from fewstep.models.config import UNetConfig
+    from fewstep.weights.build import parsed
+    from fewstep.weights.folder import parts_of, read_json
+    from fewstep.weights.parts import family_of
+    from fewstep.weights.scheduler import SchedulerConfig
+
+    index = read_json(folder / "model_index.json")
+    notes = index.get("_fewstep", {})
+    unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
+    scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
+    parts = {name: _opened(folder / name) for name in parts_of(index)}
+    return {
+        "family": notes.get("family", family_of(unet)),
+        "layout": f"diffusers folder of a {index.get('_class_name')}",
+        "parts": {name: _counted(file, file.shapes) for name, file in parts.items()},
+        "prediction": scheduler.prediction,
+        "inpainting": unet.in_channels == 9,
+        "licence": notes.get("licence"),
+    }
+
+
+def _network(folder: Path) -> Description:
+    from fewstep.weights.folder import read_json
+
+    name, file = read_json(folder / "config.json").get("_class_name"), _opened(folder)
+    return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counted(file, file.shapes)}}
+
+
+def _single_file(path: Path) -> Description:
+    from fewstep.weights.load import open_tensors
+    from fewstep.weights.single import recognise
+
+    file = open_tensors(path)
+    notes = {"licence": file.notes.get("modelspec.license"), "notes": dict(file.notes)}
+    try:
+        contents = recognise(file)
+    except CheckpointError as error:
+        what = str(error).removeprefix(f"{path} is ").partition(";")[0]
+        return {"family": None, "layout": what, "parts": {"all": _counted(file, file.shapes)}, **notes}
+    return {
+        "family": contents.family,
+        "layout": "original single file",
+        "parts": _prefixed(file, contents.family),
+        "inpainting": contents.unet.in_channels == 9,
+        **notes,
+    }
+
+
+def _prefixed(file: TensorFile, family: str) -> Description:
+    """The parts of an original single file by the beginnings of their names; averages and constants are `other`."""
+    from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX
+
+    prefixes = {"unet": UNET_PREFIX, "vae": AUTOENCODER_PREFIX}
+    towers = next(found for name, found in TEXT_PREFIXES.items() if name == family)
+    prefixes |= dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False))
+    named = {part: [key for key in file.shapes if key.startswith(start)] for part, start in prefixes.items()}
+    others = file.shapes.keys() - {key for keys in named.values() for key in keys}
+    return {part: _counted(file, keys) for part, keys in {**named, "other": others}.items() if keys}
+
+
+def _opened(folder: Path) -> TensorFile:
+    """The file of weights in `folder`, or its shards as one."""
+    from fewstep.weights.files import joined
+    from fewstep.weights.folder import shards, weight_file
+    from fewstep.weights.load import open_tensors
+
+    chosen = weight_file((path.name for path in folder.glob("*")), half=False)
+    if chosen is None:
+        raise CheckpointError(f"{folder} has no file of weights (.safetensors or .bin); is the folder complete?")
+    path = folder / chosen
+    return joined(path, map(open_tensors, shards(path))) if ".index." in chosen else open_tensors(path)
+
+
+def _counted(file: TensorFile, keys: Iterable[str]) -> Description:
+    """How many numbers the tensors called `keys` hold, and their formats, the commonest first."""
+    sizes: Counter[str] = Counter()
+    for key in keys:
+        sizes[str(file.dtypes[key]).removeprefix("torch.")] += prod(file.shapes[key])
+    return {"parameters": sizes.total(), "dtypes": [name for name, _ in sizes.most_common()]}

@@ -1,0 +1,141 @@
+"""Finding a model: shipped with fewstep, on this disk, or on the hub; without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from fewstep.errors import CheckpointError, InputError
+from fewstep.models.zoo import CATALOGUE, Entry, entry, entry_of_source
+from fewstep.weights.folder import NETWORKS, parts_of, read_json, shards, weight_file
+
+ASSETS = Path(__file__).parent.parent / "assets"
+_ID = re.compile(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
+_REVISION = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
+_FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+
+def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
+    """The folder or file that `what` names, downloaded if need be, and its entry of the catalogue, if any.
+
+    A name of the catalogue comes first, then a path that exists, then a hub id `owner/name`. `half` prefers the
+    files in half precision. InputError for a name that is none of them.
+    """
+    if isinstance(what, str) and what in CATALOGUE:
+        return _of_entry(CATALOGUE[what], half, revision), CATALOGUE[what]
+    path = Path(what).expanduser()
+    if path.exists():
+        return path, None
+    if isinstance(what, Path) or what.endswith(_FILE_ENDINGS) or what.startswith((".", "/", "~")):
+        raise InputError(f"there is no file or folder {str(what)!r}; is the path relative to another folder?")
+    if not _ID.fullmatch(what) or ".." in what:
+        entry(what)  # which raises, and names the nearest
+    return fetch(what, half=half, revision=revision), entry_of_source(what)
+
+
+def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
+    """The folder of the hub repository `source`, from the local cache where it is complete there, else downloaded.
+
+    Only what drawing needs is taken. CheckpointError when it cannot be had, InputError for a malformed name.
+    """
+    _check_names(source, revision)
+    cached = cached_folder(source, revision)
+    if cached is not None and _complete(cached, half=half):
+        return cached
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        listed = HfApi().model_info(source, revision=revision).siblings or ()
+        wanted = wanted_files([file.rfilename for file in listed], half=half)
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # hub, HTTP and system errors, by other names in each version of the hub's library
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{source} is not in the local cache and could not be downloaded ({reason}). Check the name and the "
+            "network; log in with `hf auth login` if it is gated; or give the path of a folder or file"
+        ) from error
+
+
+def wanted_files(names: Iterable[str], *, half: bool) -> list[str]:
+    """Those of a repository's file `names` that drawing needs: settings, vocabularies, one file of weights a part."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(str(PurePosixPath(name).parent), []).append(PurePosixPath(name).name)
+    whole = "model_index.json" in folders.get(".", ())
+    wanted = [name for name in folders.get(".", ()) if name in ("model_index.json", "config.json")]
+    for folder, files in folders.items():
+        if folder.startswith("tokenizer") or folder == "scheduler":
+            wanted += [f"{folder}/{name}" for name in files if name.endswith((".json", ".txt"))]
+        if folder in NETWORKS:
+            wanted += [f"{folder}/{name}" for name in ("config.json", *_weights(files, half=half))]
+    return wanted if whole else [*wanted, *_weights(folders.get(".", ()), half=half)]
+
+
+def cached_folder(source: str, revision: str | None = None) -> Path | None:
+    """Where the local hub cache keeps `source`, which may lack files; None if it has nothing of it. No network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    store = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+    named = store / "refs" / (revision or "main")
+    commit = named.read_text().strip() if named.is_file() else revision or ""
+    folder = store / "snapshots" / commit
+    return folder if commit and folder.is_dir() else None
+
+
+def is_cached(known: Entry) -> bool:
+    """Whether the entry's model can be loaded without a network."""
+    folder = ASSETS / known.name if known.source is None else cached_folder(known.source)
+    return folder is not None and _complete(folder, half=False)
+
+
+def cached_megabytes(known: Entry) -> int:
+    """What the entry's files take on this disk, in millions of bytes."""
+    folder = ASSETS / known.name if known.source is None else cached_folder(known.source)
+    files = {path.resolve() for path in folder.rglob("*") if path.is_file()} if folder else set()
+    return round(sum(path.stat().st_size for path in files) / 1e6)
+
+
+def _of_entry(known: Entry, half: bool, revision: str | None) -> Path:
+    if known.source is not None:
+        return fetch(known.source, half=half, revision=revision)
+    folder = ASSETS / known.name
+    if not folder.is_dir():
+        raise CheckpointError(f"{known.name} should come with fewstep, but {folder} is missing; install fewstep again")
+    return folder
+
+
+def _check_names(source: str, revision: str | None) -> None:
+    if not _ID.fullmatch(source) or ".." in source:
+        raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
+
+
+def _complete(folder: Path, *, half: bool) -> bool:
+    """Whether a folder has all the files that drawing needs."""
+    if not (folder / "model_index.json").is_file():
+        return (folder / "config.json").is_file() and _has_weights(folder, half=half)
+    try:
+        names = parts_of(read_json(folder / "model_index.json"))
+    except CheckpointError:
+        return False
+    return all((folder / name / "config.json").is_file() and _has_weights(folder / name, half=half) for name in names)
+
+
+def _has_weights(folder: Path, *, half: bool) -> bool:
+    chosen = weight_file((path.name for path in folder.iterdir() if path.exists()), half=half)
+    if chosen is None or ".index." not in chosen:
+        return chosen is not None
+    return all(path.exists() for path in shards(folder / chosen))
+
+
+def _weights(names: Iterable[str], *, half: bool) -> list[str]:
+    """The file of weights to take of a part's `names`, or the index and its shards."""
+    present = list(names)
+    chosen = weight_file(present, half=half)
+    if chosen is None or ".index." not in chosen:
+        return [chosen] if chosen else []
+    ending, variant = (".safetensors" if ".safetensors." in chosen else ".bin"), ".fp16" in chosen
+    same = [name for name in present if "-of-" in name and name.endswith(ending) and (".fp16" in name) == variant]
+    return [chosen, *same]
