@@ -29,7 +29,7 @@ from fewstep.train.parallel import join_ranks
 
 SIZE = 64
 WINDOW = 24
-CHUNK = 512
+CHUNK = 8192
 VARIED = 5  # varied captions a scene, beside the canonical one
 DROP = 0.1  # share of captions left out, for classifier-free guidance
 SLOT_WEIGHT = 0.1

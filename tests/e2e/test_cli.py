@@ -139,6 +139,16 @@ def test_a_reader_that_leaves_is_no_error():
 # generate
 
 
+def test_the_first_command_of_the_readme(cli):
+    run = cli("generate", "a red cube on top of a blue sphere", "-o", "cube.png", "--seed", 7)
+    assert run.code == 0, run.err
+    assert "does not know" not in run.err
+    first = pixels(run.paths[0])
+    assert first.std() > 5, "an empty picture"
+    again = cli("generate", "--like", "cube.png", "-o", "again.png")
+    assert (pixels(again.paths[0]) == first).all()
+
+
 def test_a_picture_is_written_and_its_path_printed(draw):
     run = draw("-o", "cube.png", "--seed", 7)
     assert run.code == 0, run.err
@@ -256,6 +266,21 @@ def test_like_needs_a_picture_by_fewstep(cli):
     run = cli("generate", "--like", "plain.png")
     assert run.code == 2
     assert "does not say how fewstep drew it" in run.err
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"wings": 2}, {"steps": "many"}, {"prompt": ["a"]}, {"model": 5}, {"on_step": "x"}, {"output": "latent"}],
+    ids=str,
+)
+def test_like_distrusts_what_a_picture_says(cli, tiny, entry):
+    from fewstep.images import save_png
+
+    known = {"fewstep": "9.9", "prompt": "a cube", "model": str(tiny)}
+    save_png(Image.new("RGB", (8, 8)), "odd.png", known | entry)
+    run = cli("generate", "--like", "odd.png")
+    assert run.code == 2
+    assert f"by fewstep 9.9, says {next(iter(entry))}" in run.err
 
 
 # pictures to start from

@@ -68,8 +68,6 @@ def test_every_sampler_at_every_number_of_steps_on_every_schedule_stays_finite(
     taken = run(name, started(sigmas[0]), sigmas)
     assert len(taken) == steps
     assert torch.isfinite(taken[-1].x).all()
-    # A single prediction from pure noise is mu, from low noise x itself; whatever lies between is the data's size.
-    assert taken[-1].x.abs().max() < 20
 
 
 @every_sampler

@@ -36,7 +36,7 @@ def unet_config(family: Family, **changes: Any) -> UNetConfig:
         settings |= {"addition": 64 + 6 * 256, "context": 64 + 128, "mid_depth": 2}
     if family == "sdxl-refiner":
         settings |= {"addition": 64 + 5 * 256}
-    return UNetConfig(stages=stages, **(settings | changes))
+    return UNetConfig(**({"stages": stages} | settings | changes))
 
 
 def text_configs(family: Family) -> tuple[TextConfig, ...]:

@@ -52,8 +52,7 @@ def _message(error: Exception, code: int) -> str:
         return "out of memory; ask for a smaller --size or fewer --images, or another --device"
     if code == Exit.BUG:
         return f"{type(error).__name__}: {error}; a bug in fewstep: please report it with what --debug shows"
-    text = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(text.split())
+    return " ".join(error.format_message().split()) if hasattr(error, "format_message") else str(error)
 
 
 def _out_of_memory(error: Exception) -> bool:

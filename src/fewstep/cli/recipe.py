@@ -16,10 +16,8 @@ Recipe = dict[str, Any]
 MODELS = ("model", "refiner", "tokenizer")  # names or paths
 HOW = ("dtype", "revision", "prediction")  # they are loaded
 PICTURES = ("init", "mask")  # that a recipe reads
-DRAWING = (  # keywords of every task
-    *("prompt", "negative_prompt", "steps", "guidance_scale", "guidance_rescale", "guidance_interval"),
-    *("sampler", "schedule", "eta", "width", "height", "seed", "chunk", "strength", "handoff"),
-)
+TEXTS = ("prompt", "negative_prompt", "sampler", "schedule", *HOW, *MODELS, *PICTURES)
+NUMBERS = ("steps", "guidance_scale", "guidance_rescale", "eta", "strength", "handoff", "width", "height", "seed")
 
 
 def complete(asked: Mapping[str, Any]) -> Recipe:
@@ -65,8 +63,7 @@ def from_png(path: Path, instead: Mapping[str, Any]) -> Recipe:
     recipe = {name: value for name, value in found.items() if value is not None and name not in instead}
     for name in ("fewstep", "task"):
         recipe.pop(name, None)
-    if unknown := recipe.keys() - {*DRAWING, *HOW, *MODELS, *PICTURES}:
-        raise InputError(f"{path} was drawn with {min(unknown)!r} by fewstep {found['fewstep']}, unknown here")
+    _check_kinds(recipe, f"{path}, by fewstep {found['fewstep']},")
     for name in MODELS:
         if str(recipe.get(name, "")).startswith("."):
             recipe[name] = str(path.parent / recipe[name])
@@ -115,6 +112,14 @@ def _check(recipe: Recipe) -> None:
     for name in PICTURES:
         if name in recipe and not Path(recipe[name]).is_file():
             raise InputError(f"--{name} {recipe[name]}: there is no such file")
+
+
+def _check_kinds(recipe: Recipe, source: str) -> None:
+    """A picture may come from anybody, or from a later version."""
+    for name, value in recipe.items():
+        kind = str if name in TEXTS else int | float if name in NUMBERS else ()
+        if not isinstance(value, kind):
+            raise InputError(f"{source} says {name} = {value!r}, which is unknown here")
 
 
 def _unchanged(file: Path, digest: str | None, png: Path) -> Path:

@@ -18,13 +18,12 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Entry
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.build import built, parsed
+from fewstep.weights.build import Filling, built, fill, parsed
 from fewstep.weights.fetch import located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
-from fewstep.weights.fill import Filling, fill
 from fewstep.weights.folder import parts_of, read_json, shards, weight_file
 from fewstep.weights.layouts import diffusers_places
-from fewstep.weights.parts import Parts, family_of, usual_defaults, with_entry, with_notes
+from fewstep.weights.parts import Parts, family_of, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
 from fewstep.weights.single import load_single_file
 from fewstep.weights.unpickle import read_torch
@@ -56,17 +55,14 @@ def load_parts(
     return load_single_file(open_tensors(path), dtype=dtype, device=device, prediction=prediction, tokenizer=tokenizer)
 
 
-def load_tiny(
-    what: str | Path, *, dtype: torch.dtype, device: torch.device = CPU, revision: str | None = None
-) -> TinyAutoencoder:
+def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CPU) -> TinyAutoencoder:
     """A tiny autoencoder by its name ("taesd"), folder or hub id; raises as `load_parts` does."""
-    path, _ = located(what, half=dtype.itemsize == 2, revision=revision)
-    if (path / "model_index.json").is_file():
-        raise InputError(f"{what} is a whole model, not a tiny autoencoder; those are taesd and taesdxl")
+    path, _ = located(what, half=dtype.itemsize == 2)
+    if not path.is_dir() or (path / "model_index.json").is_file():
+        raise InputError(f"{what} is not the folder of a tiny autoencoder; those are taesd and taesdxl")
     with torch.device("meta"):
         network = TinyAutoencoder()
-    filling = _filling("tiny autoencoder", path, network, half=dtype.itemsize == 2)
-    fill([filling], ignored=_ignored, dtype=dtype, device=device)
+    fill([_filling("tiny autoencoder", path, network, dtype)], ignored=_ignored, dtype=dtype, device=device)
     return network
 
 
@@ -79,21 +75,19 @@ def _load_folder(
     folder: Path, known: Entry | None, *, dtype: torch.dtype, device: torch.device, prediction: Prediction | None
 ) -> Parts:
     """The parts of a diffusers folder."""
-    index = _index(folder)
+    index, notes = _index(folder)
     names = parts_of(index)
-    towers = [name for name in names if name.startswith("text_encoder")]
     scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
+    towers = [name for name in names if name.startswith("text_encoder")]
     tokenizers = [Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
-    networks = {name: _network(folder / name) for name in names}
-    half = dtype.itemsize == 2
-    fillings = [_filling(name, folder / name, network, half=half) for name, network in networks.items()]
+    networks = {name: _network(folder / name / "config.json") for name in names}
+    fillings = [_filling(name, folder / name, network, dtype) for name, network in networks.items()]
     fill(fillings, ignored=_ignored, dtype=dtype, device=device)
     unet, autoencoder = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
     assert isinstance(autoencoder, AutoencoderKL)
-    notes = index.get("_fewstep", {})
-    family = family_of(unet.config)
-    size = _native_size(folder, autoencoder.config.factor)
+    family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
+    noted = notes.get("defaults")
     return Parts(
         name=known.name if known else str(notes.get("name", folder.name)),
         family=known.family if known else family,
@@ -102,43 +96,43 @@ def _load_folder(
         text_encoders=tuple(network for network in networks.values() if isinstance(network, TextEncoder)),
         tokenizers=tuple(tokenizers),
         scheduler=replace(scheduler, prediction=prediction or scheduler.prediction),
-        defaults=with_entry(with_notes(usual_defaults(family, scheduler, size), notes), known),
+        defaults=usual_defaults(family, scheduler, size, noted=noted, known=known),
         licence=known.licence if known else str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
         requires_aesthetics_score=bool(index.get("requires_aesthetics_score", family == "sdxl-refiner")),
     )
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """The folder's model_index.json; CheckpointError when the folder is no model that can draw."""
+def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The folder's model_index.json and fewstep's notes in it; CheckpointError when the folder cannot draw."""
     if not (folder / "model_index.json").is_file():
-        tiny = " It looks like an autoencoder alone." if (folder / "config.json").is_file() else ""
-        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers folder.{tiny}")
+        raise CheckpointError(f"{folder} has no model_index.json, so it is not the diffusers folder of a whole model")
     index = read_json(folder / "model_index.json")
-    lacking = {"unet", "vae"} - set(parts_of(index))
-    if lacking or len(parts_of(index)) < 3:
-        what = " and ".join(sorted(lacking)) or "text_encoder"
+    names, notes = parts_of(index), index.get("_fewstep", {})
+    lacking = [name for name in ("unet", "vae") if name not in names]
+    if lacking or len(names) < 3:
+        what = " and ".join(lacking) or "text_encoder"
         raise CheckpointError(f"{folder} is a {index.get('_class_name')} without {what}; fewstep draws from text")
-    return index
+    return index, notes if isinstance(notes, dict) else {}
 
 
-def _network(folder: Path) -> nn.Module:
+def _network(path: Path) -> nn.Module:
     """The network that a part's config.json describes, on the meta device."""
-    path = folder / "config.json"
-    if folder.name == "unet":
+    if path.parent.name == "unet":
         return built(UNet, parsed(path, UNetConfig.from_diffusers), path)
-    if folder.name == "vae":
+    if path.parent.name == "vae":
         return built(AutoencoderKL, parsed(path, AutoencoderConfig.from_diffusers), path)
     return built(TextEncoder, parsed(path, TextConfig.from_transformers), path)
 
 
-def _filling(name: str, folder: Path, network: nn.Module, *, half: bool) -> Filling:
-    chosen = weight_file((path.name for path in folder.iterdir()), half=half) if folder.is_dir() else None
+def _filling(name: str, folder: Path, network: nn.Module, dtype: torch.dtype) -> Filling:
+    chosen = weight_file((path.name for path in folder.glob("*")), half=dtype.itemsize == 2)
     if chosen is None:
         raise CheckpointError(f"{folder} has no file of weights (.safetensors or .bin); is the folder complete?")
     path = folder / chosen
     file = joined(path, map(open_tensors, shards(path))) if ".index." in chosen else open_tensors(path)
-    return Filling(name=name, module=network, file=file, places=diffusers_places(network.state_dict(), file.shapes))
+    places = diffusers_places(network.state_dict(), file.shapes)
+    return Filling(name=name, module=network, file=file, places=places)
 
 
 def _ignored(key: str) -> bool:
@@ -149,5 +143,5 @@ def _ignored(key: str) -> bool:
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     """Width and height in pixels of the pictures a UNet was trained on."""
     side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
-    height, width = side if isinstance(side, list) else (side, side)
+    height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     return int(width) * factor, int(height) * factor
