@@ -87,9 +87,13 @@ def hole(size: tuple[int, int] = (64, 64)) -> Image.Image:
     return mask
 
 
+# PLMS on v-prediction mixes unlike outputs in diffusers: see test_samplers.py
+EVERY = ("plms", "ddim", "euler", "heun", "dpmpp_2m", "unipc")
+PAIRS = [(kind, sampler) for kind in ("sd1", "sd2", "sdxl") for sampler in EVERY if (kind, sampler) != ("sd2", "plms")]
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 5.0])
-@pytest.mark.parametrize("sampler", ["plms", "ddim", "euler", "heun", "dpmpp_2m", "unipc"])
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(("kind", "sampler"), PAIRS)
 def test_text_to_image(pair: Callable[[str], Pair], kind: str, sampler: str, guidance_scale: float) -> None:
     theirs, ours = pair(kind)
     use(theirs, sampler)
@@ -100,7 +104,8 @@ def test_text_to_image(pair: Callable[[str], Pair], kind: str, sampler: str, gui
         guidance_scale=guidance_scale,
         latents=noise(),
         output_type="latent",
-        **({} if kind.startswith("sd1") or kind == "sd2" else {"height": 64, "width": 64}),
+        height=64,
+        width=64,
     ).images
     result = ours.text_to_image(
         PROMPT,

@@ -47,12 +47,21 @@ def test_leading_and_trailing_are_ddims_at_every_number_of_steps(spacing: str, s
         assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps[:steps].tolist()
 
 
-def test_linspace_is_the_multistep_solvers_at_every_number_of_steps() -> None:
-    scheduler = diffusers.DPMSolverMultistepScheduler(**TRAINED, timestep_spacing="linspace")
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_the_multistep_solvers_read_two_spacings_their_own_way(spacing: str) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(**TRAINED, timestep_spacing=spacing, steps_offset=1)
     for steps in range(1, 1000):  # 1001 whole time steps out of 1000 cannot be distinct
         scheduler.set_timesteps(steps)
-        sigmas = sigmas_for("linspace", steps, SCHEDULE)[:-1]
+        sigmas = sigmas_for(spacing, steps, SCHEDULE, steps_offset=1, reading="multistep")[:-1]
         assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 20, 50, 999])
+def test_eulers_linspace_lies_between_whole_time_steps(steps: int) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="linspace")
+    scheduler.set_timesteps(steps)
+    ours = sigmas_for("linspace", steps, SCHEDULE, reading="euler")
+    np.testing.assert_allclose(ours, scheduler.sigmas.double().numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 20, 50, 1000])
@@ -110,6 +119,6 @@ def test_runs_start_at_the_scale_of_diffusers(name: str, scheduler: str, spacing
         sigma = float(built.sigmas.max())
     else:
         sigma = SCHEDULE.t_to_sigma(built.timesteps.max())
-    if SAMPLERS[name].variance_preserving:
+    if SAMPLERS[name].reading != "euler":
         theirs = theirs * (1 + sigma**2) ** 0.5  # there x is in the network's coordinates
     assert SAMPLERS[name].initial_scale(spacing, sigma) == pytest.approx(float(theirs), rel=1e-6)

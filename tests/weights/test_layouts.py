@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from small import FAMILIES, assert_same_weights, parts, text_configs
+from small import FAMILIES, assert_same_weights, parts
 from torch import Tensor
 
 from fewstep.models.autoencoder import AutoencoderKL
@@ -17,15 +18,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, Family
 from fewstep.weights.files import TensorFile
-from fewstep.weights.layouts import (
-    TEXT_PREFIXES,
-    Place,
-    autoencoder_places,
-    diffusers_places,
-    gathered,
-    text_places,
-    unet_places,
-)
+from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gathered, single_places
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_single_file
 from fewstep.weights.single import is_dropped, recognise
@@ -44,13 +37,7 @@ def full(name: str) -> tuple[Entry, list[tuple[str, Network, dict[str, Place]]]]
     with torch.device("meta"):
         unet, autoencoder = UNet(known.unet), AutoencoderKL(known.autoencoder)
         towers = [TextEncoder(config) for config in known.texts]
-    rows: list[tuple[str, Network, dict[str, Place]]] = [
-        ("unet", unet, unet_places(unet.state_dict(), known.unet)),
-        ("vae", autoencoder, autoencoder_places(autoencoder.state_dict(), known.autoencoder)),
-    ]
-    for prefix, tower in zip(TEXT_PREFIXES[known.family], towers, strict=True):
-        rows.append((prefix, tower, text_places(tower.state_dict(), tower.config, prefix)))
-    return known, rows
+    return known, [*single_places(known.family, unet, autoencoder, towers)]
 
 
 @cache
@@ -139,12 +126,12 @@ def test_unet_and_autoencoder_names_are_those_of_diffusers_conversion(name: str)
 @pytest.mark.parametrize("family", ["sd2", "sdxl", "sdxl-refiner"])
 def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> None:
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
-    prefix, config = TEXT_PREFIXES[family][-1], text_configs(family)[-1]
-    tower = TextEncoder(config)
+    prefix, model = TEXT_PREFIXES[family][-1], parts(family)
+    _, tower, places = single_places(family, model.unet, model.autoencoder, model.text_encoders)[-1]
     state = tower.state_dict()
-    original = gathered(text_places(state, config, prefix), state)
-    tower.config.__class__.hidden_size = property(lambda self: self.width)
-    converted = single_file.convert_open_clip_checkpoint(tower, original, prefix=prefix)
+    original = gathered(places, state)
+    theirs = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
+    converted = single_file.convert_open_clip_checkpoint(theirs, original, prefix=prefix)
     assert converted.keys() == state.keys()
     assert all(torch.equal(converted[key], tensor) for key, tensor in state.items())
 
@@ -152,13 +139,7 @@ def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writing_and_taking_are_inverse(family: Family) -> None:
     model = parts(family)
-    rows = [
-        (model.unet, unet_places(model.unet.state_dict(), model.unet.config)),
-        (model.autoencoder, autoencoder_places(model.autoencoder.state_dict(), model.autoencoder.config)),
-    ]
-    for prefix, tower in zip(TEXT_PREFIXES[family], model.text_encoders, strict=True):
-        rows.append((tower, text_places(tower.state_dict(), tower.config, prefix)))
-    for network, places in rows:
+    for _, network, places in single_places(family, model.unet, model.autoencoder, model.text_encoders):
         state = network.state_dict()
         written = gathered(places, state)
         for key, tensor in state.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, plms, unipc
 from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
+from fewstep.diffusion.schedule import Reading
 from fewstep.diffusion.step import Noise, Step
 from fewstep.errors import InputError, nearest
 
@@ -25,7 +26,7 @@ class SamplerSpec:
     """A sampler, and how diffusers would start and end it.
 
     - `evaluations`: model calls a step (a step to 0 takes one; `plms` makes one more in its first step);
-    - `variance_preserving`: whether it starts from unit noise in the network's own coordinates;
+    - `reading`: how it reads the schedules `leading` and `linspace`;
     - `may_end_above_zero`: whether it heeds a checkpoint's `set_alpha_to_one: false`, by levels that end
       at the schedule's lowest; all others end at 0;
     - `consistency`: whether it wants its denoiser wrapped in `denoiser.consistency`.
@@ -35,7 +36,7 @@ class SamplerSpec:
     takes_noise: bool = False
     takes_eta: bool = False
     evaluations: int = 1
-    variance_preserving: bool = True
+    reading: Reading = "ddim"
     may_end_above_zero: bool = False
     consistency: bool = False
 
@@ -65,27 +66,25 @@ class SamplerSpec:
         The samplers born in sigma coordinates take levels that start at the very top (`linspace`, `trailing`)
         for pure noise of that size; elsewhere x also holds x0, of variance about 1.
         """
-        if not self.variance_preserving and schedule_name in ("linspace", "trailing"):
+        if self.reading == "euler" and schedule_name in ("linspace", "trailing"):
             return sigma
         return sqrt(1 + sigma**2)
 
 
+_SDE: dict[str, Any] = {"takes_noise": True, "takes_eta": True}
+
 SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
     {
-        "euler": SamplerSpec(function=euler, variance_preserving=False),
-        "euler_ancestral": SamplerSpec(
-            function=euler_ancestral, takes_noise=True, takes_eta=True, variance_preserving=False
-        ),
-        "heun": SamplerSpec(function=heun, evaluations=2, variance_preserving=False),
-        "ddim": SamplerSpec(function=ddim, takes_noise=True, takes_eta=True, may_end_above_zero=True),
+        "euler": SamplerSpec(function=euler, reading="euler"),
+        "euler_ancestral": SamplerSpec(function=euler_ancestral, reading="euler", **_SDE),
+        "heun": SamplerSpec(function=heun, reading="euler", evaluations=2),
+        "ddim": SamplerSpec(function=ddim, may_end_above_zero=True, **_SDE),
         "plms": SamplerSpec(function=plms, may_end_above_zero=True),
-        "dpmpp_2m": SamplerSpec(function=dpmpp_2m),
-        "dpmpp_2m_sde": SamplerSpec(function=dpmpp_2m_sde, takes_noise=True, takes_eta=True),
-        "dpmpp_sde": SamplerSpec(
-            function=dpmpp_sde, takes_noise=True, takes_eta=True, evaluations=2, variance_preserving=False
-        ),
-        "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, takes_noise=True, takes_eta=True),
-        "unipc": SamplerSpec(function=unipc),
+        "dpmpp_2m": SamplerSpec(function=dpmpp_2m, reading="multistep"),
+        "dpmpp_2m_sde": SamplerSpec(function=dpmpp_2m_sde, reading="multistep", **_SDE),
+        "dpmpp_sde": SamplerSpec(function=dpmpp_sde, reading="euler", evaluations=2, **_SDE),
+        "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, reading="multistep", **_SDE),
+        "unipc": SamplerSpec(function=unipc, reading="multistep"),
         "lcm": SamplerSpec(function=lcm, takes_noise=True, consistency=True),
         "ddpm": SamplerSpec(function=ddpm, takes_noise=True),
     }

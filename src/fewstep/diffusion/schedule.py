@@ -17,6 +17,8 @@ from fewstep.errors import InputError, nearest
 Floats = npt.NDArray[np.float64]
 BetaKind = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 Final = Literal["zero", "sigma_min"]
+Reading = Literal["ddim", "euler", "multistep"]
+"""Whose time steps `leading` and `linspace` are: diffusers' families of schedulers differ on these two."""
 
 SMALLEST_ALPHA_BAR = 2.0**-24
 """What zero-terminal-SNR schedules end at, so that their highest sigma is 4096 and not infinite."""
@@ -134,15 +136,16 @@ def sigmas_for(
     steps_offset: int = 0,
     final: Final = "zero",
     family: str = "sd",
+    reading: Reading = "ddim",
 ) -> tuple[float, ...]:
     """The `steps` + 1 levels that a run visits, strictly falling: host floats.
 
     They end at 0, or with `final="sigma_min"` at the schedule's lowest level, which is what checkpoints mean
     by `set_alpha_to_one: false`. `steps_offset` belongs to `leading`, `family` to `align_your_steps`.
 
-    - `leading`, `trailing`: whole time steps, as in diffusers' DDIM (arXiv:2305.08891, table 2);
-    - `linspace`: whole time steps that leave out 0, as in diffusers' multistep solvers;
-    - `simple`: every (T / steps)-th level from the top; `sgm_uniform`: `linspace` without rounding;
+    - `leading`, `trailing`: whole time steps (arXiv:2305.08891, table 2); `multistep` reads `leading` without 0;
+    - `linspace`: evenly from T - 1 to 0, rounded but for `euler`; `multistep` leaves out the 0;
+    - `simple`: every (T / steps)-th level from the top; `sgm_uniform`: evenly, without 0;
     - `karras` (rho 7, arXiv:2206.00364 eq. 5), `exponential`: from the highest level to the lowest;
     - `align_your_steps`: arXiv:2404.14507, log-linear between its levels for other than ten steps.
 
@@ -155,21 +158,30 @@ def sigmas_for(
     if not 1 <= steps <= count:
         raise InputError(f"steps {steps} is not in 1 ... {count}; the nearest is {min(max(steps, 1), count)}")
     end = 0.0 if final == "zero" else schedule.sigmas[0]
-    if name in WHOLE_TIMES:
-        times = WHOLE_TIMES[name](steps, count, steps_offset)
+    if name in TIMES:
+        times = READINGS.get((name, reading), TIMES[name])(steps, count, steps_offset)
         levels = [schedule.t_to_sigma(t) for t in _falling(times, 0 if end == 0 else 1, count - 1)]
     else:
         levels = _curve(name, steps, schedule, family=family, end=end)
     return (*levels, end)
 
 
-WHOLE_TIMES: dict[str, Callable[[int, int, int], Floats]] = {
+Times = Callable[[int, int, int], Floats]
+
+TIMES: dict[str, Times] = {
     "leading": lambda steps, count, offset: np.arange(steps - 1.0, -1, -1) * (count // steps) + offset,
     "trailing": lambda steps, count, _: np.arange(count, 0, -count / steps)[:steps].round() - 1,
-    "linspace": lambda steps, count, _: np.linspace(0, count - 1, steps + 1).round()[:0:-1],
+    "linspace": lambda steps, count, _: np.linspace(count - 1, 0, steps).round(),
     "simple": lambda steps, count, _: count - 1 - np.floor(np.arange(steps) * (count / steps)),
 }
-"""The time steps of the schedules that visit whole ones, from steps, T and steps_offset."""
+"""The time steps of the schedules that visit given ones, from steps, T and steps_offset."""
+
+READINGS: dict[tuple[str, Reading], Times] = {
+    ("leading", "multistep"): lambda steps, count, offset: np.arange(steps, 0.0, -1) * (count // (steps + 1)) + offset,
+    ("linspace", "multistep"): lambda steps, count, _: np.linspace(0, count - 1, steps + 1).round()[:0:-1],
+    ("linspace", "euler"): lambda steps, count, _: np.linspace(count - 1, 0, steps),
+}
+"""The same for those that read a name otherwise."""
 
 
 def _falling(times: Floats, lowest: int, highest: int) -> list[float]:

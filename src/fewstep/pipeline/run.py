@@ -130,6 +130,7 @@ class Run:
             steps_offset=parts.scheduler.steps_offset,
             final=parts.scheduler.final if self.sampler.may_end_above_zero else "zero",
             family="sdxl" if parts.unet.config.addition else "sd",
+            reading=self.sampler.reading,
         )
         return sigmas[job.steps - strength_steps(job.steps, strength) :]
 

@@ -7,14 +7,16 @@ how the tensor is stored there: `[0]`, `[1]`, `[2]` one third of the rows of a f
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.config import AutoencoderConfig, UNetConfig
+from fewstep.models.text_encoder import TextEncoder
+from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
 from fewstep.weights.files import Shape
 
@@ -28,6 +30,7 @@ TEXT_PREFIXES: Mapping[Family, tuple[str, ...]] = {
 }
 """Where each family keeps its text towers; those under `model.` are OpenCLIP's."""
 
+Network = UNet | AutoencoderKL | TextEncoder
 Table = Mapping[str, str]
 
 _UNET = {
@@ -48,18 +51,22 @@ _UNET_RESBLOCK = {
     "{}.conv2": "{}.out_layers.3",
     "{}.conv_shortcut": "{}.skip_connection",
 }
-_AUTOENCODER = {
-    "quant_conv": "quant_conv",
-    "post_quant_conv": "post_quant_conv",
+_PIXEL_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_AUTOENCODER_SIDE = {
     "{}.conv_in": "{}.conv_in",
     "{}.conv_norm_out": "{}.norm_out",
     "{}.conv_out": "{}.conv_out",
     "{}.mid_block.resnets.0": "{}.mid.block_1",
     "{}.mid_block.resnets.1": "{}.mid.block_2",
     "{}.mid_block.attentions.0.group_norm": "{}.mid.attn_1.norm",
+    **{
+        f"{{}}.mid_block.attentions.0.{a}.weight": f"{{}}.mid.attn_1.{b}.weight[1x1]"
+        for a, b in _PIXEL_ATTENTION.items()
+    },
+    **{f"{{}}.mid_block.attentions.0.{a}.bias": f"{{}}.mid.attn_1.{b}.bias" for a, b in _PIXEL_ATTENTION.items()},
 }
-_PIXEL_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_AUTOENCODER_RESBLOCK = {"{}": "{}", "{}.conv_shortcut": "{}.nin_shortcut"}
 _OPENCLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -72,17 +79,16 @@ _OPENCLIP_LAYER = {
     "text_model.encoder.layers.{}.mlp.fc1": "transformer.resblocks.{}.mlp.c_fc",
     "text_model.encoder.layers.{}.mlp.fc2": "transformer.resblocks.{}.mlp.c_proj",
     "text_model.encoder.layers.{}.self_attn.out_proj": "transformer.resblocks.{}.attn.out_proj",
-    **{
-        f"text_model.encoder.layers.{{}}.self_attn.{name}_proj.{kind}": (
-            f"transformer.resblocks.{{}}.attn.in_proj_{kind}[{third}]"
-        )
-        for third, name in enumerate("qkv")
-        for kind in ("weight", "bias")
-    },
+    "text_model.encoder.layers.{}.self_attn.q_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[0]",
+    "text_model.encoder.layers.{}.self_attn.k_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[1]",
+    "text_model.encoder.layers.{}.self_attn.v_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[2]",
+    "text_model.encoder.layers.{}.self_attn.q_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[0]",
+    "text_model.encoder.layers.{}.self_attn.k_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[1]",
+    "text_model.encoder.layers.{}.self_attn.v_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[2]",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Place:
     """Where a parameter lies in a file, and how: see the marks in the module's docstring."""
 
@@ -101,12 +107,10 @@ class Place:
         return (shape,)
 
     def take(self, tensor: Tensor, shape: Shape) -> Tensor:
-        """The parameter out of the stored `tensor`: a view of it where that is contiguous."""
+        """The parameter out of the stored `tensor`: a view of it, unless that is transposed."""
         if self.mark == "T":
             return tensor.T.contiguous()
-        if self.mark in ("0", "1", "2"):
-            return tensor.chunk(3)[int(self.mark)]
-        return tensor.reshape(shape)
+        return tensor.chunk(3)[int(self.mark)] if self.mark in ("0", "1", "2") else tensor.reshape(shape)
 
 
 def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, Place]:
@@ -117,34 +121,36 @@ def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, P
     names = set(present)
     bare = not any(name.startswith("text_model.") for name in names)
     old = any(".attentions.0.query." in name for name in names)
-    table = {f"mid_block.attentions.0.{ours}": theirs for ours, theirs in _OLD_PIXEL_ATTENTION.items()}
 
     def place(key: str) -> Place:
-        if old and (found := re.fullmatch(r"(..coder)\.(mid_block\.attentions\.0\.)(to_.*)\.(weight|bias)", key)):
-            side, block, layer, kind = found.groups()
-            theirs = f"{side}.{block}{table[f'mid_block.attentions.0.{layer}']}.{kind}"
-            return Place(key=theirs, mark="1x1" if kind == "weight" else "")
-        return Place(key=key.removeprefix("text_model.") if bare else key)
+        head, _, kind = key.rpartition(".")
+        side, found, layer = head.partition(".mid_block.attentions.0.")
+        if old and found and layer in _OLD_PIXEL_ATTENTION:
+            return Place(f"{side}{found}{_OLD_PIXEL_ATTENTION[layer]}.{kind}", "1x1" if kind == "weight" else "")
+        return Place(key.removeprefix("text_model.") if bare else key)
 
     return {key: place(key) for key in keys}
 
 
-def unet_places(keys: Iterable[str], config: UNetConfig) -> dict[str, Place]:
-    """The places of a UNet's `keys` in an original single file."""
-    return _places(keys, _unet_table(config), UNET_PREFIX)
-
-
-def autoencoder_places(keys: Iterable[str], config: AutoencoderConfig) -> dict[str, Place]:
-    """The places of an autoencoder's `keys` in an original single file."""
-    return _places(keys, _autoencoder_table(config), AUTOENCODER_PREFIX)
-
-
-def text_places(keys: Iterable[str], config: TextConfig, prefix: str) -> dict[str, Place]:
-    """The places of a text tower's `keys` in an original single file, under one of `TEXT_PREFIXES`."""
-    if prefix.endswith("transformer."):
-        return {key: Place(key=prefix + key) for key in keys}
-    table = _OPENCLIP | _filled(_OPENCLIP_LAYER, *((str(i), str(i)) for i in range(config.layers)))
-    return _places(keys, table, prefix)
+def single_places(
+    family: Family, unet: UNet, autoencoder: AutoencoderKL, towers: Sequence[TextEncoder]
+) -> list[tuple[str, Network, dict[str, Place]]]:
+    """The networks with their diffusers names and the places of their parameters in an original single file."""
+    rows: list[tuple[str, Network, dict[str, Place]]] = [
+        ("unet", unet, _places(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX)),
+        (
+            "vae",
+            autoencoder,
+            _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX),
+        ),
+    ]
+    names = ("text_encoder", "text_encoder_2")
+    for name, tower, prefix in zip(names, towers, TEXT_PREFIXES[family], strict=False):
+        layers = ((str(i), str(i)) for i in range(tower.config.layers))
+        clip = prefix.endswith("transformer.")
+        table = {"text_model": "text_model"} if clip else _OPENCLIP | _filled(_OPENCLIP_LAYER, *layers)
+        rows.append((name, tower, _places(tower.state_dict(), table, prefix)))
+    return rows
 
 
 def gathered(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,22 +165,20 @@ def gathered(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> dict[s
             tensors[place.key] = tensor.T.contiguous()
         else:
             tensors[place.key] = tensor.reshape(place.stored(tuple(tensor.shape))[0])
-    fused = {key: torch.cat([rows[mark] for mark in "012"]) for key, rows in thirds.items()}
-    return tensors | fused
+    return tensors | {key: torch.cat([rows[mark] for mark in "012"]) for key, rows in thirds.items()}
 
 
 def _unet_table(config: UNetConfig) -> Table:
     """A UNet's modules in the order of the original's numbered lists of blocks."""
     table, resnets = dict(_UNET), [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
-    last, n = len(config.stages) - 1, 1
+    n = 1
     for i, stage in enumerate(config.stages):
         for j in range(stage.resnets):
             resnets.append((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0"))
             table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
             n += 1
-        if i < last:
-            table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-            n += 1
+        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
+        n += 1
     n = 0
     for i, stage in enumerate(reversed(config.stages)):
         for j in range(stage.resnets + 1):
@@ -187,21 +191,18 @@ def _unet_table(config: UNetConfig) -> Table:
 
 
 def _autoencoder_table(config: AutoencoderConfig) -> Table:
-    table = _filled(_AUTOENCODER, ("encoder", "encoder"), ("decoder", "decoder"))
-    last = len(config.channels) - 1
-    for i in range(last + 1):
+    """An autoencoder's modules; the original numbers the decoder's levels from the picture's side."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    resnets = []
+    for i in range(len(config.channels)):
+        up = len(config.channels) - 1 - i
         table[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
-        table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{last - i}.upsample"
+        table[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
         for j in range(config.resnets + 1):
-            pairs = (("encoder.down_blocks", "encoder.down", i), ("decoder.up_blocks", "decoder.up", last - i))
-            for ours, theirs, level in pairs:
-                table[f"{ours}.{i}.resnets.{j}"] = f"{theirs}.{level}.block.{j}"
-                table[f"{ours}.{i}.resnets.{j}.conv_shortcut"] = f"{theirs}.{level}.block.{j}.nin_shortcut"
-    for side in ("encoder", "decoder"):
-        for ours, theirs in _PIXEL_ATTENTION.items():
-            table[f"{side}.mid_block.attentions.0.{ours}.weight"] = f"{side}.mid.attn_1.{theirs}.weight[1x1]"
-            table[f"{side}.mid_block.attentions.0.{ours}.bias"] = f"{side}.mid.attn_1.{theirs}.bias"
-    return table
+            resnets.append((f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}"))
+            resnets.append((f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}"))
+    sides = _filled(_AUTOENCODER_SIDE, ("encoder", "encoder"), ("decoder", "decoder"))
+    return table | sides | _filled(_AUTOENCODER_RESBLOCK, *resnets)
 
 
 def _filled(templates: Table, *names: tuple[str, str]) -> dict[str, str]:
@@ -217,6 +218,6 @@ def _places(keys: Iterable[str], table: Table, prefix: str) -> dict[str, Place]:
         while head not in table:
             head = head.rpartition(".")[0]
         name, _, mark = (table[head] + key[len(head) :]).partition("[")
-        return Place(key=prefix + name, mark=mark.rstrip("]"))
+        return Place(prefix + name, mark.rstrip("]"))
 
     return {key: place(key) for key in keys}

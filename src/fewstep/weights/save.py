@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from fewstep.errors import InputError
 from fewstep.models.zoo import Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.files import TensorFile
-from fewstep.weights.layouts import TEXT_PREFIXES, autoencoder_places, gathered, text_places, unet_places
-from fewstep.weights.parts import Parts, family_of, notes_of
+from fewstep.weights.layouts import gathered, single_places
+from fewstep.weights.parts import Parts, family_of
 from fewstep.weights.single import Contents, recognise
 
 _PIPELINES: Mapping[Family, str] = {
@@ -56,13 +57,9 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
 
     InputError for shapes that the layout cannot tell: it names no numbers of heads, for one.
     """
-    path, family = Path(path), family_of(parts.unet.config)
-    prefixes = TEXT_PREFIXES[family]
-    tensors = gathered(unet_places(parts.unet.state_dict(), parts.unet.config), parts.unet.state_dict())
-    autoencoder = parts.autoencoder
-    tensors |= gathered(autoencoder_places(autoencoder.state_dict(), autoencoder.config), autoencoder.state_dict())
-    for prefix, tower in zip(prefixes, parts.text_encoders, strict=True):
-        tensors |= gathered(text_places(tower.state_dict(), tower.config, prefix), tower.state_dict())
+    path, family, tensors = Path(path), family_of(parts.unet.config), dict[str, Tensor]()
+    for _, network, places in single_places(family, parts.unet, parts.autoencoder, parts.text_encoders):
+        tensors |= gathered(places, network.state_dict())
     _check_recognised(parts, path, tensors)
     notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
     _write_tensors(tensors, path, dtype, notes)
@@ -98,7 +95,7 @@ def _index(parts: Parts, towers: tuple[str, ...], scheduler: str) -> dict[str, A
     index: dict[str, Any] = {
         "_class_name": _PIPELINES[family].format("Inpaint" if parts.unet.config.in_channels == 9 else ""),
         "_diffusers_version": "0.35.0",
-        "_fewstep": notes_of(parts),
+        "_fewstep": {"name": parts.name, "licence": parts.licence, "defaults": asdict(parts.defaults)},
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", scheduler],
@@ -149,7 +146,10 @@ def _write_tensors(
     ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # save_file gives the file to its owner alone
         save_file(ready, partial, metadata={"format": "pt", **(notes or {})})
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
