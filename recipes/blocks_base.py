@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.data.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, Scenes
-from fewstep.data.blockworld import captions, render, require_train, scenes, vocabulary
+from fewstep.data.blockworld import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scenes,
+    captions,
+    render,
+    require_train,
+    scenes,
+    vocabulary,
+)
 from fewstep.diffusion.schedule import noise_schedule
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
@@ -40,11 +51,14 @@ AUTOENCODER = AutoencoderConfig(channels=(16, 32, 64, 64), resnets=1, groups=8, 
 TEXT = TextConfig(
     vocabulary=len(vocabulary()) + 4, window=WINDOW, width=128, layers=2, heads=4, inner=512, activation="gelu", eos=2
 )
-UNET = UNetConfig(
-    stages=(Stage(channels=64, resnets=1, depth=1, heads=4), Stage(channels=128, resnets=1, depth=1, heads=4)),
-    context=TEXT.width,
-    groups=16,
-)
+
+
+def unet_config(resnets: int) -> UNetConfig:
+    """The UNet with 1 or 2 residual blocks a level: it starts small and is grown."""
+    stages = (Stage(channels=64, resnets=resnets, depth=1, heads=4), Stage(channels=128, resnets=resnets, depth=1, heads=4))
+    return UNetConfig(stages=stages, context=TEXT.width, groups=16)
+
+
 SLOTS = (len(COLOURS), len(SHAPES), len(SIZES)) * 2 + (len(RELATIONS),)
 
 
@@ -147,11 +161,29 @@ def scene_slots(drawn: Scenes) -> Tensor:
 class LatentDiffusion(nn.Module):
     """What is trained together: the text tower, the UNet, and the slots that keep the text tower honest."""
 
-    def __init__(self) -> None:
+    def __init__(self, resnets: int = 2) -> None:
         super().__init__()
         self.text = TextEncoder(TEXT)
         self.slots = SlotReader(TEXT.width)
-        self.unet = UNet(UNET)
+        self.unet = UNet(unet_config(resnets))
+
+
+@torch.no_grad()
+def grow(large: LatentDiffusion, small: Mapping[str, Tensor]) -> None:
+    """Give `large`, with 2 residual blocks a level, the weights of a model with 1 and exactly its function.
+
+    Each level's second block on the way down, and its middle one on the way up, starts as the identity.
+    """
+    moved = {re.sub(r"(up_blocks\.\d\.\w+)\.1\.", r"\1.2.", name): value for name, value in small.items()}
+    large.load_state_dict(moved, strict=False)
+    for block in (*large.unet.down_blocks, *large.unet.up_blocks):
+        nn.init.zeros_(block.attentions[1].proj_out.weight)
+        nn.init.zeros_(block.attentions[1].proj_out.bias)
+        nn.init.zeros_(block.resnets[1].conv2.weight)
+        nn.init.zeros_(block.resnets[1].conv2.bias)
+    for block in large.unet.up_blocks:  # where the shortcut drops the skip connection
+        nn.init.zeros_(block.resnets[1].conv_shortcut.bias)
+        nn.init.dirac_(block.resnets[1].conv_shortcut.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +259,14 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 
 def diffusion_loss(model: LatentDiffusion, cache: LatentCache, batch: int, progress: Callable[[], float]) -> Loss:
-    """The weighted error of the velocity, plus the slots'; canonical captions first, varied ones from a fifth on."""
+    """The weighted error of the velocity, plus the slots'; canonical captions first, then more and more varied ones."""
     alpha_bars = torch.tensor(noise_schedule().alpha_bar, dtype=torch.float32)
     empty = tokenize([""], block_tokenizer()).ids[0, 0]
 
     def loss(step: int) -> dict[str, Tensor]:
         del step
         index = torch.randint(len(cache.latents), (batch,))
-        varied = torch.rand(batch) < 0.7 * min(1.0, max(0.0, (progress() - 0.2) / 0.2))
+        varied = torch.rand(batch) < 0.7 * min(1.0, progress() / 0.15)
         ids = cache.ids[index, torch.randint(1, 1 + VARIED, (batch,)) * varied].long()
         slots = cache.slots[index]
         dropped = torch.rand(batch) < DROP
@@ -275,9 +307,7 @@ def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
     """Stage `autoencoder`."""
     rank, _ = join_ranks()
     torch.manual_seed(rank)
-    plan = Plan(
-        folder=run / "autoencoder", rate=2e-3, seconds=60 * minutes, decay=0.5, weight_decay=1e-4, ema=0.998
-    )
+    plan = Plan(folder=run / "autoencoder", rate=2e-3, seconds=60 * minutes, decay=0.5, weight_decay=1e-4, ema=0.998)
     trainer = Trainer(AutoencoderKL(AUTOENCODER).to(memory_format=torch.channels_last), plan)
     pool = PicturePool(6144, seed=1 + rank * 10**9 + trainer.step * 1013)
     trainer.run(autoencoder_loss(trainer.model, pool, batch or 16))
@@ -302,7 +332,7 @@ def train_text(run: Path, minutes: float, batch: int) -> None:
     require_train(drawn)
     ids = caption_ids(drawn, 1, block_tokenizer())
     cache = LatentCache(latents=torch.zeros(0), ids=ids, slots=scene_slots(drawn))
-    model = LatentDiffusion()
+    model = LatentDiffusion(resnets=1)
     model.unet.requires_grad_(False)
     plan = Plan(folder=run / "text", rate=1e-3, seconds=60 * minutes, ema=0.99)
     Trainer(model, plan).run(text_loss(model, cache, batch or 128))
@@ -316,13 +346,24 @@ def write_latents(run: Path, first: int, last: int) -> None:
         write_chunk(model, run / "latents", number)
 
 
+def train_small_unet(run: Path, minutes: float, batch: int) -> None:
+    """Stage `small_unet`: text tower and a UNet with 1 residual block a level, from the slots' text tower."""
+    model = LatentDiffusion(resnets=1)
+    model.load_state_dict(trained(run / "text"))
+    fit_unet(model, run, Plan(folder=run / "small_unet", rate=1e-3, seconds=60 * minutes, decay=0.0), batch)
+
+
 def train_unet(run: Path, minutes: float, batch: int) -> None:
-    """Stage `unet`: text tower and UNet together."""
+    """Stage `unet`: the same with 2 residual blocks a level, grown from the small one."""
+    model = LatentDiffusion()
+    grow(model, trained(run / "small_unet"))
+    fit_unet(model, run, Plan(folder=run / "unet", rate=1e-3, seconds=60 * minutes, decay=0.25), batch)
+
+
+def fit_unet(model: LatentDiffusion, run: Path, plan: Plan, batch: int) -> None:
+    """Train on the cached latents; `batch` is that of each rank."""
     rank, _ = join_ranks()
     torch.manual_seed(rank)
-    model = LatentDiffusion()
-    model.load_state_dict(trained(run / "text"))
-    plan = Plan(folder=run / "unet", rate=1e-3, seconds=60 * minutes)
     trainer = Trainer(model, plan)
     cache = LatentCache.read(run / "latents")
     trainer.run(diffusion_loss(model, cache, batch or 32, lambda: trainer.progress))
@@ -331,13 +372,19 @@ def train_unet(run: Path, minutes: float, batch: int) -> None:
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("autoencoder", "text", "latents", "unet", "decoder"))
+    parser.add_argument("stage", choices=("autoencoder", "text", "latents", "small_unet", "unet", "decoder"))
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--batch", type=int, default=0, help="of each rank; 0 for the stage's own")
     parser.add_argument("--chunks", type=int, nargs=2, default=(0, 8), metavar=("FIRST", "LAST"))
     arguments = parser.parse_args()
-    stages = {"autoencoder": train_autoencoder, "text": train_text, "unet": train_unet, "decoder": train_decoder}
+    stages = {
+        "autoencoder": train_autoencoder,
+        "text": train_text,
+        "small_unet": train_small_unet,
+        "unet": train_unet,
+        "decoder": train_decoder,
+    }
     if arguments.stage == "latents":
         write_latents(arguments.run_dir, *arguments.chunks)
     else:

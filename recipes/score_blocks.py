@@ -1,6 +1,6 @@
 """How often blocks-base draws what its prompt says, by the algorithmic reader, on the split it never saw.
 
-    python recipes/score_blocks.py --run-dir runs/blocks-base --count 200
+python recipes/score_blocks.py --run-dir runs/blocks-base --count 200
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from blocks_base import PREDICTION, SIZE, LatentDiffusion, block_tokenizer, decoding_autoencoder, trained
 from torch import Tensor
 
-from blocks_base import PREDICTION, SIZE, LatentDiffusion, block_tokenizer, decoding_autoencoder, trained
 from fewstep.data.blockworld import captions, render, scenes
 from fewstep.diffusion.denoiser import denoiser
 from fewstep.diffusion.guidance import Guidance, guided

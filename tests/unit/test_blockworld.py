@@ -37,9 +37,7 @@ def atoms(batch: Scenes) -> list[set[str]]:
     """The "colour shape" of the objects that each scene holds."""
     return [
         {f"{COLOURS[c]} {SHAPES[s]}" for c, s in zip(colour[:n], shape[:n], strict=True)}
-        for n, colour, shape in zip(
-            batch.count.tolist(), batch.colour.tolist(), batch.shape.tolist(), strict=True
-        )
+        for n, colour, shape in zip(batch.count.tolist(), batch.colour.tolist(), batch.shape.tolist(), strict=True)
     ]
 
 
@@ -225,9 +223,7 @@ def test_every_caption_word_is_in_the_vocabulary_and_every_word_is_used():
 
 def test_mirrored_wordings_are_rare_and_name_the_second_object_first():
     batch = scenes(4000, seed=0, single=0.0)
-    mirrored = [
-        c for c in captions(batch, seed=0, style="varied") if {"under", "below", "behind"} & set(c.split())
-    ]
+    mirrored = [c for c in captions(batch, seed=0, style="varied") if {"under", "below", "behind"} & set(c.split())]
     assert 0.05 < len(mirrored) / len(batch) < 0.15
     under = [captions(hero("on top of"), seed=s, style="varied")[0] for s in range(100)]
     under = [c for c in under if "under" in c]
@@ -285,8 +281,6 @@ def test_the_nearer_object_covers_the_farther():
     front = batch[batch.relation == RELATIONS.index("in front of")]
     reversed_order = replace(
         front,
-        **{
-            name: getattr(front, name).flip(1) for name in ("shape", "colour", "size", "position", "rotation")
-        },
+        **{name: getattr(front, name).flip(1) for name in ("shape", "colour", "size", "position", "rotation")},
     )
     torch.testing.assert_close(render(front, 64), render(reversed_order, 64), rtol=0, atol=1e-5)

@@ -41,9 +41,7 @@ def pipe() -> Pipeline:
         text_encoders=(TextEncoder(text).eval(),),
         tokenizers=(tokenizer,),
         scheduler=SchedulerConfig(),
-        defaults=Defaults(
-            steps=4, guidance_scale=3.0, sampler="ddim", schedule="leading", width=64, height=64
-        ),
+        defaults=Defaults(steps=4, guidance_scale=3.0, sampler="ddim", schedule="leading", width=64, height=64),
         licence="Apache-2.0",
     )
     return Pipeline(parts)

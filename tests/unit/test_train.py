@@ -127,9 +127,7 @@ def test_a_run_ends_by_whichever_comes_first(tmp_path: Path) -> None:
     assert plan.progress(1, 9.0) == 0.9
 
 
-def test_checkpoints_keep_the_last_and_survive_a_broken_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_keep_the_last_and_survive_a_broken_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"step": step}, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002.pt", "step-00000003.pt"]
@@ -220,9 +218,7 @@ def test_folding_is_exact() -> None:
     folded, folded_log_variance = model.encode(image).chunk(2, 1)
     torch.testing.assert_close(folded.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(folded.std((0, 2, 3)), torch.ones(4, dtype=torch.float64))
-    torch.testing.assert_close(
-        folded_log_variance, log_variance - 2 * spread.log()[:, None, None]
-    )
+    torch.testing.assert_close(folded_log_variance, log_variance - 2 * spread.log()[:, None, None])
     torch.testing.assert_close(model.decode(folded), pictures)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, plms, unipc
-from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
 from fewstep.diffusion.schedule import Reading
+from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
 from fewstep.diffusion.step import Noise, Step
 from fewstep.errors import InputError, nearest
 

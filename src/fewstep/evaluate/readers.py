@@ -165,8 +165,7 @@ class BlockReader:
         best, shift = fits.max(1)
         candidates = best.topk(CANDIDATES).indices.tolist()
         scores = [
-            float(best[i]) + SHADING_WEIGHT * self._shading_fit(i, int(shift[i]), region, values)
-            for i in candidates
+            float(best[i]) + SHADING_WEIGHT * self._shading_fit(i, int(shift[i]), region, values) for i in candidates
         ]
         chosen = candidates[scores.index(max(scores))]
         return self._placed(chosen, int(shift[chosen]), float(best[chosen]))
@@ -252,8 +251,7 @@ def _is_fringe(colour: int, colours: Sequence[int], cores: Tensor) -> bool:
     """Whether a colour is the blend of two others that have more than twice its core between them."""
     others = [other for other in colours if other != colour]
     return any(
-        _between(colour, a, b) and cores[colour] < 0.5 * max(cores[a], cores[b])
-        for a, b in combinations(others, 2)
+        _between(colour, a, b) and cores[colour] < 0.5 * max(cores[a], cores[b]) for a, b in combinations(others, 2)
     )
 
 
@@ -310,13 +308,9 @@ def _wanted(scenes: Scenes) -> list[Reading]:
     wanted = []
     for i, (count, relation) in enumerate(zip(scenes.count.tolist(), scenes.relation.tolist(), strict=True)):
         order = [1, 0] if relation == RIGHT else list(range(count))
-        colours, shapes, sizes = (
-            tuple(f[i, order].tolist()) for f in (scenes.colour, scenes.shape, scenes.size)
-        )
+        colours, shapes, sizes = (tuple(f[i, order].tolist()) for f in (scenes.colour, scenes.shape, scenes.size))
         kind = LEFT if relation == RIGHT else relation
-        wanted.append(
-            Reading(count=count, colours=colours, shapes=shapes, sizes=sizes, relation=kind, fit=1.0)
-        )
+        wanted.append(Reading(count=count, colours=colours, shapes=shapes, sizes=sizes, relation=kind, fit=1.0))
     return wanted
 
 

@@ -29,8 +29,7 @@ class UNet(nn.Module):
         self.add_embedding = TimestepEmbedding(config.addition, config.emb) if config.addition else None
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(config, stages[max(i - 1, 0)].channels, stage, halve=i < last)
-            for i, stage in enumerate(stages)
+            DownBlock(config, stages[max(i - 1, 0)].channels, stage, halve=i < last) for i, stage in enumerate(stages)
         )
         self.mid_block = MidBlock(config)
         skips = _skip_channels(config)
@@ -118,9 +117,7 @@ class UpBlock(nn.Module):
     Pops its feature maps from `skips`, one more than the level's way down had residual blocks.
     """
 
-    def __init__(
-        self, config: UNetConfig, channels: int, stage: Stage, skips: list[int], *, double: bool
-    ) -> None:
+    def __init__(self, config: UNetConfig, channels: int, stage: Stage, skips: list[int], *, double: bool) -> None:
         super().__init__()
         widths = [channels, *[stage.channels] * stage.resnets]
         self.resnets = nn.ModuleList(_resblock(config, width + skips.pop(), stage.channels) for width in widths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fewstep.errors import InputError, nearest
@@ -94,120 +94,94 @@ OPENCLIP_H = TextConfig(width=1024, layers=23, heads=16, inner=4096, activation=
 OPENCLIP_G = TextConfig(width=1280, layers=32, heads=20, inner=5120, activation="gelu", projection=1280)
 
 
-def _defaults(
-    size: int, sampler: str, schedule: str = "leading", *, steps: int = 50, guidance_scale: float = 7.5
-) -> Defaults:
+def _defaults(size: int, sampler: str, guidance_scale: float) -> Defaults:
     return Defaults(
-        steps=steps, guidance_scale=guidance_scale, sampler=sampler, schedule=schedule, width=size, height=size
+        steps=50, guidance_scale=guidance_scale, sampler=sampler, schedule="leading", width=size, height=size
     )
 
 
-_OPENRAIL = "no harmful use: the list in the licence's attachment A applies to whoever uses or shares the model"
-_TURBO = "research and non-commercial use only; commercial use needs an agreement with Stability AI"
-_TURBO_LICENCE = "stabilityai-nc-research-community"
+_TURBO: dict[str, Any] = {
+    "licence": "stabilityai-nc-research-community",
+    "terms": "research and non-commercial use only; commercial use needs an agreement with Stability AI",
+}
+_BLOCKS = Entry(
+    name="blocks-base",
+    family="blocks",
+    source=None,
+    licence="Apache-2.0",
+    terms="none; it draws coloured shapes and nothing else",
+    megabytes=0,
+)
+_SD1 = Entry(
+    name="sd-v1-4",
+    family="sd1",
+    source="CompVis/stable-diffusion-v1-4",
+    licence="creativeml-openrail-m",
+    terms="no harmful use: the list in the licence's attachment A applies to whoever uses or shares the model",
+    megabytes=2132,
+    unet=SD1_UNET,
+    autoencoder=SD_AUTOENCODER,
+    texts=(CLIP_L,),
+    defaults=_defaults(512, "plms", 7.5),
+    tiny_decoder="taesd",
+)
+_SD2 = replace(
+    _SD1,
+    name="sd-v2-1",
+    family="sd2",
+    source="stabilityai/stable-diffusion-2-1",
+    licence="creativeml-openrail++-m",
+    megabytes=2580,
+    unet=SD2_UNET,
+    texts=(OPENCLIP_H,),
+    defaults=_defaults(768, "ddim", 7.5),
+    prediction="v_prediction",
+)
+_SDXL = replace(
+    _SD1,
+    name="sdxl-base",
+    family="sdxl",
+    source="stabilityai/stable-diffusion-xl-base-1.0",
+    licence="creativeml-openrail++-m",
+    megabytes=6938,
+    unet=SDXL_UNET,
+    autoencoder=SDXL_AUTOENCODER,
+    texts=(CLIP_L, OPENCLIP_G),
+    defaults=_defaults(1024, "euler", 5.0),
+    tiny_decoder="taesdxl",
+)
+
+
+def _turbo(name: str, teacher: Entry, sampler: str) -> Entry:
+    """One step, no guidance, 512 pixels."""
+    defaults = Defaults(steps=1, guidance_scale=0.0, sampler=sampler, schedule="trailing", width=512, height=512)
+    source = f"stabilityai/{name}"
+    return replace(teacher, name=name, source=source, defaults=defaults, prediction="epsilon", **_TURBO)
+
+
+def _tiny(name: str) -> Entry:
+    return Entry(name=name, family="tiny", source=f"madebyollin/{name}", licence="mit", terms="none", megabytes=10)
+
+
 _ENTRIES = (
-    Entry(
-        name="blocks-base",
-        family="blocks",
-        source=None,
-        licence="Apache-2.0",
-        terms="none; it draws coloured shapes and nothing else",
-        megabytes=0,
-    ),
-    Entry(
-        name="sd-v1-4",
-        family="sd1",
-        source="CompVis/stable-diffusion-v1-4",
-        licence="creativeml-openrail-m",
-        terms=_OPENRAIL,
-        megabytes=2132,
-        unet=SD1_UNET,
-        autoencoder=SD_AUTOENCODER,
-        texts=(CLIP_L,),
-        defaults=_defaults(512, "plms"),
-        tiny_decoder="taesd",
-    ),
-    Entry(
-        name="small-sd",
-        family="sd1",
-        source="OFA-Sys/small-stable-diffusion-v0",
-        licence="creativeml-openrail-m",
-        terms=_OPENRAIL,
-        megabytes=3144,
-        unet=SMALL_UNET,
-        autoencoder=SD_AUTOENCODER,
-        texts=(CLIP_L,),
-        defaults=_defaults(512, "plms"),
-        tiny_decoder="taesd",
-    ),
-    Entry(
-        name="sd-v2-1",
-        family="sd2",
-        source="stabilityai/stable-diffusion-2-1",
-        licence="creativeml-openrail++-m",
-        terms=_OPENRAIL,
-        megabytes=2580,
-        unet=SD2_UNET,
-        autoencoder=SD_AUTOENCODER,
-        texts=(OPENCLIP_H,),
-        defaults=_defaults(768, "ddim"),
-        prediction="v_prediction",
-        tiny_decoder="taesd",
-    ),
-    Entry(
-        name="sd-turbo",
-        family="sd2",
-        source="stabilityai/sd-turbo",
-        licence=_TURBO_LICENCE,
-        terms=_TURBO,
-        megabytes=2580,
-        unet=SD2_UNET,
-        autoencoder=SD_AUTOENCODER,
-        texts=(OPENCLIP_H,),
-        defaults=_defaults(512, "euler", "trailing", steps=1, guidance_scale=0.0),
-        tiny_decoder="taesd",
-    ),
-    Entry(
-        name="sdxl-base",
-        family="sdxl",
-        source="stabilityai/stable-diffusion-xl-base-1.0",
-        licence="creativeml-openrail++-m",
-        terms=_OPENRAIL,
-        megabytes=6938,
-        unet=SDXL_UNET,
-        autoencoder=SDXL_AUTOENCODER,
-        texts=(CLIP_L, OPENCLIP_G),
-        defaults=_defaults(1024, "euler", guidance_scale=5.0),
-        tiny_decoder="taesdxl",
-    ),
-    Entry(
-        name="sdxl-turbo",
-        family="sdxl",
-        source="stabilityai/sdxl-turbo",
-        licence=_TURBO_LICENCE,
-        terms=_TURBO,
-        megabytes=6938,
-        unet=SDXL_UNET,
-        autoencoder=SDXL_AUTOENCODER,
-        texts=(CLIP_L, OPENCLIP_G),
-        defaults=_defaults(512, "euler_ancestral", "trailing", steps=1, guidance_scale=0.0),
-        tiny_decoder="taesdxl",
-    ),
-    Entry(
+    _BLOCKS,
+    _SD1,
+    replace(_SD1, name="small-sd", source="OFA-Sys/small-stable-diffusion-v0", megabytes=3144, unet=SMALL_UNET),
+    _SD2,
+    _turbo("sd-turbo", _SD2, "euler"),
+    _SDXL,
+    _turbo("sdxl-turbo", _SDXL, "euler_ancestral"),
+    replace(
+        _SDXL,
         name="sdxl-refiner",
         family="sdxl-refiner",
         source="stabilityai/stable-diffusion-xl-refiner-1.0",
-        licence="creativeml-openrail++-m",
-        terms=_OPENRAIL,
         megabytes=6076,
         unet=REFINER_UNET,
-        autoencoder=SDXL_AUTOENCODER,
         texts=(OPENCLIP_G,),
-        defaults=_defaults(1024, "euler", guidance_scale=5.0),
-        tiny_decoder="taesdxl",
     ),
-    Entry(name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10),
-    Entry(name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10),
+    _tiny("taesd"),
+    _tiny("taesdxl"),
 )
 CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 """Every entry by its name; the first is the one that comes with fewstep."""

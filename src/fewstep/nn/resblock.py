@@ -12,9 +12,7 @@ class ResBlock(nn.Module):
     x (B, C, H, W), emb (B, E) or None -> (B, out, H, W)
     """
 
-    def __init__(
-        self, channels: int, out: int, *, emb: int | None = None, groups: int = 32, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, channels: int, out: int, *, emb: int | None = None, groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)

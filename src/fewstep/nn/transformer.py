@@ -62,9 +62,7 @@ class SpatialTransformer(nn.Module):
     `linear`: SD 2 and XL store the projections as linear layers, SD 1 as 1x1 convolutions; the maths is one.
     """
 
-    def __init__(
-        self, channels: int, heads: int, context: int, *, depth: int, linear: bool, groups: int = 32
-    ) -> None:
+    def __init__(self, channels: int, heads: int, context: int, *, depth: int, linear: bool, groups: int = 32) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)

@@ -133,9 +133,7 @@ def side(name: str, value: Any, multiple: int) -> int:
     pixels = _whole(name, value, *SIDES)
     if pixels % multiple:
         low = pixels // multiple * multiple
-        raise InputError(
-            f"{name} {pixels} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
-        )
+        raise InputError(f"{name} {pixels} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
     return pixels
 
 
@@ -159,7 +157,9 @@ def _ceil(value: float) -> str:
 def _guidance(given: Mapping[str, Any], scale: float) -> Guidance:
     low, high = given.get("guidance_interval", (0.0, inf))
     if not 0 <= low <= high:
-        raise InputError(f"guidance_interval ({low}, {high}) is not (lowest sigma, highest sigma) with 0 <= low <= high")
+        raise InputError(
+            f"guidance_interval ({low}, {high}) is not (lowest sigma, highest sigma) with 0 <= low <= high"
+        )
     return Guidance(
         scale=_number("guidance_scale", given.get("guidance_scale", scale), 0, 100),
         rescale=_number("guidance_rescale", given.get("guidance_rescale", 0.0), 0, 1),
@@ -185,9 +185,8 @@ def _negatives(value: str | Sequence[str] | None, count: int, per_prompt: int) -
         return (value,) * count
     negatives = _repeated(_texts("negative_prompt", value), per_prompt)
     if len(negatives) != count:
-        raise InputError(
-            f"{len(negatives) // per_prompt} negative prompts for {count // per_prompt} prompts; give one, or one for each"
-        )
+        given, wanted = len(negatives) // per_prompt, count // per_prompt
+        raise InputError(f"{given} negative prompts for {wanted} prompts; give one, or one for each")
     return negatives
 
 

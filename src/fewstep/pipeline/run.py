@@ -207,9 +207,7 @@ def model_denoiser(model: Model, prompted: Prompted, job: Job) -> Denoiser:
     scheduler, engine = model.parts.scheduler, model.engine
 
     def bound(conditioning: Conditioning) -> Denoiser:
-        return denoiser(
-            lambda x, t: engine.predict(x, t, conditioning), scheduler.noise_schedule, scheduler.prediction
-        )
+        return denoiser(lambda x, t: engine.predict(x, t, conditioning), scheduler.noise_schedule, scheduler.prediction)
 
     cond = bound(prompted.cond)
     if prompted.uncond is None:

@@ -51,6 +51,8 @@ def read_torch(path: Path) -> TensorFile:
     Only the `state_dict` of a training checkpoint is taken.
     """
     _scan_pickle(path, _checked_pickle(path))
+    if path.suffix == ".safetensors":  # torch would go by the name
+        raise CheckpointError(f"{path} is a torch archive in spite of its name; rename it to .ckpt")
     stubs: list[Any] = [(_Nothing, name.replace(" ", ".")) for name in _STUBBED]
     try:
         with torch.serialization.safe_globals(stubs):

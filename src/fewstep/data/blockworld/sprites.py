@@ -102,9 +102,7 @@ def sprite_poses() -> list[tuple[int, int]]:
 def sprite_bank(size: int) -> Tensor:
     """(27, 5, R, R) for pictures of `size` pixels: normal xyz and depth, times coverage; then coverage."""
     resolution = max(48, round(size * 0.72))
-    return torch.stack(
-        [_traced(SOLIDS[name], angle, resolution) for name in SHAPES for angle in _angles(name)]
-    )
+    return torch.stack([_traced(SOLIDS[name], angle, resolution) for name in SHAPES for angle in _angles(name)])
 
 
 def _traced(distance: Distance, angle: float, resolution: int) -> Tensor:
@@ -123,9 +121,7 @@ def _traced(distance: Distance, angle: float, resolution: int) -> Tensor:
     hit = ((distance(point).abs() < 4e-3) & (travelled < 9)).float()[..., None]
     normal = _normals(distance, point) @ turn.T
     depth = travelled[..., None] - CAMERA_DISTANCE
-    return F.avg_pool2d(
-        (torch.cat([normal, depth, torch.ones_like(hit)], -1) * hit).permute(2, 0, 1), SUPERSAMPLING
-    )
+    return F.avg_pool2d((torch.cat([normal, depth, torch.ones_like(hit)], -1) * hit).permute(2, 0, 1), SUPERSAMPLING)
 
 
 def _normals(distance: Distance, point: Tensor, step: float = 1e-3) -> Tensor:
