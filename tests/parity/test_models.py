@@ -143,7 +143,7 @@ def test_text_encoder(activation: Any, projection: int | None) -> None:
 
 
 @slow
-@pytest.mark.parametrize("name, tower", [("sd-v1-4", 0), ("sd-v2-1", 0), ("sdxl-base", 1)])
+@pytest.mark.parametrize(("name", "tower"), [("sd-v1-4", 0), ("sd-v2-1", 0), ("sdxl-base", 1)])
 def test_full_size_text_encoder(name: str, tower: int) -> None:
     error = text_error(CATALOGUE[name].texts[tower])
     print(f"{name} text tower {tower + 1}: {error:.1e}")

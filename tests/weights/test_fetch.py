@@ -172,7 +172,7 @@ def test_a_path_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_table_of_models_needs_no_torch() -> None:
-    script = "import sys, fewstep.weights.fetch as f, fewstep.models.zoo as z; [f.is_cached(e) for e in z.CATALOGUE.values()]; print('torch' in sys.modules)"
+    script = "import sys, fewstep.weights.fetch as f, fewstep.models.zoo as z; [f.is_cached(e) for e in z.CATALOGUE.values()]\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

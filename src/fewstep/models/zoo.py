@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fewstep.errors import InputError, nearest
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
