@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blocks_base import PREDICTION, SIZE, LatentDiffusion, block_tokenizer, decoding_autoencoder, trained
+from blocks_base import PREDICTION, decoding_autoencoder, trained
+from blocks_data import SIZE, block_tokenizer
+from blocks_model import LatentDiffusion
 from torch import Tensor
 
 from fewstep.data.blockworld import captions, render, scenes

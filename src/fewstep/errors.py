@@ -22,7 +22,9 @@ class MissingExtraError(ImportError):
     """An optional dependency is not installed; the message holds the pip command."""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of `names`, or an empty string when none is close."""
-    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def unknown(what: str, name: str, names: Iterable[str]) -> str:
+    """The message for a name that is not among `names`: the closest one, and all that there are."""
+    known = list(names)
+    close = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"unknown {what} {name!r}{hint} There are {', '.join(known)}"

@@ -187,7 +187,7 @@ def test_strengths_that_run_nothing(pipe: Pipeline, steps: int, strength: float,
 
 
 @pytest.mark.parametrize(
-    ("steps", "strength", "runs"), [(4, 0.25, 1), (3, 0.334, 1), (100, 0.29, 29), (2, 0.5, 1), (50, 1.0, 50)]
+    ("steps", "strength", "runs"), [(4, 0.25, 1), (3, 0.334, 1), (100, 0.29, 28), (2, 0.5, 1), (50, 1.0, 50)]
 )
 def test_strength_runs_that_share_of_the_steps(pipe: Pipeline, steps: int, strength: float, runs: int) -> None:
     assert len(pipe.start(PROMPT, image=Image.new("RGB", (64, 64)), steps=steps, strength=strength)) == runs

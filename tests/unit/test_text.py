@@ -1,18 +1,15 @@
-"""Vocabularies that are broken or foreign, word lists, windows of tokens, and weighted prompts."""
+"""Vocabularies that are broken or foreign, word lists, and windows of tokens."""
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fewstep.errors import CheckpointError, InputError
-from fewstep.text.prompt import parse_weights, tokenize
+from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
 
 COLOURS = ["a", "red", "blue", "cube", "on", ","]
@@ -165,7 +162,6 @@ def test_short_prompts_fill_one_window(words):
     assert tokens.ids.tolist() == [[[1, 4, 5, 7, 2, 0, 0, 0, 0, 0, 0, 0]], [[1, 2, *[0] * 10]]]
     assert tokens.ids.dtype == torch.int64
     assert (tokens.used, tokens.dropped, tokens.chunks) == ((3, 0), (0, 0), 1)
-    assert tokens.weights is None
 
 
 def test_long_prompts_are_split_and_all_get_as_many_windows(words):
@@ -207,18 +203,9 @@ def test_caller_sets_the_least_number_of_windows(words):
     assert tokens.ids.tolist() == [[[1, 5, 2, *[0] * 9], [1, 2, *[0] * 10]]]
 
 
-def test_weights_lie_on_their_tokens(words):
-    tokens = tokenize(["a (red:1.5) cube", "blue"], words, weighted=True)
-    assert tokens.ids[0, 0].tolist()[:5] == [1, 4, 5, 7, 2]
-    assert tokens.weights.dtype == torch.float32
-    assert tokens.weights[0, 0].tolist() == [1, 1, 1.5, *[1] * 9]
-    assert tokens.weights[1].eq(1).all()
-
-
-def test_brackets_are_text_by_default(words):
+def test_brackets_are_text(words):
     tokens = tokenize(["(red:1.5)"], words)
     assert tokens.ids[0, 0].tolist()[:3] == [1, words.unk, 5]
-    assert tokens.weights is None
 
 
 @pytest.mark.parametrize(
@@ -233,77 +220,3 @@ def test_brackets_are_text_by_default(words):
 def test_prompts_out_of_limits(words, prompt, message):
     with pytest.raises(InputError, match=message):
         tokenize([prompt], words)
-
-
-# --- weights ---
-
-WEIGHTED = {
-    "": [],
-    "plain: text": [("plain: text", 1.0)],
-    "(a)": [("a", 1.1)],
-    "[a]": [("a", 1 / 1.1)],
-    "(a:1.5)": [("a", 1.5)],
-    "(a:.5)": [("a", 0.5)],
-    "(a: -1.)": [("a", -1.0)],
-    "((a))b": [("a", 1.1 * 1.1), ("b", 1.0)],
-    r"\(a\) \[b\] \\(c)": [("(a) [b] \\", 1.0), ("c", 1.1)],
-    r"a\b": [(r"a\b", 1.0)],
-    "(unclosed": [("unclosed", 1.1)],
-    "unopened)]": [("unopened)]", 1.0)],
-    "a:1.5)": [("a:1.5)", 1.0)],
-    "(a:b)": [("a:b", 1.1)],
-    "(a:1.2.3)": [("a:1.2.3", 1.1)],
-    "[a:1.5]": [("a:1.5", 1 / 1.1)],
-    "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).": [
-        ("a ", 1.0),
-        ("house", 1.573),
-        (" ", 1.1),
-        ("on", 1.0),
-        (" a ", 1.1),
-        ("hill", 0.55),
-        (", sun, ", 1.1),
-        ("sky", 1.4641),
-        (".", 1.1),
-    ],
-}
-
-
-@pytest.mark.parametrize(("prompt", "pieces"), WEIGHTED.items())
-def test_weights_follow_the_web_ui(prompt, pieces):
-    found = parse_weights(prompt)
-    assert [text for text, _ in found] == [text for text, _ in pieces]
-    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in pieces])
-
-
-@pytest.mark.parametrize(
-    "prompt", ["(a:11)", "((a:9):9)", f"(a:{'9' * 400})", f"((a:0):{'9' * 400})", "[" * 21, "([" * 11]
-)
-def test_weights_out_of_limits(prompt):
-    with pytest.raises(InputError, match=r"not within|brackets are open"):
-        parse_weights(prompt)
-
-
-@given(st.text(alphabet="ab (:)[]\\.,019+-\n\u00e9\U0001f600"))
-def test_any_brackets_give_finite_weights(prompt):
-    try:
-        pieces = parse_weights(prompt)
-    except InputError:
-        return
-    assert all(abs(weight) <= 10 for _, weight in pieces)
-    assert all(text for text, _ in pieces)
-
-
-@given(st.text())
-def test_escaped_text_comes_back_whole(text):
-    escaped = "".join("\\" + letter if letter in "()[]\\" else letter for letter in text)
-    assert parse_weights(escaped) == ([(text, 1.0)] if text else [])
-
-
-HOSTILE = ["(" * 20 + "a", "(a", "9", ":", ": ", " ", ":9", ":.", "\\", "()", "[(", "a)", "(a:1.1)", ":" + "9" * 40]
-
-
-@pytest.mark.parametrize("unit", HOSTILE)
-def test_time_grows_with_the_length_alone(unit):
-    """Quadratic work on a million characters would take the whole day."""
-    with suppress(InputError):
-        parse_weights("(" + unit * (1_000_000 // len(unit)))

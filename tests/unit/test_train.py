@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,27 @@ def test_a_tiny_unet_learns_its_velocity(tmp_path: Path) -> None:
     before = loss(0)["loss"].item()
     Trainer(model, Plan(folder=tmp_path, rate=5e-3, steps=60, warmup=5)).run(loss)
     assert loss(0)["loss"].item() < 0.6 * before
+
+
+def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1), torch.arange(12.0).reshape(4, 3).sin()
+    part = x[rank::ranks]
+    trainer = Trainer(model, Plan(folder=folder, rate=0.1, steps=8, warmup=1))
+    trainer.run(lambda step: {"loss": (model(part) - part.sum(1, keepdim=True)).square().mean()})
+    torch.save(model.state_dict(), folder / f"rank-{rank}.pt")
+
+
+def test_two_ranks_train_as_one_with_both_batches(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, args=(2, port, tmp_path / "two"), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        train_rank(0, 1, port, tmp_path / "one")
+    weights = [torch.load(tmp_path / name) for name in ("two/rank-0.pt", "two/rank-1.pt", "one/rank-0.pt")]
+    assert torch.equal(weights[0]["weight"], weights[1]["weight"])
+    torch.testing.assert_close(weights[0], weights[2])

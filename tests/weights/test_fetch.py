@@ -14,7 +14,7 @@ from small import assert_same_weights, parts
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, entry
-from fewstep.weights.fetch import cached_folder, cached_megabytes, fetch, is_cached, located, wanted_files
+from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, wanted_files
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
 
@@ -102,10 +102,7 @@ def test_what_is_cached_needs_no_network(cache: Path) -> None:
     by_name = load_parts("sd-v1-4", dtype=torch.float32)
     assert_same_weights(by_name, load_parts(SD, dtype=torch.float32))
     assert (by_name.name, by_name.licence) == ("sd-v1-4", "creativeml-openrail-m")
-    assert (by_name.defaults.steps, by_name.defaults.width, by_name.defaults.sampler) == (50, 512, "plms")
-    assert cached_megabytes(entry("sd-v1-4")) == round(
-        sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
-    )
+    assert (by_name.defaults.steps, by_name.defaults.width) == (50, 512)
 
 
 def test_a_turbo_model_takes_its_steps_from_the_catalogue(cache: Path) -> None:
@@ -172,7 +169,12 @@ def test_a_path_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_table_of_models_needs_no_torch() -> None:
-    script = "import sys, fewstep.weights.fetch as f, fewstep.models.zoo as z; [f.is_cached(e) for e in z.CATALOGUE.values()]\nprint('torch' in sys.modules)"
+    script = """
+import sys
+from fewstep.models.zoo import CATALOGUE
+from fewstep.weights.fetch import is_cached
+print([is_cached(known) for known in CATALOGUE.values()] and 'torch' in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

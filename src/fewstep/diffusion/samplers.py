@@ -15,7 +15,7 @@ from fewstep.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, pl
 from fewstep.diffusion.schedule import Reading
 from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
 from fewstep.diffusion.step import Noise, Step
-from fewstep.errors import InputError, nearest
+from fewstep.errors import InputError, unknown
 
 Sampler = Callable[..., Iterator[Step]]
 """`sampler(denoise, x, sigmas, *, noise, eta)`, without those of the last two that it does not take."""
@@ -95,5 +95,5 @@ SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
 def sampler(name: str) -> SamplerSpec:
     """The sampler of this name. Raises InputError, with the nearest name, for an unknown one."""
     if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+        raise InputError(unknown("sampler", name, SAMPLERS))
     return SAMPLERS[name]

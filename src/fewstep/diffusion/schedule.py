@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fewstep.errors import InputError, nearest
+from fewstep.errors import InputError, unknown
 
 Floats = npt.NDArray[np.float64]
 BetaKind = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
@@ -212,4 +212,4 @@ def _curve(name: str, steps: int, schedule: NoiseSchedule, *, family: str, end: 
 
 def _check_known(what: str, name: str, names: Collection[str]) -> None:
     if name not in names:
-        raise InputError(f"unknown {what} {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+        raise InputError(unknown(what, name, names))

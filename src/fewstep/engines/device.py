@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.errors import InputError
+from fewstep.errors import InputError, unknown
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -19,7 +19,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; there are 'cpu', 'cuda', 'cuda:1', ... and 'mps'") from None
+        raise InputError(unknown("device", str(name), ("cpu", "cuda", "cuda:1", "mps"))) from None
     if (device.type == "cuda" and not torch.cuda.is_available()) or (
         device.type == "mps" and not torch.backends.mps.is_available()
     ):
@@ -37,7 +37,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
         return _native(device)
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if dtype not in (torch.float32, *_HALVES):
-        raise InputError(f"unknown dtype {str(name)!r}; there are 'float32', 'float16' and 'bfloat16'")
+        raise InputError(unknown("dtype", str(name), ("float32", "float16", "bfloat16")))
     if device.type == "cpu" and dtype in _HALVES and not _cpu_computes(dtype):
         raise InputError(f"this CPU emulates {dtype}, hundreds of times slower than float32; use dtype='float32'")
     assert isinstance(dtype, torch.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fewstep.errors import InputError, nearest
+from fewstep.errors import InputError, unknown
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Entry:
 def entry(name: str) -> Entry:
     """The entry called `name`; InputError names the nearest one when there is none."""
     if name not in CATALOGUE:
-        known = ", ".join(CATALOGUE)
-        raise InputError(f"unknown model {name!r}{nearest(name, CATALOGUE)}; there are {known}")
+        raise InputError(unknown("model", name, CATALOGUE))
     return CATALOGUE[name]
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
-from fewstep.diffusion.samplers import sampler as sampler_named
+from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
-from fewstep.errors import InputError, nearest
+from fewstep.errors import InputError, unknown
+from fewstep.models.zoo import Defaults
 from fewstep.rng import seeds_for
 
 Output = Literal["pil", "numpy", "latent"]
@@ -88,43 +89,28 @@ class Job:
     chunk: bool
 
 
-class Native(NamedTuple):
-    """What a model does when it is not told otherwise; sides in pixels."""
-
-    steps: int
-    guidance_scale: float
-    sampler: str
-    schedule: str
-    width: int
-    height: int
-
-
-def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Native, *, multiple: int = 8) -> Job:
+def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults, *, multiple: int = 8) -> Job:
     """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
-    _known(options, TaskOptions.__annotations__, "option")
+    for key in options:
+        _one_of("option", key, tuple(TaskOptions.__annotations__))
     given = {key: value for key, value in options.items() if value is not None}
     per_prompt = _whole("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
-    schedule = str(given.get("schedule", native.schedule))
-    if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}{nearest(schedule, SCHEDULES)}; one of {_list(SCHEDULES)}")
-    sampler = str(given.get("sampler", native.sampler))
-    sampler_named(sampler)
     return Job(
         prompts=prompts,
         negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), per_prompt),
         steps=_whole("steps", given.get("steps", native.steps), 1, 1000),
         guidance=_guidance(given, native.guidance_scale),
-        sampler=sampler,
-        schedule=schedule,
+        sampler=_one_of("sampler", given.get("sampler", native.sampler), tuple(SAMPLERS)),
+        schedule=_one_of("schedule", given.get("schedule", native.schedule), SCHEDULES),
         eta=None if "eta" not in given else _number("eta", given["eta"], 0, 1),
         width=side("width", given.get("width", native.width), multiple),
         height=side("height", given.get("height", native.height), multiple),
         seeds=seeds_for(options.get("seed"), len(prompts)),
         latents=options.get("latents"),
         output=_one_of("output", given.get("output", "pil"), ("pil", "numpy", "latent")),
-        size_conditioning=options.get("size_conditioning", SizeConditioning()),
-        chunk=bool(options.get("chunk", True)),
+        size_conditioning=options.get("size_conditioning") or SizeConditioning(),
+        chunk=bool(given.get("chunk", True)),
     )
 
 
@@ -140,7 +126,7 @@ def side(name: str, value: Any, multiple: int) -> int:
 def strength_steps(steps: int, strength: float) -> int:
     """The number of steps image-to-image runs, `int(steps * strength)`; InputError if that is none."""
     _number("strength", strength, 0, 1)
-    count = int(steps * strength + 1e-9)  # 0.29 * 100 is a hair below 29
+    count = int(steps * strength)
     if count < 1:
         raise InputError(
             f"strength {strength:g} with {steps} steps runs no step, since int(steps * strength) is 0; "
@@ -206,15 +192,5 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
-        raise InputError(f"unknown {name} {value!r}{nearest(str(value), known)}; there are {_list(known)}")
+        raise InputError(unknown(name, value, known))
     return value
-
-
-def _known(given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
-    for key in given:
-        if key not in known:
-            raise InputError(f"unknown {what} {key!r}{nearest(key, known)}; there are {_list(known)}")
-
-
-def _list(names: Any) -> str:
-    return ", ".join(names)

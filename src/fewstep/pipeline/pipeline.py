@@ -15,7 +15,7 @@ from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
 from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
-from fewstep.pipeline.options import Job, Native, TaskOptions, make_job
+from fewstep.pipeline.options import Job, TaskOptions, make_job
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Handoff, Model, Run
 from fewstep.weights.parts import Parts
@@ -109,7 +109,7 @@ class Pipeline:
             options |= _size(canvas, self.parts.autoencoder.config.factor)
         elif self.parts.unet.config.in_channels == 9:
             raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
-        job = make_job(prompt, options, self._native(), multiple=self.parts.autoencoder.config.factor)
+        job = make_job(prompt, options, self.parts.defaults, multiple=self.parts.autoencoder.config.factor)
         if mask is None and self.parts.unet.config.in_channels == 9:
             raise InputError(f"{self.parts.name} is an inpainting model and needs a mask")
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
@@ -135,17 +135,6 @@ class Pipeline:
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the model to a new diffusers folder, which diffusers itself reads."""
         save_parts(self.parts, Path(folder), dtype=dtype)
-
-    def _native(self) -> Native:
-        defaults = self.parts.defaults
-        return Native(
-            steps=defaults.steps,
-            guidance_scale=defaults.guidance_scale,
-            sampler=defaults.sampler,
-            schedule=defaults.schedule,
-            width=defaults.width,
-            height=defaults.height,
-        )
 
 
 def _finished(run: Run, options: TaskOptions) -> Result:

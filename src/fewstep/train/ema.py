@@ -28,7 +28,7 @@ class Ema(Generic[M]):
         """Move towards the parameters of `model`, which must have the structure of the first one."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, values = list(self.model.parameters()), [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        averages = [parameter.data for parameter in self.model.parameters()]
+        torch._foreach_lerp_(averages, [parameter.data for parameter in model.parameters()], 1 - decay)
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)

@@ -124,7 +124,7 @@ class Trainer(Generic[M]):
             group["lr"] = rate
         self.optimizer.zero_grad()
         terms = loss(self.step)
-        terms["loss"].backward()
+        torch.autograd.backward(terms["loss"])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.elapsed, stop = average(gradients, (self.clock, float(self.stopping)))  # what all ranks agree on
         self.stopping = stop > 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+from fewstep.diffusion.denoiser import Prediction
 
 
 def target(prediction: Prediction, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:

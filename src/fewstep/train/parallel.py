@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 def join_ranks() -> tuple[int, int]:
@@ -24,10 +23,11 @@ def average(gradients: Sequence[Tensor], numbers: Sequence[float]) -> list[float
     if not dist.is_initialized():
         return list(numbers)
     extra = torch.tensor(numbers, dtype=torch.float32)
-    flat = torch.cat([_flatten_dense_tensors(gradients), extra])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), extra])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat[: -len(numbers)], gradients), strict=True):
-        gradient.copy_(mean)
-    averaged: list[float] = flat[-len(numbers) :].tolist()
+    *parts, extra = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(numbers)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    averaged: list[float] = extra.tolist()
     return averaged

@@ -39,7 +39,10 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
 
     Only what drawing needs is taken. CheckpointError when it cannot be had, InputError for a malformed name.
     """
-    _check_names(source, revision)
+    if not _ID.fullmatch(source) or ".." in source:
+        raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
     cached = cached_folder(source, revision)
     if cached is not None and _complete(cached, half=half):
         return cached
@@ -89,13 +92,6 @@ def is_cached(known: Entry) -> bool:
     return folder is not None and _complete(folder, half=False)
 
 
-def cached_megabytes(known: Entry) -> int:
-    """What the entry's files take on this disk, in millions of bytes."""
-    folder = ASSETS / known.name if known.source is None else cached_folder(known.source)
-    files = {path.resolve() for path in folder.rglob("*") if path.is_file()} if folder else set()
-    return round(sum(path.stat().st_size for path in files) / 1e6)
-
-
 def _of_entry(known: Entry, half: bool, revision: str | None) -> Path:
     if known.source is not None:
         return fetch(known.source, half=half, revision=revision)
@@ -103,13 +99,6 @@ def _of_entry(known: Entry, half: bool, revision: str | None) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{known.name} should come with fewstep, but {folder} is missing; install fewstep again")
     return folder
-
-
-def _check_names(source: str, revision: str | None) -> None:
-    if not _ID.fullmatch(source) or ".." in source:
-        raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
 
 
 def _complete(folder: Path, *, half: bool) -> bool:

@@ -30,6 +30,7 @@ TEXT_PREFIXES: Mapping[Family, tuple[str, ...]] = {
 }
 """Where each family keeps its text towers; those under `model.` are OpenCLIP's."""
 
+TOWERS = ("text_encoder", "text_encoder_2")  # their folders
 Network = UNet | AutoencoderKL | TextEncoder
 Table = Mapping[str, str]
 
@@ -144,8 +145,7 @@ def single_places(
             _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX),
         ),
     ]
-    names = ("text_encoder", "text_encoder_2")
-    for name, tower, prefix in zip(names, towers, TEXT_PREFIXES[family], strict=False):
+    for name, tower, prefix in zip(TOWERS, towers, TEXT_PREFIXES[family], strict=False):
         layers = ((str(i), str(i)) for i in range(tower.config.layers))
         clip = prefix.endswith("transformer.")
         table = {"text_model": "text_model"} if clip else _OPENCLIP | _filled(_OPENCLIP_LAYER, *layers)

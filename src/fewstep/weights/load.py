@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.diffusion.denoiser import Prediction
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, unknown
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -48,7 +48,7 @@ def load_parts(
     files that do not load, with nothing half loaded, and InputError for an unknown name.
     """
     if prediction is not None and prediction not in PREDICTIONS:
-        raise InputError(f"unknown prediction {prediction!r}; there are {', '.join(PREDICTIONS)}")
+        raise InputError(unknown("prediction", prediction, PREDICTIONS))
     path, known = located(what, half=dtype.itemsize == 2, revision=revision)
     if path.is_dir():
         return _load_folder(path, known, dtype=dtype, device=device, prediction=prediction)

@@ -15,19 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.errors import InputError
-from fewstep.models.zoo import Family
-from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.files import TensorFile
-from fewstep.weights.layouts import gathered, single_places
+from fewstep.weights.layouts import TOWERS, gathered, single_places
 from fewstep.weights.parts import Parts, family_of
 from fewstep.weights.single import Contents, recognise
 
-_PIPELINES: Mapping[Family, str] = {
-    "sd1": "StableDiffusion{}Pipeline",
-    "sd2": "StableDiffusion{}Pipeline",
-    "sdxl": "StableDiffusionXL{}Pipeline",
-    "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
-}
 _ABSENT = [None, None]
 
 
@@ -66,62 +58,50 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
 
 
 def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
-    towers = _tower_names(parts)
+    refiner = family_of(parts.unet.config) == "sdxl-refiner"  # its one text tower stands second
+    towers = dict(zip(("text_encoder_2",) if refiner else TOWERS, parts.text_encoders, strict=False))
+    networks = {"unet": parts.unet, "vae": parts.autoencoder, **towers}
     width, factor = parts.defaults.width, parts.autoencoder.config.factor
     configs = {
-        "unet": (parts.unet, parts.unet.config.to_diffusers(width // factor)),
-        "vae": (parts.autoencoder, parts.autoencoder.config.to_diffusers(width)),
-        **{
-            name: (tower, tower.config.to_transformers())
-            for name, tower in zip(towers, parts.text_encoders, strict=True)
-        },
+        "unet": parts.unet.config.to_diffusers(width // factor),
+        "vae": parts.autoencoder.config.to_diffusers(width),
+        **{name: tower.config.to_transformers() for name, tower in towers.items()},
     }
-    for name, (network, config) in configs.items():
+    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    index = _index(parts) | {name: ["diffusers", kind] for name, kind in classes.items()}
+    for name, config in configs.items():
         stem = "model" if name in towers else "diffusion_pytorch_model"
-        (folder / name).mkdir()
         _write_json(folder / name / "config.json", config)
-        _write_tensors(network.state_dict(), folder / name / f"{stem}.safetensors", dtype)
+        _write_tensors(networks[name].state_dict(), folder / name / f"{stem}.safetensors", dtype)
     for name, tokenizer in zip(towers, parts.tokenizers, strict=True):
-        tokenizer.save(folder / name.replace("text_encoder", "tokenizer"))
-    (folder / "scheduler").mkdir()
-    scheduler = parts.scheduler.to_diffusers()
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(folder / "model_index.json", _index(parts, towers, scheduler["_class_name"]))
+        words, kind = (
+            name.replace("text_encoder", "tokenizer"),
+            "CLIPTokenizer" if tokenizer.unk is None else "PreTrainedTokenizerFast",
+        )
+        tokenizer.save(folder / words)
+        index |= {name: ["transformers", *configs[name]["architectures"]], words: ["transformers", kind]}
+    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler.to_diffusers())
+    _write_json(folder / "model_index.json", index)
 
 
-def _index(parts: Parts, towers: tuple[str, ...], scheduler: str) -> dict[str, Any]:
-    """The model_index.json: which class of which library reads each part."""
+def _index(parts: Parts) -> dict[str, Any]:
+    """The model_index.json, with the parts that are absent; those that are there go over them."""
     family = family_of(parts.unet.config)
+    kind = "Img2Img" if family == "sdxl-refiner" else "Inpaint" if parts.unet.config.in_channels == 9 else ""
+    xl = family in ("sdxl", "sdxl-refiner")
     index: dict[str, Any] = {
-        "_class_name": _PIPELINES[family].format("Inpaint" if parts.unet.config.in_channels == 9 else ""),
+        "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
         "_diffusers_version": "0.35.0",
         "_fewstep": {"name": parts.name, "licence": parts.licence, "defaults": asdict(parts.defaults)},
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", scheduler],
+        "scheduler": ["diffusers", parts.scheduler.to_diffusers()["_class_name"]],
         "feature_extractor": _ABSENT,
+        "image_encoder": _ABSENT,
     }
-    if family in ("sdxl", "sdxl-refiner"):
-        index |= {"image_encoder": _ABSENT, "text_encoder": _ABSENT, "tokenizer": _ABSENT}
-        index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
-        if family == "sdxl-refiner":
-            index["requires_aesthetics_score"] = parts.requires_aesthetics_score
-    else:
-        index |= {"safety_checker": _ABSENT, "requires_safety_checker": False}
-    for name, tower, tokenizer in zip(towers, parts.text_encoders, parts.tokenizers, strict=True):
-        index[name] = ["transformers", tower.config.to_transformers()["architectures"][0]]
-        index[name.replace("text_encoder", "tokenizer")] = ["transformers", _tokenizer_class(tokenizer)]
-    return index
-
-
-def _tower_names(parts: Parts) -> tuple[str, ...]:
-    """Of the text towers' folders: the refiner's one stands second."""
-    names = ("text_encoder", "text_encoder_2")
-    return names[1:] if family_of(parts.unet.config) == "sdxl-refiner" else names[: len(parts.text_encoders)]
-
-
-def _tokenizer_class(tokenizer: Tokenizer) -> str:
-    return "CLIPTokenizer" if tokenizer.unk is None else "PreTrainedTokenizerFast"
+    if not xl:
+        return index | {"safety_checker": _ABSENT, "requires_safety_checker": False}
+    index |= {"text_encoder": _ABSENT, "tokenizer": _ABSENT}
+    index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
+    return index | ({"requires_aesthetics_score": parts.requires_aesthetics_score} if family == "sdxl-refiner" else {})
 
 
 def _check_recognised(parts: Parts, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -156,4 +136,5 @@ def _write_tensors(
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.schedule import BetaKind, NoiseSchedule, noise_schedule
-from fewstep.errors import CheckpointError, nearest
+from fewstep.errors import CheckpointError, unknown
 from fewstep.models.zoo import Family
 
 _SAMPLERS = {
@@ -112,17 +112,14 @@ class SchedulerConfig:
 
 def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> SchedulerConfig:
     """What the published models of `family` say; for single files, which say nothing."""
-    if family in ("sdxl", "sdxl-refiner"):
-        return SchedulerConfig(sampler="euler", final="zero", prediction=prediction)
-    return SchedulerConfig(sampler="ddim" if family == "sd2" else "plms", prediction=prediction)
+    sampler = {"sd1": "plms", "sd2": "ddim"}.get(family, "euler")
+    return SchedulerConfig(sampler=sampler, prediction=prediction)
 
 
 def _sampler(config: Mapping[str, Any]) -> str:
     name, known = config.get("_class_name"), _SAMPLERS | _STAND_INS
     if name not in known:
-        raise CheckpointError(
-            f"scheduler: {name!r} is unknown{nearest(str(name), known)}; known are {', '.join(known)}"
-        )
+        raise CheckpointError(unknown("scheduler class", str(name), known))
     if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
     return known[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,6 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if not 0 < len(tensors) <= MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(tensors)} tensors; expected 1 to {MOST_TENSORS}")
-    if any(tensor.layout != torch.strided or tensor.is_quantized for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds sparse or quantized tensors, which no model of this family has")
     return tensors
 
 
@@ -113,23 +110,17 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
 
 
 def _scan_pickle(path: Path, pickle: bytes) -> None:
+    """Raises CheckpointError for a pickle that would import, or do, what no tensor needs."""
     try:
-        for name in _names(pickle):
-            if name not in _ALLOWED | _STUBBED:
-                raise CheckpointError(
-                    f"{path} asks for {name.replace(' ', '.')!r}, which is not among the {len(_ALLOWED)} names that "
-                    "tensors need; nothing was run. Convert it to .safetensors where it is trusted"
-                )
-    except CheckpointError:
-        raise
+        wanted = {
+            str(argument) if opcode.name == "GLOBAL" else f"instruction {opcode.name}"
+            for opcode, argument, _ in pickletools.genops(pickle)
+            if opcode.name == "GLOBAL" or opcode.name in _REFUSED
+        }
     except Exception as error:  # pickletools promises no kind
         raise CheckpointError(f"{path} holds a broken pickle: {error}") from error
-
-
-def _names(pickle: bytes) -> Iterator[str]:
-    """What the pickle would import, as `module name`, and the instructions that no tensor needs."""
-    for opcode, argument, _ in pickletools.genops(pickle):
-        if opcode.name == "GLOBAL":
-            yield str(argument)
-        elif opcode.name in _REFUSED:
-            yield f"instruction {opcode.name}"
+    for name in sorted(wanted - _ALLOWED - _STUBBED):
+        raise CheckpointError(
+            f"{path} asks for {name.replace(' ', '.')!r}, which is not among the {len(_ALLOWED)} names that tensors "
+            "need; nothing was run. Convert it to .safetensors where it is trusted"
+        )

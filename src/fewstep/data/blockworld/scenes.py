@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.data.blockworld.layout import placed
 from fewstep.data.blockworld.scene import ALONE, COLOURS, ON_TOP, RELATIONS, SHAPES, SIZES, Scenes
 from fewstep.data.blockworld.split import SPLITS, pair_key, single_key, split_of
-from fewstep.errors import InputError, nearest
+from fewstep.errors import InputError, unknown
 
 Solid = tuple[int, int, int]  # size, colour, shape
 POINTED = (SHAPES.index("cone"), SHAPES.index("pyramid"))
@@ -25,7 +25,7 @@ def scenes(count: int, *, seed: int, split: str = "train", single: float = 0.3) 
     same arguments give the same scenes. `InputError` for an unknown split or a share outside [0, 1].
     """
     if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}{nearest(split, SPLITS)}; there are {', '.join(SPLITS)}")
+        raise InputError(unknown("split", split, SPLITS))
     if not 0 <= single <= 1:
         raise InputError(f"single is {single}; it is the share of one-object scenes, between 0 and 1")
     generator = torch.Generator().manual_seed(seed)
