@@ -20,7 +20,7 @@ from fewstep.models.zoo import CATALOGUE, Entry, Family
 from fewstep.weights.files import TensorFile
 from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gathered, single_places
 from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_single_file
+from fewstep.weights.save import save_parts, save_single_file
 from fewstep.weights.single import is_dropped, recognise
 
 WHOLE = ("sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner")  # the turbo models have the shapes of others
@@ -29,7 +29,7 @@ Network = torch.nn.Module
 
 
 @cache
-def full(name: str) -> tuple[Entry, list[tuple[str, Network, dict[str, Place]]]]:
+def full(name: str) -> tuple[Entry, list[tuple[Network, dict[str, Place]]]]:
     """The networks of an entry on the meta device, each with its places in a single file."""
     known = CATALOGUE[name]
     assert known.unet is not None
@@ -43,7 +43,7 @@ def full(name: str) -> tuple[Entry, list[tuple[str, Network, dict[str, Place]]]]
 @cache
 def original_shapes(name: str) -> dict[str, tuple[int, ...]]:
     shapes = {}
-    for _, network, places in full(name)[1]:
+    for network, places in full(name)[1]:
         for key, tensor in network.state_dict().items():
             shapes[places[key].key] = places[key].stored(tuple(tensor.shape))[0]
     return shapes
@@ -59,7 +59,7 @@ def meta_file(shapes: Mapping[str, tuple[int, ...]]) -> TensorFile:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_parameter_has_a_place_of_its_own(name: str) -> None:
-    places = [place for _, _, rows in full(name)[1] for place in rows.values()]
+    places = [place for _, rows in full(name)[1] for place in rows.values()]
     assert max(Counter(places).values()) == 1
     fused = [place.key for place in places if place.mark in ("0", "1", "2")]
     assert set(Counter(fused).values()) <= {3}
@@ -111,7 +111,7 @@ def test_unet_and_autoencoder_names_are_those_of_diffusers_conversion(name: str)
         "unet": (single_file.convert_ldm_unet_checkpoint, known.unet.to_diffusers(64)),
         "vae": (single_file.convert_ldm_vae_checkpoint, known.autoencoder.to_diffusers(512)),
     }
-    for part, network, places in rows[:2]:
+    for part, (network, places) in zip(("unet", "vae"), rows, strict=False):
         convert, config = conversions[part]
         config.setdefault("addition_embed_type", None)
         config.setdefault("class_embed_type", None)
@@ -127,7 +127,7 @@ def test_unet_and_autoencoder_names_are_those_of_diffusers_conversion(name: str)
 def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> None:
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     prefix, model = TEXT_PREFIXES[family][-1], parts(family)
-    _, tower, places = single_places(family, model.unet, model.autoencoder, model.text_encoders)[-1]
+    tower, places = single_places(family, model.unet, model.autoencoder, model.text_encoders)[-1]
     state = tower.state_dict()
     original = gathered(places, state)
     theirs = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
@@ -139,7 +139,7 @@ def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writing_and_taking_are_inverse(family: Family) -> None:
     model = parts(family)
-    for _, network, places in single_places(family, model.unet, model.autoencoder, model.text_encoders):
+    for network, places in single_places(family, model.unet, model.autoencoder, model.text_encoders):
         state = network.state_dict()
         written = gathered(places, state)
         for key, tensor in state.items():
@@ -171,3 +171,25 @@ def test_old_autoencoders_are_renamed() -> None:
     weight = torch.randn(4, 4)
     assert torch.equal(places[keys[0]].take(weight[:, :, None, None], (4, 4)), weight)
     assert places[keys[0]].stored((4, 4)) == ((4, 4, 1, 1), (4, 4, 1), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sd1", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")]
+)
+def test_diffusers_reads_our_single_file_as_it_reads_our_folder(family: Family, kind: str, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = parts(family)
+    save_parts(model, tmp_path / "folder")
+    save_single_file(model, tmp_path / "model.safetensors")
+    single = getattr(diffusers, kind).from_single_file(
+        tmp_path / "model.safetensors", config=str(tmp_path / "folder"), local_files_only=True
+    )
+    for ours, theirs in zip((model.unet, model.autoencoder), (single.unet, single.vae), strict=True):
+        state = theirs.state_dict()
+        assert ours.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+    for ours, name in zip(model.text_encoders, ("text_encoder", "text_encoder_2"), strict=False):
+        state = {key.removeprefix("text_model."): t for key, t in getattr(single, name).state_dict().items()}
+        mine = {key.removeprefix("text_model."): tensor for key, tensor in ours.state_dict().items()}
+        assert mine.keys() == state.keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in mine.items())

@@ -30,7 +30,7 @@ def describe(path: Path) -> Description:
 def _model(folder: Path) -> Description:
     from fewstep.models.config import UNetConfig
     from fewstep.weights.build import parsed
-    from fewstep.weights.folder import parts_of, read_json
+    from fewstep.weights.fetch import parts_of, read_json
     from fewstep.weights.parts import family_of
     from fewstep.weights.scheduler import SchedulerConfig
 
@@ -50,7 +50,7 @@ def _model(folder: Path) -> Description:
 
 
 def _network(folder: Path) -> Description:
-    from fewstep.weights.folder import read_json
+    from fewstep.weights.fetch import read_json
 
     name, file = read_json(folder / "config.json").get("_class_name"), _opened(folder)
     return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counted(file, file.shapes)}}
@@ -90,8 +90,8 @@ def _prefixed(file: TensorFile, family: str) -> Description:
 
 def _opened(folder: Path) -> TensorFile:
     """The file of weights in `folder`, or its shards as one."""
+    from fewstep.weights.fetch import shards, weight_file
     from fewstep.weights.files import joined
-    from fewstep.weights.folder import shards, weight_file
     from fewstep.weights.load import open_tensors
 
     chosen = weight_file((path.name for path in folder.glob("*")), half=False)

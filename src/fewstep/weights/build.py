@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from fewstep.errors import CheckpointError
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.weights.fetch import read_json
 from fewstep.weights.files import TensorFile
-from fewstep.weights.folder import read_json
 from fewstep.weights.layouts import Place
 
 MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down
@@ -24,12 +23,10 @@ Network = TypeVar("Network", bound=nn.Module)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Filling:
+class Filling(NamedTuple):
     """One network on the meta device, the file that has its parameters, and where they lie in it."""
 
-    name: str
-    module: nn.Module
+    network: nn.Module
     file: TensorFile
     places: Mapping[str, Place]
 
@@ -64,17 +61,15 @@ def fill(
     Tensors that are in `dtype` already stay mapped to their file. One CheckpointError names all that is missing,
     unexpected (but for the `ignored` names), of another shape or not of floating point; then nothing was read.
     """
-    problems = [line for filling in fillings for line in _problems(filling)] + _unexpected(fillings, ignored)
-    if problems:
+    if problems := [line for filling in fillings for line in _misfits(filling)] + _unexpected(fillings, ignored):
         raise CheckpointError("these weights do not fit; nothing was loaded.\n  " + "\n  ".join(problems))
-    for filling in fillings:
-        file, state = filling.file, {}
-        for name, parameter in filling.module.state_dict().items():
-            place = filling.places[name]
-            stored = file.read(place.key, file.dtypes[place.key] == dtype)
-            state[name] = place.take(stored, tuple(parameter.shape)).to(device, dtype)
-        filling.module.load_state_dict(state, assign=True)
-        filling.module.requires_grad_(False).eval()
+    for network, file, places in fillings:
+        state = {}
+        for name, parameter in network.state_dict().items():
+            stored = file.read(places[name].key, file.dtypes[places[name].key] == dtype)
+            state[name] = places[name].take(stored, tuple(parameter.shape)).to(device, dtype)
+        network.load_state_dict(state, assign=True)
+        network.requires_grad_(False).eval()
 
 
 def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
@@ -85,36 +80,34 @@ def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
     return config.mid_depth + sum(stage.resnets * (1 + stage.depth) for stage in config.stages)
 
 
-def _problems(filling: Filling) -> list[str]:
+def _misfits(filling: Filling) -> list[str]:
     """A line for each kind of parameter that the file has not, or has differently."""
-    found: dict[str, list[str]] = {"missing": [], "of another shape": [], "not of floating point": []}
-    shapes, dtypes = filling.file.shapes, filling.file.dtypes
-    for name, parameter in filling.module.state_dict().items():
-        key, wanted = filling.places[name].key, filling.places[name].stored(tuple(parameter.shape))
-        if key not in shapes:
-            found["missing"].append(key)
-        elif shapes[key] not in wanted:
-            found["of another shape"].append(f"{key}: file {shapes[key]}, model {wanted[0]}")
-        elif not dtypes[key].is_floating_point:
-            found["not of floating point"].append(f"{key}: {dtypes[key]}")
-    return [_line(filling.name, filling.file, what, names) for what, names in found.items() if names]
+    missing, misshapen, integer = set[str](), set[str](), set[str]()
+    network, file, places = filling
+    for name, parameter in network.state_dict().items():
+        key, wanted = places[name].key, places[name].stored(tuple(parameter.shape))
+        if key not in file.shapes:
+            missing.add(key)
+        elif file.shapes[key] not in wanted:
+            misshapen.add(f"{key}: file {file.shapes[key]}, model {wanted[0]}")
+        elif not file.dtypes[key].is_floating_point:
+            integer.add(f"{key}: {file.dtypes[key]}")
+    kinds = {"missing": missing, "of another shape": misshapen, "not of floating point": integer}
+    return [_line(file, what, names) for what, names in kinds.items() if names]
 
 
 def _unexpected(fillings: Sequence[Filling], ignored: Callable[[str], bool]) -> list[str]:
     """A line for each file with names that no network wants."""
-    sharing: dict[int, list[Filling]] = {}
-    for filling in fillings:
-        sharing.setdefault(id(filling.file), []).append(filling)
-    lines = []
-    for group in sharing.values():
-        wanted = {place.key for filling in group for place in filling.places.values()}
-        extra = [name for name in group[0].file.shapes if name not in wanted and not ignored(name)]
-        if extra:
-            lines.append(_line("+".join(filling.name for filling in group), group[0].file, "unexpected", extra))
-    return lines
+    wanted: dict[Path, set[str]] = {}
+    for _, file, places in fillings:
+        wanted.setdefault(file.path, set()).update(place.key for place in places.values())
+    files = {file.path: file for _, file, _ in fillings}
+    extra = {
+        path: {key for key in file.shapes.keys() - wanted[path] if not ignored(key)} for path, file in files.items()
+    }
+    return [_line(files[path], "unexpected", names) for path, names in extra.items() if names]
 
 
-def _line(name: str, file: TensorFile, what: str, names: Iterable[str]) -> str:
-    listed = sorted(set(names))
-    more = f", ... {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return f"{name} ({file.path}): {len(listed)} {what}: {', '.join(listed[:SHOWN])}{more}"
+def _line(file: TensorFile, what: str, names: set[str]) -> str:
+    more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{file.path}: {len(names)} {what}: {', '.join(sorted(names)[:SHOWN])}{more}"

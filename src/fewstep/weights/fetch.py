@@ -1,19 +1,23 @@
-"""Finding a model: shipped with fewstep, on this disk, or on the hub; without torch."""
+"""Finding a model and its files: shipped with fewstep, on this disk, or on the hub; without torch."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, Entry, entry, entry_of_source
-from fewstep.weights.folder import NETWORKS, parts_of, read_json, shards, weight_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
 _REVISION = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LARGEST_CONFIG = 4_000_000  # bytes
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
@@ -58,6 +62,59 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
             f"{source} is not in the local cache and could not be downloaded ({reason}). Check the name and the "
             "network; log in with `hf auth login` if it is gated; or give the path of a folder or file"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; CheckpointError if there is none, or it is over 4 MB."""
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes; a config has at most {LARGEST_CONFIG:,}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; is the folder complete?") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the networks that a model_index.json lists, text towers in their order."""
+
+    def present(name: str) -> bool:
+        value = index.get(name)
+        return isinstance(value, list) and any(value)
+
+    return tuple(name for name in NETWORKS if present(name))
+
+
+def weight_file(names: Iterable[str], *, half: bool) -> str | None:
+    """Which of a part's file `names` to load: a file of weights or the index of its shards; None without any.
+
+    Safetensors before pickles; the fp16 variant first when `half`, else only where nothing else is.
+    """
+    present = set(names)
+    variants = (".fp16", "") if half else ("", ".fp16")
+    for ending in ("safetensors", "bin"):
+        for variant in variants:
+            for stem in _STEMS:
+                single = f"{stem}{variant}.{ending}"
+                indexes = (f"{single}.index.json", f"{stem}.{ending}.index{variant}.json")
+                for name in (single, *indexes):
+                    if name in present:
+                        return name
+    return None
+
+
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index of shards names, beside it; CheckpointError for a name that leaves the folder."""
+    places = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) and places else [""]
+    for name in names:
+        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index} names the shard {name!r}; expected names of files beside it")
+    return tuple(index.with_name(name) for name in names)
 
 
 def wanted_files(names: Iterable[str], *, half: bool) -> list[str]:

@@ -30,44 +30,31 @@ TEXT_PREFIXES: Mapping[Family, tuple[str, ...]] = {
 }
 """Where each family keeps its text towers; those under `model.` are OpenCLIP's."""
 
-TOWERS = ("text_encoder", "text_encoder_2")  # their folders
 Network = UNet | AutoencoderKL | TextEncoder
 Table = Mapping[str, str]
 
 _UNET = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
     "mid_block.attentions.0": "middle_block.1",
-}
+}  # fmt: skip
 _UNET_RESBLOCK = {
-    "{}.norm1": "{}.in_layers.0",
-    "{}.conv1": "{}.in_layers.2",
-    "{}.time_emb_proj": "{}.emb_layers.1",
-    "{}.norm2": "{}.out_layers.0",
-    "{}.conv2": "{}.out_layers.3",
-    "{}.conv_shortcut": "{}.skip_connection",
-}
-_PIXEL_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    "{}.norm1": "{}.in_layers.0", "{}.conv1": "{}.in_layers.2", "{}.time_emb_proj": "{}.emb_layers.1",
+    "{}.norm2": "{}.out_layers.0", "{}.conv2": "{}.out_layers.3", "{}.conv_shortcut": "{}.skip_connection",
+}  # fmt: skip
 _AUTOENCODER_SIDE = {
-    "{}.conv_in": "{}.conv_in",
-    "{}.conv_norm_out": "{}.norm_out",
-    "{}.conv_out": "{}.conv_out",
-    "{}.mid_block.resnets.0": "{}.mid.block_1",
-    "{}.mid_block.resnets.1": "{}.mid.block_2",
+    "{}.conv_in": "{}.conv_in", "{}.conv_norm_out": "{}.norm_out", "{}.conv_out": "{}.conv_out",
+    "{}.mid_block.resnets.0": "{}.mid.block_1", "{}.mid_block.resnets.1": "{}.mid.block_2",
     "{}.mid_block.attentions.0.group_norm": "{}.mid.attn_1.norm",
-    **{
-        f"{{}}.mid_block.attentions.0.{a}.weight": f"{{}}.mid.attn_1.{b}.weight[1x1]"
-        for a, b in _PIXEL_ATTENTION.items()
-    },
-    **{f"{{}}.mid_block.attentions.0.{a}.bias": f"{{}}.mid.attn_1.{b}.bias" for a, b in _PIXEL_ATTENTION.items()},
-}
+}  # fmt: skip
 _AUTOENCODER_RESBLOCK = {"{}": "{}", "{}.conv_shortcut": "{}.nin_shortcut"}
+_PIXEL_ATTENTION = {
+    "{}.to_q.weight": "{}.q.weight[1x1]", "{}.to_k.weight": "{}.k.weight[1x1]", "{}.to_v.weight": "{}.v.weight[1x1]",
+    "{}.to_q.bias": "{}.q.bias", "{}.to_k.bias": "{}.k.bias", "{}.to_v.bias": "{}.v.bias",
+    "{}.to_out.0.weight": "{}.proj_out.weight[1x1]", "{}.to_out.0.bias": "{}.proj_out.bias",
+}  # fmt: skip
+_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OPENCLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -75,18 +62,12 @@ _OPENCLIP = {
     "text_projection.weight": "text_projection[T]",
 }
 _OPENCLIP_LAYER = {
-    "text_model.encoder.layers.{}.layer_norm1": "transformer.resblocks.{}.ln_1",
-    "text_model.encoder.layers.{}.layer_norm2": "transformer.resblocks.{}.ln_2",
-    "text_model.encoder.layers.{}.mlp.fc1": "transformer.resblocks.{}.mlp.c_fc",
-    "text_model.encoder.layers.{}.mlp.fc2": "transformer.resblocks.{}.mlp.c_proj",
-    "text_model.encoder.layers.{}.self_attn.out_proj": "transformer.resblocks.{}.attn.out_proj",
-    "text_model.encoder.layers.{}.self_attn.q_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[0]",
-    "text_model.encoder.layers.{}.self_attn.k_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[1]",
-    "text_model.encoder.layers.{}.self_attn.v_proj.weight": "transformer.resblocks.{}.attn.in_proj_weight[2]",
-    "text_model.encoder.layers.{}.self_attn.q_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[0]",
-    "text_model.encoder.layers.{}.self_attn.k_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[1]",
-    "text_model.encoder.layers.{}.self_attn.v_proj.bias": "transformer.resblocks.{}.attn.in_proj_bias[2]",
-}
+    "{}.layer_norm1": "{}.ln_1", "{}.layer_norm2": "{}.ln_2", "{}.self_attn.out_proj": "{}.attn.out_proj",
+    "{}.self_attn.q_proj.weight": "{}.attn.in_proj_weight[0]", "{}.self_attn.q_proj.bias": "{}.attn.in_proj_bias[0]",
+    "{}.self_attn.k_proj.weight": "{}.attn.in_proj_weight[1]", "{}.self_attn.k_proj.bias": "{}.attn.in_proj_bias[1]",
+    "{}.self_attn.v_proj.weight": "{}.attn.in_proj_weight[2]", "{}.self_attn.v_proj.bias": "{}.attn.in_proj_bias[2]",
+    "{}.mlp.fc1": "{}.mlp.c_fc", "{}.mlp.fc2": "{}.mlp.c_proj",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,21 +116,17 @@ def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, P
 
 def single_places(
     family: Family, unet: UNet, autoencoder: AutoencoderKL, towers: Sequence[TextEncoder]
-) -> list[tuple[str, Network, dict[str, Place]]]:
-    """The networks with their diffusers names and the places of their parameters in an original single file."""
-    rows: list[tuple[str, Network, dict[str, Place]]] = [
-        ("unet", unet, _places(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX)),
-        (
-            "vae",
-            autoencoder,
-            _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX),
-        ),
+) -> list[tuple[Network, dict[str, Place]]]:
+    """The networks, each with the places of its parameters in an original single file."""
+    rows: list[tuple[Network, dict[str, Place]]] = [
+        (unet, _places(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX)),
+        (autoencoder, _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX)),
     ]
-    for name, tower, prefix in zip(TOWERS, towers, TEXT_PREFIXES[family], strict=False):
-        layers = ((str(i), str(i)) for i in range(tower.config.layers))
+    for tower, prefix in zip(towers, TEXT_PREFIXES[family], strict=True):
+        layers = ((f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}") for i in range(tower.config.layers))
         clip = prefix.endswith("transformer.")
         table = {"text_model": "text_model"} if clip else _OPENCLIP | _filled(_OPENCLIP_LAYER, *layers)
-        rows.append((name, tower, _places(tower.state_dict(), table, prefix)))
+        rows.append((tower, _places(tower.state_dict(), table, prefix)))
     return rows
 
 
@@ -202,7 +179,8 @@ def _autoencoder_table(config: AutoencoderConfig) -> Table:
             resnets.append((f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}"))
             resnets.append((f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}"))
     sides = _filled(_AUTOENCODER_SIDE, ("encoder", "encoder"), ("decoder", "decoder"))
-    return table | sides | _filled(_AUTOENCODER_RESBLOCK, *resnets)
+    attentions = ((f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1") for side in ("encoder", "decoder"))
+    return table | sides | _filled(_PIXEL_ATTENTION, *attentions) | _filled(_AUTOENCODER_RESBLOCK, *resnets)
 
 
 def _filled(templates: Table, *names: tuple[str, str]) -> dict[str, str]:

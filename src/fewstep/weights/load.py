@@ -19,9 +19,8 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Entry
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.build import Filling, built, fill, parsed
-from fewstep.weights.fetch import located
+from fewstep.weights.fetch import located, parts_of, read_json, shards, weight_file
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
-from fewstep.weights.folder import parts_of, read_json, shards, weight_file
 from fewstep.weights.layouts import diffusers_places
 from fewstep.weights.parts import Parts, family_of, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
@@ -62,7 +61,7 @@ def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CP
         raise InputError(f"{what} is not the folder of a tiny autoencoder; those are taesd and taesdxl")
     with torch.device("meta"):
         network = TinyAutoencoder()
-    fill([_filling("tiny autoencoder", path, network, dtype)], ignored=_ignored, dtype=dtype, device=device)
+    fill([_filling(path, network, dtype)], ignored=_ignored, dtype=dtype, device=device)
     return network
 
 
@@ -81,7 +80,7 @@ def _load_folder(
     towers = [name for name in names if name.startswith("text_encoder")]
     tokenizers = [Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
     networks = {name: _network(folder / name / "config.json") for name in names}
-    fillings = [_filling(name, folder / name, network, dtype) for name, network in networks.items()]
+    fillings = [_filling(folder / name, network, dtype) for name, network in networks.items()]
     fill(fillings, ignored=_ignored, dtype=dtype, device=device)
     unet, autoencoder = networks["unet"], networks["vae"]
     assert isinstance(unet, UNet)
@@ -125,14 +124,13 @@ def _network(path: Path) -> nn.Module:
     return built(TextEncoder, parsed(path, TextConfig.from_transformers), path)
 
 
-def _filling(name: str, folder: Path, network: nn.Module, dtype: torch.dtype) -> Filling:
+def _filling(folder: Path, network: nn.Module, dtype: torch.dtype) -> Filling:
     chosen = weight_file((path.name for path in folder.glob("*")), half=dtype.itemsize == 2)
     if chosen is None:
         raise CheckpointError(f"{folder} has no file of weights (.safetensors or .bin); is the folder complete?")
     path = folder / chosen
     file = joined(path, map(open_tensors, shards(path))) if ".index." in chosen else open_tensors(path)
-    places = diffusers_places(network.state_dict(), file.shapes)
-    return Filling(name=name, module=network, file=file, places=places)
+    return Filling(network, file, diffusers_places(network.state_dict(), file.shapes))
 
 
 def _ignored(key: str) -> bool:

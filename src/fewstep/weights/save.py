@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.weights.files import TensorFile
-from fewstep.weights.layouts import TOWERS, gathered, single_places
+from fewstep.weights.layouts import gathered, single_places
 from fewstep.weights.parts import Parts, family_of
 from fewstep.weights.single import Contents, recognise
 
@@ -50,7 +50,7 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
     InputError for shapes that the layout cannot tell: it names no numbers of heads, for one.
     """
     path, family, tensors = Path(path), family_of(parts.unet.config), dict[str, Tensor]()
-    for _, network, places in single_places(family, parts.unet, parts.autoencoder, parts.text_encoders):
+    for network, places in single_places(family, parts.unet, parts.autoencoder, parts.text_encoders):
         tensors |= gathered(places, network.state_dict())
     _check_recognised(parts, path, tensors)
     notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
@@ -59,7 +59,9 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
 
 def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
     refiner = family_of(parts.unet.config) == "sdxl-refiner"  # its one text tower stands second
-    towers = dict(zip(("text_encoder_2",) if refiner else TOWERS, parts.text_encoders, strict=False))
+    towers = dict(
+        zip(("text_encoder_2",) if refiner else ("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False)
+    )
     networks = {"unet": parts.unet, "vae": parts.autoencoder, **towers}
     width, factor = parts.defaults.width, parts.autoencoder.config.factor
     configs = {
@@ -107,14 +109,9 @@ def _index(parts: Parts) -> dict[str, Any]:
 def _check_recognised(parts: Parts, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """That a reader of the single file will build the very same networks."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = dict.fromkeys(shapes, torch.float32)
-    read = recognise(TensorFile(path=path, shapes=shapes, dtypes=dtypes, read=lambda name, _: tensors[name]))
-    mine = Contents(
-        family=family_of(parts.unet.config),
-        unet=parts.unet.config,
-        autoencoder=parts.autoencoder.config,
-        texts=tuple(tower.config for tower in parts.text_encoders),
-    )
+    read = recognise(TensorFile(path=path, shapes=shapes, dtypes={}, read=lambda name, _: tensors[name]))
+    towers = tuple(tower.config for tower in parts.text_encoders)
+    mine = Contents(family_of(parts.unet.config), parts.unet.config, parts.autoencoder.config, towers)
     if read != mine:
         raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
 

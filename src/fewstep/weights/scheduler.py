@@ -12,6 +12,7 @@ from fewstep.diffusion.schedule import BetaKind, NoiseSchedule, noise_schedule
 from fewstep.errors import CheckpointError, unknown
 from fewstep.models.zoo import Family
 
+MOST_TRAIN_STEPS = 100_000
 _SAMPLERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
@@ -32,8 +33,18 @@ _STAND_INS = {  # samplers that fewstep has not, by its nearest one; the noise l
     "LMSDiscreteScheduler": "dpmpp_2m",
 }
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
-_LEADING = ("ddim", "ddpm", "lcm", "plms")  # whose files mean this when they name no spacing, and count alphas
+_LEADING = ("ddim", "ddpm", "lcm", "plms")  # the classes that mean this spacing when they name none
 _CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
+_CURVES = ("karras", "exponential")
+_SETTINGS: dict[str, tuple[str, Any]] = {  # our name, theirs, and what its absence means
+    "beta_schedule": ("beta_schedule", "linear"),
+    "beta_start": ("beta_start", 0.0001),
+    "beta_end": ("beta_end", 0.02),
+    "train_steps": ("num_train_timesteps", 1000),
+    "prediction": ("prediction_type", "epsilon"),
+    "steps_offset": ("steps_offset", 0),
+    "zero_terminal_snr": ("rescale_betas_zero_snr", False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,49 +82,38 @@ class SchedulerConfig:
         """From a scheduler_config.json; CheckpointError for one whose pictures would come out different here."""
         sampler = _sampler(config)
         _refuse(config, sampler)
-        leading = sampler in _LEADING
-        spacing = config.get("timestep_spacing", "leading" if leading else "linspace")
-        if config.get("use_karras_sigmas"):
-            spacing = "karras"
-        elif config.get("use_exponential_sigmas"):
-            spacing = "exponential"
+        spacing = config.get("timestep_spacing", "leading" if sampler in _LEADING else "linspace")
+        curves = [name for name in _CURVES if config.get(f"use_{name}_sigmas")]
+        ends_at_zero = config.get("set_alpha_to_one", sampler != "plms")
         return cls(
             sampler=sampler,
-            beta_schedule=config.get("beta_schedule", "linear"),
-            beta_start=config.get("beta_start", 0.0001),
-            beta_end=config.get("beta_end", 0.02),
-            train_steps=config.get("num_train_timesteps", 1000),
-            prediction=config.get("prediction_type", "epsilon"),
-            spacing=spacing,
-            steps_offset=config.get("steps_offset", 0),
-            final="zero" if config.get("set_alpha_to_one", sampler != "plms") else "sigma_min",
-            zero_terminal_snr=bool(config.get("rescale_betas_zero_snr")),
+            spacing=curves[0] if curves else str(spacing),
+            final="zero" if ends_at_zero else "sigma_min",
+            **{ours: _setting(config, theirs, usual) for ours, (theirs, usual) in _SETTINGS.items()},
         )
 
     def to_diffusers(self) -> dict[str, Any]:
         """A scheduler_config.json that says the same to diffusers."""
-        config: dict[str, Any] = {
-            **_class_of(self.sampler),
-            "beta_schedule": self.beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "num_train_timesteps": self.train_steps,
-            "prediction_type": self.prediction,
-            "steps_offset": self.steps_offset,
-            "rescale_betas_zero_snr": self.zero_terminal_snr,
-            "clip_sample": False,
-        }
-        if self.spacing in ("karras", "exponential"):
-            config[f"use_{self.spacing}_sigmas"] = True
-        else:
-            config["timestep_spacing"] = self.spacing
-        return config | {"set_alpha_to_one": self.final == "zero", "skip_prk_steps": True}
+        spacing = (
+            {f"use_{self.spacing}_sigmas": True} if self.spacing in _CURVES else {"timestep_spacing": self.spacing}
+        )
+        settings = {theirs: getattr(self, ours) for ours, (theirs, _) in _SETTINGS.items()}
+        fixed = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": self.final == "zero"}
+        return _class_of(self.sampler) | settings | spacing | fixed
 
 
 def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> SchedulerConfig:
     """What the published models of `family` say; for single files, which say nothing."""
     sampler = {"sd1": "plms", "sd2": "ddim"}.get(family, "euler")
     return SchedulerConfig(sampler=sampler, prediction=prediction)
+
+
+def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
+    value = config.get(name, usual)
+    kinds = (int, float) if isinstance(usual, float) else type(usual)
+    if not isinstance(value, kinds) or (isinstance(value, int) and not 0 <= value <= MOST_TRAIN_STEPS):
+        raise CheckpointError(f"scheduler: {name} is {value!r}; expected something like {usual!r}")
+    return value
 
 
 def _sampler(config: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -48,8 +49,7 @@ _OTHERS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contents:
+class Contents(NamedTuple):
     """What a single file holds: its family and the shapes of its networks."""
 
     family: Family
@@ -62,12 +62,9 @@ def recognise(file: TensorFile) -> Contents:
     """The family and the configs, from names and shapes alone; CheckpointError says what the file is instead."""
     shapes, family = file.shapes, _family(file)
     try:
-        return Contents(
-            family=family,
-            unet=_unet_config(shapes, sd1=family == "sd1"),
-            autoencoder=_autoencoder_config(shapes, sdxl=family.startswith("sdxl")),
-            texts=tuple(_text_config(shapes, prefix) for prefix in TEXT_PREFIXES[family]),
-        )
+        unet = _unet_config(shapes, sd1=family == "sd1")
+        autoencoder = _autoencoder_config(shapes, sdxl=family.startswith("sdxl"))
+        return Contents(family, unet, autoencoder, tuple(_text_config(shapes, at) for at in TEXT_PREFIXES[family]))
     except (LookupError, ValueError) as error:
         raise CheckpointError(f"{file.path} looks like {family}, but {error} is missing or misshapen") from error
 
@@ -88,7 +85,7 @@ def load_single_file(
     unet, autoencoder = built(UNet, contents.unet, path), built(AutoencoderKL, contents.autoencoder, path)
     towers = tuple(built(TextEncoder, config, path) for config in contents.texts)
     rows = single_places(family, unet, autoencoder, towers)
-    fillings = [Filling(name=name, module=module, file=file, places=places) for name, module, places in rows]
+    fillings = [Filling(network, file, places) for network, places in rows]
     fill(fillings, ignored=is_dropped, dtype=dtype, device=device)
     small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
     side = 512 if small else 768 if family == "sd2" else 1024
