@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from blocks_data import SIZE, VARIED, LatentCache, PicturePool, block_tokenizer, caption_ids, scene_slots, write_chunk
+from blocks_data import (
+    SIZE,
+    SMALL,
+    VARIED,
+    LatentCache,
+    PicturePool,
+    block_tokenizer,
+    caption_ids,
+    scene_slots,
+    write_chunk,
+)
 from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
 from torch import Tensor
 
@@ -31,6 +41,8 @@ SLOT_WEIGHT = 0.1
 FLOOR, GAMMA = 1.0, 5.0  # limits of the weight of an error in x0
 PREDICTION: Prediction = "v_prediction"
 
+Share = Callable[[], float]
+
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
     """Mean peak signal to noise ratio in dB of pictures in [-1, 1]."""
@@ -38,12 +50,13 @@ def psnr(output: Tensor, image: Tensor) -> Tensor:
     return (-10 * error.log10()).mean()
 
 
-def autoencoder_loss(model: AutoencoderKL, pool: PicturePool, batch: int) -> Loss:
-    """Reconstruction, encoder and decoder together."""
+def autoencoder_loss(model: AutoencoderKL, pools: Sequence[PicturePool], batch: int) -> Loss:
+    """Reconstruction, encoder and decoder together, by turns at the sizes of `pools`; `batch` is for 64 pixels."""
     weigh = AutoencoderLoss()
 
     def loss(step: int) -> dict[str, Tensor]:
-        image = pool.batch(batch, step)
+        pool = pools[step % len(pools)]
+        image = pool.batch(batch * SMALL // pool.size, step // len(pools))
         moments = model.encode(image)
         output = model.decode(sampled_latents(moments))
         divergence = weigh.divergence(moments)
@@ -83,22 +96,19 @@ def text_loss(model: LatentDiffusion, cache: LatentCache, batch: int) -> Loss:
     return loss
 
 
-def diffusion_loss(model: LatentDiffusion, cache: LatentCache, batch: int, progress: Callable[[], float]) -> Loss:
-    """The weighted error of the velocity, plus the slots'; canonical captions first, then more and more varied ones."""
+def diffusion_loss(model: LatentDiffusion, caches: Mapping[float, LatentCache], batch: int, varied: Share) -> Loss:
+    """The weighted error of the velocity plus the slots', from `caches`, by how much each counts.
+
+    `varied`: the present share of varied captions, the others being canonical. Half of `batch` comes from each of two.
+    """
     alpha_bars = torch.tensor(noise_schedule().alpha_bar, dtype=torch.float32)
     empty = tokenize([""], block_tokenizer()).ids[0, 0]
 
-    def loss(step: int) -> dict[str, Tensor]:
-        del step
-        index = torch.randint(len(cache.latents), (batch,))
-        varied = torch.rand(batch) < 0.7 * min(1.0, progress() / 0.15)
-        ids = cache.ids[index, torch.randint(1, 1 + VARIED, (batch,)) * varied].long()
-        slots = cache.slots[index]
-        dropped = torch.rand(batch) < DROP
+    def of_cache(cache: LatentCache, count: int) -> dict[str, Tensor]:
+        x0, ids, slots = cache.batch(count, varied())
+        dropped = torch.rand(count) < DROP
         ids[dropped], slots[dropped] = empty, -100
-
-        x0 = cache.latents[index]
-        t = stratified_timesteps(batch, len(alpha_bars))
+        t = stratified_timesteps(count, len(alpha_bars))
         alpha_bar = alpha_bars[t][:, None, None, None]
         eps = torch.randn_like(x0)
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
@@ -109,6 +119,11 @@ def diffusion_loss(model: LatentDiffusion, cache: LatentCache, batch: int, progr
         noisy = error.detach()[alpha_bar.flatten() < 0.2].mean()
         read = slot_loss(model.slots(states), slots)
         return {"loss": error.mean() + SLOT_WEIGHT * read, "error": error.mean(), "noisy": noisy, "slots": read}
+
+    def loss(step: int) -> dict[str, Tensor]:
+        del step
+        parts = [(share, of_cache(cache, batch // len(caches))) for share, cache in caches.items()]
+        return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
     return loss
 
@@ -121,18 +136,20 @@ def folded_autoencoder(run: Path) -> AutoencoderKL:
         model.load_state_dict(trained(run / "autoencoder"))
         drawn = scenes(4096, seed=4_000_000)
         with torch.no_grad():
-            means = torch.cat([model.encode(render(drawn[i : i + 64], SIZE))[:, :4] for i in range(0, 4096, 64)])
+            means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
             fold_statistics(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
         torch.save(model.state_dict(), path)
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.to(memory_format=torch.channels_last)
 
 
-def decoding_autoencoder(run: Path) -> AutoencoderKL:
-    """The autoencoder with the polished decoder where there is one."""
+def newest_autoencoder(run: Path) -> AutoencoderKL:
+    """The autoencoder of the last of its stages that was run."""
     model = folded_autoencoder(run)
-    if any((run / "decoder").glob("step-*.pt")):
-        model.load_state_dict(trained(run / "decoder"))
+    for name in ("large_autoencoder", "decoder"):
+        if any((run / name).glob("step-*.pt")):
+            model.load_state_dict(trained(run / name))
+            break
     return model
 
 
@@ -151,8 +168,20 @@ def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
     torch.manual_seed(rank)
     plan = Plan(folder=run / "autoencoder", rate=2e-3, seconds=60 * minutes, decay=0.5, weight_decay=1e-4, ema=0.998)
     trainer = Trainer(AutoencoderKL(AUTOENCODER).to(memory_format=torch.channels_last), plan)
-    pool = PicturePool(6144, seed=1 + rank * 10**9 + trainer.step * 1013)
-    trainer.run(autoencoder_loss(trainer.model, pool, batch or 16))
+    pool = PicturePool(6144, SMALL, seed=1 + rank * 10**9 + trainer.step * 1013)
+    trainer.run(autoencoder_loss(trainer.model, [pool], batch or 16))
+
+
+def train_large_autoencoder(run: Path, minutes: float, batch: int) -> None:
+    """Stage `large_autoencoder`: encoder and decoder go on, mostly at 128 pixels."""
+    torch.manual_seed(3)
+    model = folded_autoencoder(run)
+    model.load_state_dict(trained(run / "decoder"))
+    plan = Plan(folder=run / "large_autoencoder", rate=7e-4, seconds=60 * minutes, decay=0.6, weight_decay=1e-4)
+    trainer = Trainer(model, plan)
+    seed = 3_000_000_000 + trainer.step * 1013
+    small, large = PicturePool(2048, SMALL, seed=seed), PicturePool(3072, SIZE, seed=seed + 500_000_000)
+    trainer.run(autoencoder_loss(model, [large, small, large], batch or 16))
 
 
 def train_decoder(run: Path, minutes: float, batch: int) -> None:
@@ -163,7 +192,7 @@ def train_decoder(run: Path, minutes: float, batch: int) -> None:
     model.quant_conv.requires_grad_(False)
     plan = Plan(folder=run / "decoder", rate=1e-3, seconds=60 * minutes, decay=0.6, weight_decay=1e-4)
     trainer = Trainer(model, plan)
-    pool = PicturePool(6144, seed=2_000_000_000 + trainer.step * 1013)
+    pool = PicturePool(6144, SMALL, seed=2_000_000_000 + trainer.step * 1013)
     trainer.run(decoder_loss(model, pool, batch or 16))
 
 
@@ -180,46 +209,59 @@ def train_text(run: Path, minutes: float, batch: int) -> None:
     Trainer(model, plan).run(text_loss(model, cache, batch or 128))
 
 
-def write_latents(run: Path, first: int, last: int) -> None:
-    """Stage `latents`: chunks `first` to `last`, the last not included."""
-    (run / "latents").mkdir(parents=True, exist_ok=True)
-    model = folded_autoencoder(run)
+def write_latents(run: Path, first: int, last: int, size: int) -> None:
+    """Stage `latents`: chunks `first` to `last`, the last not included, into `latents-<name of autoencoder>`."""
+    large = (run / "large_autoencoder").exists()
+    folder = run / (f"latents-{size}" if large else "latents")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = newest_autoencoder(run)
     for number in range(first, last):
-        write_chunk(model, run / "latents", number)
+        write_chunk(model, folder, number, size)
 
 
 def train_small_unet(run: Path, minutes: float, batch: int) -> None:
     """Stage `small_unet`: text tower and a UNet with 1 residual block a level, from the slots' text tower."""
     model = LatentDiffusion(resnets=1)
     model.load_state_dict(trained(run / "text"))
-    fit_unet(model, run, Plan(folder=run / "small_unet", rate=1e-3, seconds=60 * minutes, decay=0.0), batch)
+    caches = {1.0: LatentCache.read(run / "latents")}
+    trainer = joined(model, Plan(folder=run / "small_unet", rate=1e-3, seconds=60 * minutes, decay=0.0))
+    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.0))
 
 
 def train_unet(run: Path, minutes: float, batch: int) -> None:
     """Stage `unet`: the same with 2 residual blocks a level, grown from the small one."""
     model = LatentDiffusion()
     grow(model, trained(run / "small_unet"))
-    fit_unet(model, run, Plan(folder=run / "unet", rate=1e-3, seconds=60 * minutes, decay=0.25), batch)
+    caches = {1.0: LatentCache.read(run / "latents")}
+    trainer = joined(model, Plan(folder=run / "unet", rate=1e-3, seconds=60 * minutes, decay=0.25))
+    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.7 * min(1.0, trainer.progress / 0.15)))
 
 
-def fit_unet(model: LatentDiffusion, run: Path, plan: Plan, batch: int) -> None:
-    """Train on the cached latents; `batch` is that of each rank."""
+def train_large_unet(run: Path, minutes: float, batch: int) -> None:
+    """Stage `large_unet`: goes on at 128 pixels, with some at 64."""
+    model = LatentDiffusion()
+    model.load_state_dict(trained(run / "unet"))
+    caches = {0.8: LatentCache.read(run / "latents-128"), 0.2: LatentCache.read(run / "latents-64")}
+    trainer = joined(model, Plan(folder=run / "large_unet", rate=8e-4, seconds=60 * minutes, decay=0.4))
+    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.7))
+
+
+def joined(model: LatentDiffusion, plan: Plan) -> Trainer[LatentDiffusion]:
+    """A trainer with random numbers of its rank's own."""
     rank, _ = join_ranks()
     torch.manual_seed(rank)
-    trainer = Trainer(model, plan)
-    cache = LatentCache.read(run / "latents")
-    trainer.run(diffusion_loss(model, cache, batch or 32, lambda: trainer.progress))
+    return Trainer(model, plan)
 
 
 def export(run: Path, folder: Path) -> None:
     """Stage `export`: a diffusers folder in half precision, from the averaged weights."""
     model = LatentDiffusion()
-    model.load_state_dict(trained(run / "unet"))
+    model.load_state_dict(trained(run / "large_unet"))
     parts = Parts(
         name="blocks-base",
         family="blocks",
         unet=model.unet,
-        autoencoder=decoding_autoencoder(run),
+        autoencoder=newest_autoencoder(run),
         text_encoders=(model.text,),
         tokenizers=(block_tokenizer(),),
         scheduler=SchedulerConfig(
@@ -231,29 +273,34 @@ def export(run: Path, folder: Path) -> None:
     save_parts(parts, folder, torch.float16)
 
 
+STAGES = {
+    "autoencoder": train_autoencoder,
+    "text": train_text,
+    "decoder": train_decoder,
+    "small_unet": train_small_unet,
+    "unet": train_unet,
+    "large_autoencoder": train_large_autoencoder,
+    "large_unet": train_large_unet,
+}
+
+
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("autoencoder", "text", "latents", "small_unet", "unet", "decoder", "export"))
+    parser.add_argument("stage", choices=(*STAGES, "latents", "export"))
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--batch", type=int, default=0, help="of each rank; 0 for the stage's own")
     parser.add_argument("--chunks", type=int, nargs=2, default=(0, 8), metavar=("FIRST", "LAST"))
+    parser.add_argument("--size", type=int, default=SMALL, help="of the pictures whose latents are written")
     parser.add_argument("--folder", type=Path, default=Path("src/fewstep/assets/blocks-base"))
     arguments = parser.parse_args()
-    stages = {
-        "autoencoder": train_autoencoder,
-        "text": train_text,
-        "small_unet": train_small_unet,
-        "unet": train_unet,
-        "decoder": train_decoder,
-    }
     if arguments.stage == "latents":
-        write_latents(arguments.run_dir, *arguments.chunks)
+        write_latents(arguments.run_dir, *arguments.chunks, arguments.size)
     elif arguments.stage == "export":
         export(arguments.run_dir, arguments.folder)
     else:
-        stages[arguments.stage](arguments.run_dir, arguments.minutes, arguments.batch)
+        STAGES[arguments.stage](arguments.run_dir, arguments.minutes, arguments.batch)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
 
-SIZE = 64
+SMALL, SIZE = 64, 128  # sides of the pictures of the first stages and of the last
 WINDOW = 24
 CHUNK = 8192
 VARIED = 5  # varied captions a scene, beside the canonical one
@@ -28,12 +28,12 @@ def block_tokenizer() -> Tokenizer:
 class PicturePool:
     """Rendered training pictures (uint8), a part of which is drawn anew every `refresh_steps` steps."""
 
-    def __init__(self, count: int, *, seed: int, refresh: int = 256, refresh_steps: int = 100) -> None:
-        self.seed, self.refresh, self.refresh_steps = seed, refresh, refresh_steps
+    def __init__(self, count: int, size: int, *, seed: int, refresh: int = 256, refresh_steps: int = 100) -> None:
+        self.size, self.seed, self.refresh, self.refresh_steps = size, seed, refresh, refresh_steps
         self.pictures = self._rendered(count, 0)
 
     def batch(self, count: int, step: int) -> Tensor:
-        """(count, 3, 64, 64) in [-1, 1], colour channels permuted in half of the batches.
+        """(count, 3, size, size) in [-1, 1], colour channels permuted in half of the batches.
 
         The permutation keeps unseen pairs of colour and shape within the autoencoder's reach.
         """
@@ -48,7 +48,7 @@ class PicturePool:
     def _rendered(self, count: int, step: int) -> Tensor:
         drawn = scenes(count, seed=self.seed + step * 1009)
         require_train(drawn)
-        return ((render(drawn, SIZE) + 1) * 127.5).round().byte()
+        return ((render(drawn, self.size) + 1) * 127.5).round().byte()
 
 
 def scene_slots(drawn: Scenes) -> Tensor:
@@ -67,7 +67,7 @@ def caption_ids(drawn: Scenes, seed: int, tokenizer: Tokenizer) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCache:
-    """Encoded scenes: latents (N, 4, 8, 8), caption ids (N, 1 + VARIED, 24) uint8, slots (N, 7)."""
+    """Encoded scenes: latents (N, 4, h, w), caption ids (N, 1 + VARIED, 24) uint8, slots (N, 7)."""
 
     latents: Tensor
     ids: Tensor
@@ -81,16 +81,23 @@ class LatentCache:
             raise InputError(f"{folder} holds no latents; run the stage `latents` first")
         return cls(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in ("latents", "ids", "slots")})
 
+    def batch(self, count: int, varied: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, ids (count, 24) int64 and slots of random scenes; a share `varied` of varied captions."""
+        index = torch.randint(len(self.latents), (count,))
+        which = torch.randint(1, 1 + VARIED, (count,)) * (torch.rand(count) < varied)
+        return self.latents[index], self.ids[index, which].long(), self.slots[index]
 
-def write_chunk(model: AutoencoderKL, folder: Path, number: int) -> None:
-    """Encode `CHUNK` scenes, once."""
+
+def write_chunk(model: AutoencoderKL, folder: Path, number: int, size: int) -> None:
+    """Encode 512 KiB of latents a channel: `CHUNK` scenes at 64 pixels, a quarter at 128; once."""
     path = folder / f"chunk-{number:03d}.pt"
     if path.exists():
         return
-    drawn = scenes(CHUNK, seed=5_000_000 + number, single=0.35)
+    count = CHUNK * SMALL**2 // size**2
+    drawn = scenes(count, seed=5_000_000 + number, single=0.35)
     require_train(drawn)
     with torch.inference_mode():
-        means = [model.encode(render(drawn[i : i + 64], SIZE)).chunk(2, dim=1)[0] for i in range(0, CHUNK, 64)]
+        means = [model.encode(render(drawn[i : i + 64], size)).chunk(2, dim=1)[0] for i in range(0, count, 64)]
     ids = caption_ids(drawn, number, block_tokenizer())
     chunk = {"latents": torch.cat(means).contiguous(), "ids": ids, "slots": scene_slots(drawn)}
     partial_path = path.with_suffix(".partial")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blocks_base import PREDICTION, decoding_autoencoder, trained
+from blocks_base import PREDICTION, newest_autoencoder, trained
 from blocks_data import SIZE, block_tokenizer
 from blocks_model import LatentDiffusion
 from torch import Tensor
@@ -36,13 +36,14 @@ class Sampling:
 
     steps: int = 12
     guidance: float = 3.5
+    size: int = SIZE
     sampler: str = "ddim"
     schedule: str = "trailing"
 
 
 @torch.inference_mode()
 def sampled(model: LatentDiffusion, prompts: Sequence[str], how: Sampling, seed: int) -> Tensor:
-    """Latents (B, 4, 8, 8) for prompts."""
+    """Latents (B, 4, h, w) for prompts."""
     ids = tokenize(["", *prompts], block_tokenizer()).ids[:, 0]
     states = model.text(ids).last
     pair = torch.cat([states[:1].expand(len(prompts), -1, -1), states[1:]])
@@ -56,7 +57,7 @@ def sampled(model: LatentDiffusion, prompts: Sequence[str], how: Sampling, seed:
     denoise = guided(plain, plain, Guidance(scale=how.guidance), PREDICTION)
     sigmas = sigmas_for(how.schedule, how.steps, schedule)
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(len(prompts), 4, 8, 8, generator=generator)  # noqa: E731
+    draw = lambda: torch.randn(len(prompts), 4, how.size // 8, how.size // 8, generator=generator)  # noqa: E731
     spec = sampler(how.sampler)
     x = draw() * spec.initial_scale(how.schedule, sigmas[0])
     for step in spec(denoise, x, sigmas, noise=draw):
@@ -74,16 +75,16 @@ def examined(
     parts = [prompts[i : i + BATCH] for i in range(0, count, BATCH)]
     latents = [sampled(model, part, how, 1000 + i) for i, part in enumerate(parts)]
     images = torch.cat([vae.decode(z.contiguous(memory_format=torch.channels_last)) for z in latents]).clamp(-1, 1)
-    return grade(BlockReader(SIZE).read(images), drawn), images, prompts
+    return grade(BlockReader(how.size).read(images), drawn), images, prompts
 
 
 @torch.inference_mode()
-def round_trip(vae: AutoencoderKL, split: str, count: int, *, single: float) -> Grades:
+def round_trip(vae: AutoencoderKL, split: str, count: int, size: int, *, single: float) -> Grades:
     """What the autoencoder alone leaves readable."""
     drawn = scenes(count, seed=79, split=split, single=single)
-    pictures = render(drawn, SIZE).contiguous(memory_format=torch.channels_last)
+    pictures = render(drawn, size).contiguous(memory_format=torch.channels_last)
     images = torch.cat([vae.decode(vae.encode(part).chunk(2, 1)[0]) for part in pictures.split(BATCH)])
-    return grade(BlockReader(SIZE).read(images.clamp(-1, 1)), drawn)
+    return grade(BlockReader(size).read(images.clamp(-1, 1)), drawn)
 
 
 def sheet(images: Tensor, path: Path, columns: int = 10) -> None:
@@ -92,7 +93,7 @@ def sheet(images: Tensor, path: Path, columns: int = 10) -> None:
     side = images.shape[-1]
     tiles = images[: rows * columns].reshape(rows, columns, 3, side, side)
     whole = tiles.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * side, columns * side)
-    to_pil(whole)[0].resize((2 * columns * side, 2 * rows * side), 0).save(path)
+    to_pil(whole)[0].resize((columns * 128, rows * 128), 0).save(path)
 
 
 def line(name: str, grades: Grades) -> str:
@@ -112,22 +113,29 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--schedule", default="trailing")
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--stage", default="large_unet")
     parser.add_argument("--only-autoencoder", action="store_true")
     a = parser.parse_args()
-    vae = decoding_autoencoder(a.run_dir)
+    vae = newest_autoencoder(a.run_dir)
     started = time.monotonic()
     for name, single in (("one", 1.0), ("two", 0.0)):
         if a.only_autoencoder:
-            print(line(f"round trip {name} {a.split}", round_trip(vae, a.split, a.count, single=single)), flush=True)
+            print(
+                line(f"round trip {name} {a.split}", round_trip(vae, a.split, a.count, a.size, single=single)),
+                flush=True,
+            )
             continue
         model = LatentDiffusion().eval()
-        model.load_state_dict(trained(a.run_dir / "unet"))
-        how = Sampling(steps=a.steps, guidance=a.guidance, sampler=a.sampler, schedule=a.schedule)
+        model.load_state_dict(trained(a.run_dir / a.stage))
+        how = Sampling(size=a.size, steps=a.steps, guidance=a.guidance, sampler=a.sampler, schedule=a.schedule)
         grades, images, prompts = examined(model, vae, how, a.split, a.count, single=single, style=a.style)
         print(line(f"{name} {a.split} {a.style}", grades), flush=True)
-        sheet(images, a.run_dir / f"sheet_{name}.png")
+        sheet(images, a.run_dir / f"sheet_{a.size}_{name}.png")
         marks = zip(grades.images, prompts, strict=True)
-        (a.run_dir / f"sheet_{name}.txt").write_text("\n".join(f"{'ok ' if m else 'BAD'} {p}" for m, p in marks))
+        (a.run_dir / f"sheet_{a.size}_{name}.txt").write_text(
+            "\n".join(f"{'ok ' if m else 'BAD'} {p}" for m, p in marks)
+        )
     print(f"{time.monotonic() - started:.0f} s", flush=True)
 
 

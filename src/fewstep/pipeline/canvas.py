@@ -51,6 +51,8 @@ def read_canvas(
     pixels = torch.cat(tensors)
     if mask is None:
         return Canvas(image=pixels)
+    if _latent(pixels):
+        raise InputError("a mask needs a picture to lie on; decode the latents first")
     return Canvas(image=pixels, mask=mask_to_tensor(mask, pixels.shape[3], pixels.shape[2]))
 
 

@@ -10,12 +10,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from fewstep.diffusion.guidance import Guidance
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
 from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
-from fewstep.pipeline.options import Job, TaskOptions, make_job
+from fewstep.pipeline.options import Job, SizeConditioning, TaskOptions, make_job
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Handoff, Model, Run
 from fewstep.weights.parts import Parts
@@ -164,11 +165,14 @@ def _settings(job: Job) -> dict[str, Any]:
         "width": job.width,
         "height": job.height,
     }
-    if guidance.rescale:
-        settings["guidance_rescale"] = guidance.rescale
-    if job.eta is not None:
-        settings["eta"] = job.eta
-    return settings
+    unusual = {
+        "guidance_rescale": (guidance.rescale, 0.0),
+        "guidance_interval": (guidance.interval, Guidance().interval),
+        "eta": (job.eta, None),
+        "size_conditioning": (job.size_conditioning, SizeConditioning()),
+        "chunk": (job.chunk, True),
+    }
+    return settings | {name: value for name, (value, usual) in unusual.items() if value != usual}
 
 
 def _one(texts: tuple[str, ...]) -> str | list[str]:

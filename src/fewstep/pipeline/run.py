@@ -22,7 +22,7 @@ from fewstep.diffusion.step import Step
 from fewstep.engines.engine import Conditioning, Engine, stacked
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.images import to_numpy, to_pil
-from fewstep.pipeline.canvas import Canvas, drawn_latents, keeping, latent_mask, masked_channels
+from fewstep.pipeline.canvas import Canvas, drawn_latents, keeping, latent_mask, masked_channels, rows_of
 from fewstep.pipeline.conditioning import Prompted, encode_prompts
 from fewstep.pipeline.options import Job, Progress, strength_steps
 from fewstep.pipeline.result import Result
@@ -141,30 +141,29 @@ class Run:
 
     def _start(self, prompted: Prompted) -> tuple[Tensor, Denoiser, Callable[[Tensor], Tensor]]:
         """The first x, the denoiser, and what to do to the last latents."""
-        known = None
+        canvas, top = self.canvas, self.sigmas[0]
+        mask = canvas.mask if canvas else None
         inpaints = self.model.parts.unet.config.in_channels == 9
         whole = len(self) == self.job.steps  # nothing of the picture shines through the noise
-        if self.canvas and not (inpaints and whole):
-            known = self._known(self.canvas)
+        known = self._known(canvas) if canvas and not (inpaints and whole) else None
         unit = self._unit_noise()
-        x = unit * self.sampler.initial_scale(self.job.schedule, self.sigmas[0])
-        if self.canvas is None or self.canvas.mask is None:
-            return x if known is None else known + self.sigmas[0] * unit, self._denoiser(prompted), lambda z: z
-        if known is not None and not whole:
-            x = known + self.sigmas[0] * unit
-        if inpaints:
-            channels = masked_channels(self.model.engine, self.canvas, len(self.job.seeds), self.noise)
-            return x, self._denoiser(prompted.with_channels(channels)), lambda z: z
-        assert known is not None
-        mask = latent_mask(self.canvas.mask, known)
-        denoise = keeping(self._denoiser(prompted), known, mask, unit, self.sigmas[0])
-        return x, denoise, lambda z: torch.lerp(known, z, mask)
+        x = unit * self.sampler.initial_scale(self.job.schedule, top)
+        if known is not None and not (mask is not None and whole):
+            x = known + top * unit
+        if canvas and inpaints:
+            channels = masked_channels(self.model.engine, canvas, len(self.job.seeds), self.noise)
+            prompted = prompted.with_channels(channels)
+        denoise = model_denoiser(self.model, prompted, self.job)
+        if known is None or mask is None or inpaints:
+            return x, denoise, lambda latents: latents
+        small = latent_mask(mask, known)
+        return x, keeping(denoise, known, small, unit, top), lambda latents: torch.lerp(known, latents, small)
 
     def _known(self, canvas: Canvas) -> Tensor:
-        count = len(self.job.seeds)
+        count, engine = len(self.job.seeds), self.model.engine
         if canvas.is_latent:
-            return canvas.image.to(self.model.engine.device).repeat_interleave(count // len(canvas.image), dim=0)
-        known = drawn_latents(self.model.engine, canvas.image, count, self.noise)
+            return rows_of(canvas.image, count).to(engine.device)
+        known = drawn_latents(engine, canvas.image, count, self.noise)
         _finite(known, "the encoder", "dtype='float32'")
         return known
 
@@ -175,9 +174,6 @@ class Run:
         unit = self.noise() if given is None else given.float()
         return unit.to(self.model.engine.device)
 
-    def _denoiser(self, prompted: Prompted) -> Denoiser:
-        return model_denoiser(self.model, prompted, self.job)
-
     def _steps(self, x: Tensor, denoise: Denoiser) -> Iterator[Step]:
         step = None
         for step in islice(self._walk(x, denoise, self.sigmas), self._handoff_step):
@@ -186,8 +182,7 @@ class Run:
             return
         assert step is not None
         refiner = self.handoff.refiner
-        prompted = self._checked_prompts(refiner)
-        denoise = model_denoiser(refiner, prompted, self.job)
+        denoise = model_denoiser(refiner, self._checked_prompts(refiner), self.job)
         yield from self._walk(step.x.to(refiner.engine.device), denoise, self.sigmas[self._handoff_step :])
 
     def _walk(self, x: Tensor, denoise: Denoiser, sigmas: tuple[float, ...]) -> Iterator[Step]:
