@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,14 +52,18 @@ class Encoder(nn.Module):
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            EncoderBlock(channels[max(i - 1, 0)], width, config, halve=i < last) for i, width in enumerate(channels)
+            Level(
+                [channels[max(i - 1, 0)], *[width] * config.resnets],
+                groups,
+                Downsample(width, padding=0) if i < last else None,
+            )
+            for i, width in enumerate(channels)
         )
         self.mid_block = MiddleBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """image (B, 3, H, W) -> (B, 2 * latent_channels, H/8, W/8)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -74,14 +81,17 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid_block = MiddleBlock(channels[-1], groups)
         self.up_blocks = nn.ModuleList(
-            DecoderBlock(channels[min(i + 1, last)], channels[i], config, double=i > 0)
+            Level(
+                [channels[min(i + 1, last)], *[channels[i]] * (config.resnets + 1)],
+                groups,
+                Upsample(channels[i]) if i > 0 else None,
+            )
             for i in reversed(range(len(channels)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """latents (B, latent_channels, h, w) -> image (B, 3, 8h, 8w)."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -89,50 +99,36 @@ class Decoder(nn.Module):
         return image
 
 
-class EncoderBlock(nn.Module):
-    """Residual blocks of one level, then the halving."""
+class Level(nn.Module):
+    """Residual blocks, then the change of resolution: x (B, channels, h, w) -> (B, out, h/2, w/2) or (B, out, 2h, 2w).
 
-    def __init__(self, channels: int, out: int, config: AutoencoderConfig, *, halve: bool) -> None:
+    `change` is None at the end of the encoder and of the decoder.
+    """
+
+    def __init__(self, widths: Sequence[int], groups: int, change: Downsample | Upsample | None) -> None:
         super().__init__()
-        self.resnets = _resblocks(channels, out, config.resnets, config.groups)
-        self.downsamplers = nn.ModuleList([Downsample(out, padding=0)] if halve else [])
+        self.resnets = _resblocks(widths, groups)
+        self.downsamplers = nn.ModuleList([change] if isinstance(change, Downsample) else [])
+        self.upsamplers = nn.ModuleList([change] if isinstance(change, Upsample) else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, out, h/2, w/2)."""
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
-class DecoderBlock(nn.Module):
-    """Residual blocks of one level, then the doubling."""
-
-    def __init__(self, channels: int, out: int, config: AutoencoderConfig, *, double: bool) -> None:
-        super().__init__()
-        self.resnets = _resblocks(channels, out, config.resnets + 1, config.groups)
-        self.upsamplers = nn.ModuleList([Upsample(out)] if double else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, out, 2h, 2w)."""
-        for layer in (*self.resnets, *self.upsamplers):
+        for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = layer(x)
         return x
 
 
 class MiddleBlock(nn.Module):
-    """A residual block, attention over the pixels, a residual block."""
+    """A residual block, attention over the pixels, a residual block: x (B, C, h, w)."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([PixelAttention(channels, groups=groups)])
-        self.resnets = _resblocks(channels, channels, 2, groups)
+        self.resnets = _resblocks([channels] * 3, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
         out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x)))
         return out
 
 
-def _resblocks(channels: int, out: int, count: int, groups: int) -> nn.ModuleList:
-    widths = [channels, *[out] * (count - 1)]
-    return nn.ModuleList(ResBlock(width, out, groups=groups, eps=EPS) for width in widths)
+def _resblocks(widths: Sequence[int], groups: int) -> nn.ModuleList:
+    return nn.ModuleList(ResBlock(before, after, groups=groups, eps=EPS) for before, after in pairwise(widths))

@@ -37,7 +37,6 @@ class TextEncoder(nn.Module):
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, ids: Tensor) -> TextStates:
-        """ids (B, N) int64 -> TextStates."""
         last, penultimate = self.text_model(ids)
         end = (ids == self.config.eos).int().argmax(dim=1)  # the first end token
         pooled = last[torch.arange(len(ids), device=ids.device), end]
@@ -47,51 +46,31 @@ class TextEncoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeddings, causal transformer layers and the final norm."""
+    """Ids (B, N) -> states after the final norm, and states before the last layer; both (B, N, width).
+
+    The dictionaries give the parameters their published names.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
-        self.encoder = LayerStack(config)
+        tokens = nn.Embedding(config.vocabulary, config.width)
+        positions = nn.Embedding(config.window, config.width)
+        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(TextLayer(config) for _ in range(config.layers))})
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids (B, N) -> states after the final norm, and states before the last layer; both (B, N, width)."""
-        last, penultimate = self.encoder(self.embeddings(ids))
-        return self.final_layer_norm(last), penultimate
-
-
-class TextEmbeddings(nn.Module):
-    """A vector for each token plus one for its place."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_embedding = nn.Embedding(config.window, config.width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, N) -> (B, N, width)."""
-        out: Tensor = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        return out
-
-
-class LayerStack(nn.Module):
-    """The transformer layers; returns the states after the last one and before it."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.layers))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, N, width) -> last and penultimate states, both (B, N, width)."""
-        before = x
-        for layer in self.layers:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = before = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](places)
+        layers = self.encoder["layers"]
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
             before, x = x, layer(x)
-        return x, before
+        return self.final_layer_norm(x), before
 
 
 class TextLayer(nn.Module):
-    """Causal self-attention and a two-layer network, each after a norm, each with its residual."""
+    """Causal self-attention and a two-layer network, each after a norm and with its residual: x (B, N, width)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -101,14 +80,13 @@ class TextLayer(nn.Module):
         self.mlp = TextMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, width) -> (B, N, width)."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it."""
+    """Multi-head attention in which a token sees itself and those before it: x (B, N, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -119,7 +97,6 @@ class CausalAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, width) -> (B, N, width)."""
         q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -127,7 +104,7 @@ class CausalAttention(nn.Module):
 
 
 class TextMLP(nn.Module):
-    """Two linear layers around the tower's activation."""
+    """Two linear layers around the tower's activation: x (B, N, width)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -136,7 +113,6 @@ class TextMLP(nn.Module):
         self.fc2 = nn.Linear(config.inner, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, width) -> (B, N, width)."""
         x = self.fc1(x)
         x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x)
         out: Tensor = self.fc2(x)

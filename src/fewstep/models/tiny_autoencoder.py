@@ -32,7 +32,7 @@ class TinyAutoencoder(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Four levels, halved by strided convolutions."""
+    """Image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8), by strided convolutions."""
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()
@@ -43,13 +43,12 @@ class TinyEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8)."""
         latents: Tensor = self.layers((image + 1) / 2)
         return latents
 
 
 class TinyDecoder(nn.Module):
-    """Four levels, doubled by nearest-neighbour upsampling; the latents are soft-clipped to [-3, 3] first."""
+    """Latents (B, latent_channels, h, w), soft-clipped to [-3, 3] -> image (B, 3, 8h, 8w), by nearest upsampling."""
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()
@@ -60,13 +59,12 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, TinyBlock(), nn.Conv2d(WIDTH, 3, 3, padding=1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (B, latent_channels, h, w) -> image (B, 3, 8h, 8w)."""
         image: Tensor = self.layers(torch.tanh(latents / 3) * 3)
         return image * 2 - 1
 
 
 class TinyBlock(nn.Module):
-    """Three 3x3 convolutions with ReLU, and a residual."""
+    """Three 3x3 convolutions with ReLU, and a residual: x (B, 64, h, w)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,5 +72,4 @@ class TinyBlock(nn.Module):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 64, h, w) -> (B, 64, h, w)."""
         return F.relu(self.conv(x) + x)

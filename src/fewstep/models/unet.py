@@ -15,9 +15,9 @@ from fewstep.nn.transformer import SpatialTransformer
 class UNet(nn.Module):
     """Predicts noise, velocity or the clean latents, whichever it was trained for, from noisy latents and text.
 
-    Parameter names are those of a diffusers `UNet2DConditionModel`. The inputs and the output:
-    x (B, in_channels, h, w), t (B,), context (B, M, config.context), pooled (B, P) and sizes (B, 6 or 5) for SDXL
-    only -> (B, out_channels, h, w)
+    x (B, in_channels, h, w), t (B,) from 0 (clean) to 999 (noise) and anything between, context (B, M, config.context),
+    pooled (B, P) and sizes (B, 6 or 5) for SDXL only -> (B, out_channels, h, w). Parameter names are those of a
+    diffusers `UNet2DConditionModel`.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -43,7 +43,6 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
     ) -> Tensor:
-        """See the class. `t` counts 0 (clean) to 999 (noise) and may lie between whole numbers."""
         emb = self._embedding(t, x.dtype, pooled, sizes)
         x = self.conv_in(x)
         skips = [x]
@@ -69,7 +68,7 @@ class UNet(nn.Module):
 class DownBlock(nn.Module):
     """One level on the way down: residual blocks, each with its transformer, then the halving.
 
-    Appends each of its feature maps to `skips`.
+    x (B, channels, h, w) -> (B, stage.channels, h/2, w/2); appends each of its feature maps to `skips`.
     """
 
     def __init__(self, config: UNetConfig, channels: int, stage: Stage, *, halve: bool) -> None:
@@ -80,7 +79,6 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(stage.channels)] if halve else [])
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        """x (B, C, h, w) -> (B, stage.channels, h/2, w/2)."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
             if self.attentions:
@@ -93,7 +91,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The bottom: a residual block, a transformer, a residual block."""
+    """The bottom: a residual block, a transformer, a residual block: x (B, C, h, w)."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -103,7 +101,6 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(_resblock(config, stage.channels, stage.channels) for _ in range(2))
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
         x = self.resnets[0](x, emb)
         for attention in self.attentions:
             x = attention(x, context)
@@ -114,7 +111,8 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One level on the way up: each residual block reads a skip connection; then the doubling.
 
-    Pops its feature maps from `skips`, one more than the level's way down had residual blocks.
+    x (B, channels, h, w) -> (B, stage.channels, 2h, 2w), or the size of the next skip connection; pops from `skips`
+    one feature map more than the level's way down had residual blocks.
     """
 
     def __init__(self, config: UNetConfig, channels: int, stage: Stage, skips: list[int], *, double: bool) -> None:
@@ -125,7 +123,6 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(stage.channels)] if double else [])
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
-        """x (B, C, h, w) -> (B, stage.channels, 2h, 2w), or the size of the next skip connection."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
             if self.attentions:

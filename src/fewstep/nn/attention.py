@@ -18,7 +18,6 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # the published names say `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, C), context (B, M, D) or None for self-attention -> (B, N, C)."""
         source = x if context is None else context
         q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
         mixed = F.scaled_dot_product_attention(q, k, v)
@@ -45,7 +44,6 @@ class PixelAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W)."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         out: Tensor = self.to_out[0](mixed[:, 0])

@@ -18,7 +18,6 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H/2, W/2)."""
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
         halved: Tensor = self.conv(x)
@@ -26,14 +25,16 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W).
+
+    `size` says otherwise where an odd size was halved before.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2H, 2W), or exactly `size` where an odd size was halved before."""
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         else:

@@ -30,6 +30,5 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (B, F) -> (B, width)."""
         hidden: Tensor = self.linear_2(F.silu(self.linear_1(features)))
         return hidden

@@ -22,7 +22,6 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), emb (B, E) -> (B, out, H, W)."""
         h: Tensor = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None and emb is not None:
             h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]

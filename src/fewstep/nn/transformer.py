@@ -16,14 +16,13 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., inner)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         gated: Tensor = value * F.gelu(gate)
         return gated
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back."""
+    """GEGLU to four times the width and back: (..., C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,13 +30,15 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
         out: Tensor = self.net[2](self.net[0](x))
         return out
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; each after a norm, each with its residual."""
+    """Self-attention, attention to the text, feed-forward; each after a norm, each with its residual.
+
+    x (B, N, C), context (B, M, D) -> (B, N, C)
+    """
 
     def __init__(self, channels: int, heads: int, context: int) -> None:
         super().__init__()
@@ -49,7 +50,6 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, N, C), context (B, M, D) -> (B, N, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         out: Tensor = x + self.ff(self.norm3(x))
@@ -70,7 +70,6 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, H, W), context (B, M, D) -> (B, C, H, W)."""
         tokens = _projected(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))  # (B, HW, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
