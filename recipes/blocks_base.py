@@ -97,9 +97,9 @@ def text_loss(model: LatentDiffusion, cache: LatentCache, batch: int) -> Loss:
 
 
 def diffusion_loss(model: LatentDiffusion, caches: Mapping[float, LatentCache], batch: int, varied: Share) -> Loss:
-    """The weighted error of the velocity plus the slots', from `caches`, by how much each counts.
+    """The weighted error of the velocity plus the slots'; each of `caches` gives its share of the batch.
 
-    `varied`: the present share of varied captions, the others being canonical. Half of `batch` comes from each of two.
+    `varied`: the present share of varied captions, the others being canonical.
     """
     alpha_bars = torch.tensor(noise_schedule().alpha_bar, dtype=torch.float32)
     empty = tokenize([""], block_tokenizer()).ids[0, 0]
@@ -122,7 +122,7 @@ def diffusion_loss(model: LatentDiffusion, caches: Mapping[float, LatentCache], 
 
     def loss(step: int) -> dict[str, Tensor]:
         del step
-        parts = [(share, of_cache(cache, batch // len(caches))) for share, cache in caches.items()]
+        parts = [(share, of_cache(cache, round(share * batch))) for share, cache in caches.items()]
         return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
 
     return loss
@@ -243,7 +243,7 @@ def train_large_unet(run: Path, minutes: float, batch: int) -> None:
     model.load_state_dict(trained(run / "unet"))
     caches = {0.8: LatentCache.read(run / "latents-128"), 0.2: LatentCache.read(run / "latents-64")}
     trainer = joined(model, Plan(folder=run / "large_unet", rate=8e-4, seconds=60 * minutes, decay=0.4))
-    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.7))
+    trainer.run(diffusion_loss(model, caches, batch or 20, lambda: 0.7))
 
 
 def joined(model: LatentDiffusion, plan: Plan) -> Trainer[LatentDiffusion]:

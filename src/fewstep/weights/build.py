@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fewstep.errors import CheckpointError
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
@@ -42,11 +43,20 @@ def parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         raise CheckpointError(f"{path} lacks a setting or has one of another kind: {error!r}") from error
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters as they are: filling them on the meta device would import torch's compiler, seconds long."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
 def built(network: Callable[[Config], Network], config: Config, source: Path) -> Network:
     """The network on the meta device; CheckpointError when none, or an absurdly large one, has that shape."""
     try:
         if (layers := _layers(config)) <= MOST_LAYERS:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 return network(config)
     except (RuntimeError, ArithmeticError, TypeError, LookupError, ValueError) as error:
         raise CheckpointError(f"{source} describes a network that cannot be built: {error}") from error
