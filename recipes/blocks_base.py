@@ -254,7 +254,7 @@ def joined(model: LatentDiffusion, plan: Plan) -> Trainer[LatentDiffusion]:
 
 
 def export(run: Path, folder: Path) -> None:
-    """Stage `export`: a diffusers folder in half precision, from the averaged weights."""
+    """Stage `export`: a diffusers folder in half precision, from the averaged weights; a model card there stays."""
     model = LatentDiffusion()
     model.load_state_dict(trained(run / "large_unet"))
     parts = Parts(
@@ -270,7 +270,10 @@ def export(run: Path, folder: Path) -> None:
         defaults=DEFAULTS,
         licence="Apache-2.0",
     )
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
     save_parts(parts, folder, torch.float16)
+    card.write_text(text, encoding="utf-8")
 
 
 STAGES = {
