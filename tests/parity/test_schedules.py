@@ -56,6 +56,14 @@ def test_the_multistep_solvers_read_two_spacings_their_own_way(spacing: str) -> 
         assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps.tolist()
 
 
+def test_consistency_models_visit_the_steps_they_were_distilled_on() -> None:
+    scheduler = diffusers.LCMScheduler(**TRAINED)
+    for steps in range(1, 51):
+        scheduler.set_timesteps(steps)
+        sigmas = sigmas_for("leading", steps, SCHEDULE, reading="lcm")[:-1]
+        assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps.tolist()
+
+
 @pytest.mark.parametrize("steps", [2, 3, 20, 50, 999])
 def test_eulers_linspace_lies_between_whole_time_steps(steps: int) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="linspace")

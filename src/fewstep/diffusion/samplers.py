@@ -85,7 +85,7 @@ SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
         "dpmpp_sde": SamplerSpec(function=dpmpp_sde, reading="euler", evaluations=2, **_SDE),
         "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, reading="multistep", **_SDE),
         "unipc": SamplerSpec(function=unipc, reading="multistep"),
-        "lcm": SamplerSpec(function=lcm, takes_noise=True, consistency=True),
+        "lcm": SamplerSpec(function=lcm, reading="lcm", takes_noise=True, consistency=True),
         "ddpm": SamplerSpec(function=ddpm, takes_noise=True),
     }
 )

@@ -17,7 +17,7 @@ from fewstep.errors import InputError, unknown
 Floats = npt.NDArray[np.float64]
 BetaKind = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 Final = Literal["zero", "sigma_min"]
-Reading = Literal["ddim", "euler", "multistep"]
+Reading = Literal["ddim", "euler", "multistep", "lcm"]
 """Whose time steps `leading` and `linspace` are: diffusers' families of schedulers differ on these two."""
 
 SMALLEST_ALPHA_BAR = 2.0**-24
@@ -143,7 +143,8 @@ def sigmas_for(
     They end at 0, or with `final="sigma_min"` at the schedule's lowest level, which is what checkpoints mean
     by `set_alpha_to_one: false`. `steps_offset` belongs to `leading`, `family` to `align_your_steps`.
 
-    - `leading`, `trailing`: whole time steps (arXiv:2305.08891, table 2); `multistep` reads `leading` without 0;
+    - `leading`, `trailing`: whole time steps (arXiv:2305.08891, table 2); `multistep` reads `leading` without 0, and
+      `lcm` as every so many of the 50 steps that its models were distilled on;
     - `linspace`: evenly from T - 1 to 0, rounded but for `euler`; `multistep` leaves out the 0;
     - `simple`: every (T / steps)-th level from the top; `sgm_uniform`: evenly, without 0;
     - `karras` (rho 7, arXiv:2206.00364 eq. 5), `exponential`: from the highest level to the lowest;
@@ -178,10 +179,16 @@ TIMES: dict[str, Times] = {
 
 READINGS: dict[tuple[str, Reading], Times] = {
     ("leading", "multistep"): lambda steps, count, offset: np.arange(steps, 0.0, -1) * (count // (steps + 1)) + offset,
+    ("leading", "lcm"): lambda steps, count, _: _distilled(count)[(np.arange(steps) * 50 / steps).astype(int)],
     ("linspace", "multistep"): lambda steps, count, _: np.linspace(0, count - 1, steps + 1).round()[:0:-1],
     ("linspace", "euler"): lambda steps, count, _: np.linspace(count - 1, 0, steps),
 }
 """The same for those that read a name otherwise."""
+
+
+def _distilled(count: int) -> Floats:
+    """The 50 time steps of latent consistency distillation, falling (arXiv:2310.04378)."""
+    return np.arange(50.0, 0, -1) * (count // 50) - 1
 
 
 def _falling(times: Floats, lowest: int, highest: int) -> list[float]:
