@@ -3,8 +3,8 @@
     python -m benchmarks.blocks_exam [--model blocks-base] [--count 200] [--sheet docs/images/blocks-base.png]
 
 Draws `count` prompts with one object and `count` with two and a relation, from captions never trained on, through the
-public pipeline at the model's defaults; the seed of picture i is i. Writes `results/blocks_exam_<model>_<date>.md` and a
-contact sheet of the first prompts, nothing picked by hand: a bar under a picture says whether it was read as right.
+public pipeline at the model's defaults; the seed of picture i is i. Writes `results/blocks_exam_<model>_<date>.md` and
+a contact sheet of the first prompts, nothing picked by hand: a bar under a picture says whether it was read as right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import datetime
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from time import perf_counter
 
@@ -23,6 +22,7 @@ from PIL import Image, ImageDraw
 
 import fewstep
 from fewstep.data.blockworld import captions, scenes, split_digest
+from fewstep.evaluate.intervals import share_interval
 from fewstep.evaluate.readers import BlockReader, Grades, grade
 from fewstep.images import contact_sheet, to_tensor
 
@@ -63,13 +63,6 @@ def examined(pipe: fewstep.Pipeline, split: str, single: float, count: int) -> E
     return Exam(prompts=prompts, pictures=pictures, grades=grade(readings, wanted), seconds=seconds)
 
 
-def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share of `count`."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return middle - half, middle + half
-
-
 def report(pipe: fewstep.Pipeline, exams: dict[str, Exam], count: int) -> str:
     """The results as Markdown."""
     defaults, model = pipe.parts.defaults, pipe.parts
@@ -78,7 +71,7 @@ def report(pipe: fewstep.Pipeline, exams: dict[str, Exam], count: int) -> str:
     head = ["prompts", "exact, 95 % interval", *COLUMNS]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, exam in exams.items():
-        low, high = interval(exam.grades.exact, count)
+        _, low, high = share_interval(exam.grades.exact, count)
         unasked = {"relation_kind", "direction"} if name.startswith("one") else {"size"}  # not in these prompts
         shares = ["" if column in unasked else f"{getattr(exam.grades, column):.3f}" for column in COLUMNS]
         rows.append(f"| {' | '.join([name, f'{low:.3f} to {high:.3f}', *shares])} |")

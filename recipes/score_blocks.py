@@ -34,7 +34,7 @@ BATCH = 50
 class Sampling:
     """How pictures are sampled for the exam."""
 
-    steps: int = 12
+    steps: int = 10
     guidance: float = 3.5
     size: int = SIZE
     sampler: str = "ddim"
@@ -107,9 +107,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--objects", nargs="+", choices=("one", "two"), default=("one", "two"))
     parser.add_argument("--split", default="heldout")
     parser.add_argument("--style", default="varied")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--schedule", default="trailing")
@@ -119,7 +120,8 @@ def main() -> None:
     a = parser.parse_args()
     vae = newest_autoencoder(a.run_dir)
     started = time.monotonic()
-    for name, single in (("one", 1.0), ("two", 0.0)):
+    for name in a.objects:
+        single = float(name == "one")
         if a.only_autoencoder:
             print(
                 line(f"round trip {name} {a.split}", round_trip(vae, a.split, a.count, a.size, single=single)),

@@ -69,7 +69,6 @@ def parts(family: Family, **changes: Any) -> Parts:
         defaults=Defaults(steps=3, guidance_scale=2.0, sampler="euler", schedule="trailing", width=128, height=128),
         licence="none",
         force_zeros_for_empty_prompt=family == "sdxl",
-        requires_aesthetics_score=family == "sdxl-refiner",
     )
 
 

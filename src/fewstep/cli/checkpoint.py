@@ -29,8 +29,8 @@ def describe(path: Path) -> Description:
 
 def _model(folder: Path) -> Description:
     from fewstep.models.config import UNetConfig
-    from fewstep.weights.build import parsed
-    from fewstep.weights.fetch import parts_of, read_json
+    from fewstep.weights.folder import parsed, parts_of, read_json
+    from fewstep.weights.load import open_part
     from fewstep.weights.parts import family_of
     from fewstep.weights.scheduler import SchedulerConfig
 
@@ -38,7 +38,7 @@ def _model(folder: Path) -> Description:
     notes = index.get("_fewstep", {})
     unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
     scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
-    parts = {name: _opened(folder / name) for name in parts_of(index)}
+    parts = {name: open_part(folder / name) for name in parts_of(index)}
     return {
         "family": notes.get("family", family_of(unet)),
         "layout": f"diffusers folder of a {index.get('_class_name')}",
@@ -50,9 +50,10 @@ def _model(folder: Path) -> Description:
 
 
 def _network(folder: Path) -> Description:
-    from fewstep.weights.fetch import read_json
+    from fewstep.weights.folder import read_json
+    from fewstep.weights.load import open_part
 
-    name, file = read_json(folder / "config.json").get("_class_name"), _opened(folder)
+    name, file = read_json(folder / "config.json").get("_class_name"), open_part(folder)
     return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counted(file, file.shapes)}}
 
 
@@ -86,19 +87,6 @@ def _prefixed(file: TensorFile, family: str) -> Description:
     named = {part: [key for key in file.shapes if key.startswith(start)] for part, start in prefixes.items()}
     others = file.shapes.keys() - {key for keys in named.values() for key in keys}
     return {part: _counted(file, keys) for part, keys in {**named, "other": others}.items() if keys}
-
-
-def _opened(folder: Path) -> TensorFile:
-    """The file of weights in `folder`, or its shards as one."""
-    from fewstep.weights.fetch import shards, weight_file
-    from fewstep.weights.files import joined
-    from fewstep.weights.load import open_tensors
-
-    chosen = weight_file((path.name for path in folder.glob("*")), half=False)
-    if chosen is None:
-        raise CheckpointError(f"{folder} has no file of weights (.safetensors or .bin); is the folder complete?")
-    path = folder / chosen
-    return joined(path, map(open_tensors, shards(path))) if ".index." in chosen else open_tensors(path)
 
 
 def _counted(file: TensorFile, keys: Iterable[str]) -> Description:

@@ -178,23 +178,13 @@ class TextConfig:
     @classmethod
     def from_transformers(cls, config: Config) -> TextConfig:
         """From a `CLIPTextModel` or `CLIPTextModelWithProjection` config.json."""
-        activation = config.get("hidden_act", "quick_gelu")
-        if activation not in ("quick_gelu", "gelu"):
+        shape = {ours: config.get(theirs, usual) for ours, (theirs, usual) in _TEXT.items()}
+        if (activation := shape["activation"]) not in ("quick_gelu", "gelu"):
             raise CheckpointError(f"text encoder: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
+        if shape["eos"] == 2 and shape["vocabulary"] == 49408:
+            shape["eos"] = 49407  # published configs say 2, wrongly
         projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        vocabulary = config.get("vocab_size", 49408)
-        eos = config.get("eos_token_id", 49407)
-        return cls(
-            vocabulary=vocabulary,
-            window=config.get("max_position_embeddings", 77),
-            width=config.get("hidden_size", 512),
-            layers=config.get("num_hidden_layers", 12),
-            heads=config.get("num_attention_heads", 8),
-            inner=config.get("intermediate_size", 2048),
-            activation=activation,
-            projection=config.get("projection_dim", 512) if projected else None,
-            eos=vocabulary - 1 if eos == 2 and vocabulary == 49408 else eos,  # published configs say 2, wrongly
-        )
+        return cls(**shape, projection=config.get("projection_dim", 512) if projected else None)
 
     def to_transformers(self) -> dict[str, Any]:
         """A config.json from which transformers builds this text tower."""
@@ -202,20 +192,24 @@ class TextConfig:
         return {
             "architectures": [name],
             "model_type": "clip_text_model",
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": self.window,
-            "hidden_size": self.width,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.inner,
-            "hidden_act": self.activation,
             "projection_dim": self.projection or self.width,
             "bos_token_id": self.eos - 1,
-            "eos_token_id": self.eos,
+            **{theirs: getattr(self, ours) for ours, (theirs, _) in _TEXT.items()},
         }
 
 
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+
+_TEXT: Mapping[str, tuple[str, Any]] = {  # our name, theirs, and what its absence means
+    "vocabulary": ("vocab_size", 49408),
+    "window": ("max_position_embeddings", 77),
+    "width": ("hidden_size", 512),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+    "inner": ("intermediate_size", 2048),
+    "activation": ("hidden_act", "quick_gelu"),
+    "eos": ("eos_token_id", 49407),
+}
 
 # settings that hold one value in the whole family: another one means another network
 _UNET_FIXED: Config = {

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fewstep.errors import InputError, unknown
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
-
-if TYPE_CHECKING:
-    from fewstep.diffusion.denoiser import Prediction
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
 
@@ -19,10 +16,10 @@ Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
 class Defaults:
     """What a task uses when it is not told: names of `diffusion`'s samplers and schedules, sizes in pixels."""
 
-    steps: int
+    steps: int = 50
     guidance_scale: float
     sampler: str
-    schedule: str
+    schedule: str = "leading"
     width: int
     height: int
 
@@ -33,21 +30,19 @@ class Entry:
 
     `source`: hub repository, None for a model that comes with fewstep and has its shapes in its own folder.
     `megabytes`: about what is downloaded, in half precision where that is published. `texts`: the text towers in
-    order. `terms`: what the licence forbids, in one line. `tiny_decoder`: the entry whose fast decoder fits.
+    order. `terms`: what the licence forbids, in one line.
     """
 
     name: str
     family: Family
-    source: str | None
     licence: str
     terms: str
-    megabytes: int
+    source: str | None = None
+    megabytes: int = 0
     unet: UNetConfig | None = None
     autoencoder: AutoencoderConfig | None = None
     texts: tuple[TextConfig, ...] = ()
     defaults: Defaults | None = None
-    prediction: Prediction = "epsilon"
-    tiny_decoder: str | None = None
 
 
 def entry(name: str) -> Entry:
@@ -57,35 +52,21 @@ def entry(name: str) -> Entry:
     return CATALOGUE[name]
 
 
-def entry_of_source(source: str) -> Entry | None:
-    """The entry whose hub repository is `source`, if any."""
-    return next((known for known in CATALOGUE.values() if known.source == source), None)
-
-
 def _stages(*rows: tuple[int, int, int], resnets: int = 2) -> tuple[Stage, ...]:
     return tuple(Stage(channels=c, depth=d, heads=h, resnets=resnets) for c, d, h in rows)
 
 
-SD1_LEVELS = ((320, 1, 8), (640, 1, 8), (1280, 1, 8), (1280, 0, 8))  # channels, transformer depth, heads
+# the levels of the UNets: channels, transformer depth, heads
+SD1_LEVELS = ((320, 1, 8), (640, 1, 8), (1280, 1, 8), (1280, 0, 8))
+SD2_LEVELS = ((320, 1, 5), (640, 1, 10), (1280, 1, 20), (1280, 0, 20))
+SDXL_LEVELS = ((320, 0, 5), (640, 2, 10), (1280, 10, 20))
+REFINER_LEVELS = ((384, 0, 6), (768, 4, 12), (1536, 4, 24), (1536, 0, 24))
+
 SD1_UNET = UNetConfig(stages=_stages(*SD1_LEVELS), context=768)
 SMALL_UNET = UNetConfig(stages=_stages(*SD1_LEVELS, resnets=1), context=768)
-SD2_UNET = UNetConfig(
-    stages=_stages((320, 1, 5), (640, 1, 10), (1280, 1, 20), (1280, 0, 20)), context=1024, linear_projection=True
-)
-SDXL_UNET = UNetConfig(
-    stages=_stages((320, 0, 5), (640, 2, 10), (1280, 10, 20)),
-    context=2048,
-    mid_depth=10,
-    linear_projection=True,
-    addition=2816,
-)
-REFINER_UNET = UNetConfig(
-    stages=_stages((384, 0, 6), (768, 4, 12), (1536, 4, 24), (1536, 0, 24)),
-    context=1280,
-    mid_depth=4,
-    linear_projection=True,
-    addition=2560,
-)
+SD2_UNET = UNetConfig(stages=_stages(*SD2_LEVELS), context=1024, linear_projection=True)
+SDXL_UNET = UNetConfig(stages=_stages(*SDXL_LEVELS), context=2048, mid_depth=10, linear_projection=True, addition=2816)
+REFINER_UNET = replace(SDXL_UNET, stages=_stages(*REFINER_LEVELS), context=1280, mid_depth=4, addition=2560)
 SD_AUTOENCODER = AutoencoderConfig()
 SDXL_AUTOENCODER = AutoencoderConfig(scaling_factor=0.13025, force_upcast=True)
 CLIP_L = TextConfig()
@@ -93,23 +74,12 @@ OPENCLIP_H = TextConfig(width=1024, layers=23, heads=16, inner=4096, activation=
 OPENCLIP_G = TextConfig(width=1280, layers=32, heads=20, inner=5120, activation="gelu", projection=1280)
 
 
-def _defaults(size: int, sampler: str, guidance_scale: float) -> Defaults:
-    return Defaults(
-        steps=50, guidance_scale=guidance_scale, sampler=sampler, schedule="leading", width=size, height=size
-    )
-
-
 _TURBO: dict[str, Any] = {
     "licence": "stabilityai-nc-research-community",
     "terms": "research and non-commercial use only; commercial use needs an agreement with Stability AI",
 }
 _BLOCKS = Entry(
-    name="blocks-base",
-    family="blocks",
-    source=None,
-    licence="Apache-2.0",
-    terms="none; it draws coloured shapes and nothing else",
-    megabytes=0,
+    name="blocks-base", family="blocks", licence="Apache-2.0", terms="none; it draws coloured shapes and nothing else"
 )
 _SD1 = Entry(
     name="sd-v1-4",
@@ -121,8 +91,7 @@ _SD1 = Entry(
     unet=SD1_UNET,
     autoencoder=SD_AUTOENCODER,
     texts=(CLIP_L,),
-    defaults=_defaults(512, "plms", 7.5),
-    tiny_decoder="taesd",
+    defaults=Defaults(sampler="plms", guidance_scale=7.5, width=512, height=512),
 )
 _SD2 = replace(
     _SD1,
@@ -133,8 +102,7 @@ _SD2 = replace(
     megabytes=2580,
     unet=SD2_UNET,
     texts=(OPENCLIP_H,),
-    defaults=_defaults(768, "ddim", 7.5),
-    prediction="v_prediction",
+    defaults=Defaults(sampler="ddim", guidance_scale=7.5, width=768, height=768),
 )
 _SDXL = replace(
     _SD1,
@@ -146,8 +114,7 @@ _SDXL = replace(
     unet=SDXL_UNET,
     autoencoder=SDXL_AUTOENCODER,
     texts=(CLIP_L, OPENCLIP_G),
-    defaults=_defaults(1024, "euler", 5.0),
-    tiny_decoder="taesdxl",
+    defaults=Defaults(sampler="euler", guidance_scale=5.0, width=1024, height=1024),
 )
 
 
@@ -155,11 +122,7 @@ def _turbo(name: str, teacher: Entry, sampler: str) -> Entry:
     """One step, no guidance, 512 pixels."""
     defaults = Defaults(steps=1, guidance_scale=0.0, sampler=sampler, schedule="trailing", width=512, height=512)
     source = f"stabilityai/{name}"
-    return replace(teacher, name=name, source=source, defaults=defaults, prediction="epsilon", **_TURBO)
-
-
-def _tiny(name: str) -> Entry:
-    return Entry(name=name, family="tiny", source=f"madebyollin/{name}", licence="mit", terms="none", megabytes=10)
+    return replace(teacher, name=name, source=source, defaults=defaults, **_TURBO)
 
 
 _ENTRIES = (
@@ -179,8 +142,8 @@ _ENTRIES = (
         unet=REFINER_UNET,
         texts=(OPENCLIP_G,),
     ),
-    _tiny("taesd"),
-    _tiny("taesdxl"),
+    Entry(name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10),
+    Entry(name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10),
 )
 CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 """Every entry by its name; the first is the one that comes with fewstep."""

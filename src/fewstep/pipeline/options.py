@@ -94,12 +94,12 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults
     for key in options:
         _one_of("option", key, tuple(TaskOptions.__annotations__))
     given = {key: value for key, value in options.items() if value is not None}
-    per_prompt = _whole("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000)
+    per_prompt = _number("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000, whole=True)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
     return Job(
         prompts=prompts,
         negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), per_prompt),
-        steps=_whole("steps", given.get("steps", native.steps), 1, 1000),
+        steps=_number("steps", given.get("steps", native.steps), 1, 1000, whole=True),
         guidance=_guidance(given, native.guidance_scale),
         sampler=_one_of("sampler", given.get("sampler", native.sampler), tuple(SAMPLERS)),
         schedule=_one_of("schedule", given.get("schedule", native.schedule), SCHEDULES),
@@ -116,7 +116,7 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults
 
 def side(name: str, value: Any, multiple: int) -> int:
     """`value` if it is a side that the model can draw, in pixels; otherwise InputError names the nearest ones."""
-    pixels = _whole(name, value, *SIDES)
+    pixels = _number(name, value, *SIDES, whole=True)
     if pixels % multiple:
         low = pixels // multiple * multiple
         raise InputError(f"{name} {pixels} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")
@@ -176,18 +176,13 @@ def _negatives(value: str | Sequence[str] | None, count: int, per_prompt: int) -
     return negatives
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        near = f"; the nearest is {min(max(round(value), low), high)}" if isinstance(value, int | float) else ""
-        raise InputError(f"{name} {value!r} is not a whole number from {low} to {high}{near}")
+def _number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+        near = ""
+        if isinstance(value, int | float):
+            near = f"; the nearest is {min(max(round(value) if whole else value, low), high)}"
+        raise InputError(f"{name} {value!r} is not a {'whole ' * whole}number from {low:g} to {high:g}{near}")
     return value
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        near = f"; the nearest is {min(max(value, low), high)}" if isinstance(value, int | float) else ""
-        raise InputError(f"{name} {value!r} is not a number from {low:g} to {high:g}{near}")
-    return float(value)
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:

@@ -28,11 +28,6 @@ class Tokens:
     used: tuple[int, ...]
     dropped: tuple[int, ...]
 
-    @property
-    def chunks(self) -> int:
-        """The number of windows per prompt."""
-        return self.ids.shape[1]
-
 
 def tokenize(prompts: Sequence[str], tokenizer: Tokenizer, *, chunk: bool = True, chunks: int = 1) -> Tokens:
     """The tokens of `prompts`, which all get as many windows as the longest needs, and at least `chunks`.
@@ -41,22 +36,19 @@ def tokenize(prompts: Sequence[str], tokenizer: Tokenizer, *, chunk: bool = True
     comma where there is one; with `chunk` False they are cut, as in diffusers, and `dropped` says by how much. Raises
     `InputError` for a prompt over 8192 characters or 10 windows.
     """
-    room = tokenizer.window - 2
-    split: list[list[list[int]]] = []
-    dropped = []
-    for prompt in prompts:
-        tokens = _encoded(prompt, tokenizer)
-        kept = tokens if chunk else tokens[:room]
-        split.append(_chunks(kept, room, _comma(tokenizer)))
-        dropped.append(len(tokens) - len(kept))
+    room, commas = tokenizer.window - 2, tokenizer.encode(",")
+    comma = commas[0] if len(commas) == 1 and commas[0] != tokenizer.unk else None
+    encoded = [_encoded(prompt, tokenizer) for prompt in prompts]
+    split = [_chunks(tokens if chunk else tokens[:room], room, comma) for tokens in encoded]
+    used = tuple(sum(map(len, parts)) for parts in split)
     most = max(chunks, *map(len, split), 1)
     if most > LARGEST_CHUNKS:
         raise InputError(f"a prompt needs {most} windows of {room} tokens; the limit is {LARGEST_CHUNKS}")
     rows = [[_window(part, tokenizer) for part in parts + [[]] * (most - len(parts))] for parts in split]
     return Tokens(
         ids=torch.tensor(rows, dtype=torch.int64).reshape(len(rows), most, tokenizer.window),
-        used=tuple(sum(map(len, parts)) for parts in split),
-        dropped=tuple(dropped),
+        used=used,
+        dropped=tuple(len(tokens) - kept for tokens, kept in zip(encoded, used, strict=True)),
     )
 
 
@@ -68,11 +60,6 @@ def _encoded(prompt: str, tokenizer: Tokenizer) -> list[int]:
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise InputError(f"the prompt {prompt[:40]!r} holds half a character (a lone surrogate)")
     return tokenizer.encode(prompt)
-
-
-def _comma(tokenizer: Tokenizer) -> int | None:
-    ids = tokenizer.encode(",")
-    return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk else None
 
 
 def _chunks(tokens: list[int], room: int, comma: int | None) -> list[list[int]]:

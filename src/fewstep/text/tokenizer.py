@@ -101,13 +101,10 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         model = json.loads(self.backend.to_str())["model"]
-        added = self.backend.get_added_tokens_decoder()
-        config = {
-            **self.specials,
-            "added_tokens_decoder": {
-                str(index): {name: getattr(token, name) for name in TOKEN_FIELDS}
-                for index, token in sorted(added.items())
-            },
+        added = self.backend.get_added_tokens_decoder().items()
+        flags = {str(index): {name: getattr(token, name) for name in TOKEN_FIELDS} for index, token in sorted(added)}
+        config = self.specials | {
+            "added_tokens_decoder": flags,
             "model_max_length": self.window,
             "tokenizer_class": "CLIPTokenizer" if self.unk is None else "PreTrainedTokenizerFast",
         }
@@ -124,8 +121,7 @@ def word_tokenizer(words: Sequence[str], window: int) -> Tokenizer:
 
     A word that is not lower case, or holds a blank or punctuation, would never be found: `InputError`.
     """
-    order = ("<pad>", "<bos>", "<eos>", "<unk>", *dict.fromkeys(words))
-    vocabulary = {word: index for index, word in enumerate(order)}
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "<bos>", "<eos>", "<unk>", *dict.fromkeys(words)))}
     tokenizer = Tokenizer.from_vocabulary(vocabulary, window=window)
     for word in words:
         if tokenizer.encode(word) != [vocabulary[word]]:
@@ -135,11 +131,7 @@ def word_tokenizer(words: Sequence[str], window: int) -> Tokenizer:
 
 def _byte_pairs(vocabulary: Mapping[str, int], merges: Merges, unknown: str) -> tokenizers.Tokenizer:
     model = models.BPE(
-        dict(vocabulary),
-        list(merges),
-        continuing_subword_prefix="",
-        end_of_word_suffix=WORD_END,
-        unk_token=unknown,
+        dict(vocabulary), list(merges), continuing_subword_prefix="", end_of_word_suffix=WORD_END, unk_token=unknown
     )
     backend = tokenizers.Tokenizer(model)
     one_blank = normalizers.Replace(Regex(r"\s+"), " ")
@@ -153,8 +145,7 @@ def _byte_pairs(vocabulary: Mapping[str, int], merges: Merges, unknown: str) -> 
 def _words(vocabulary: Mapping[str, int], unknown: str) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel(dict(vocabulary), unk_token=unknown))
     backend.normalizer = normalizers.Lowercase()
-    splitters = [getattr(pre_tokenizers, name)() for name in SPLITTERS]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(splitters)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([getattr(pre_tokenizers, name)() for name in SPLITTERS])
     return backend
 
 

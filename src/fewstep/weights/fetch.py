@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 from fewstep.errors import CheckpointError, InputError
-from fewstep.models.zoo import CATALOGUE, Entry, entry, entry_of_source
+from fewstep.models.zoo import CATALOGUE, Entry, entry
+from fewstep.weights.folder import NETWORKS, parts_of, read_json, weight_file, weight_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_ID = re.compile(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
-_REVISION = re.compile(r"[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
+_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-LARGEST_CONFIG = 4_000_000  # bytes
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_SETTINGS = re.compile(
+    r"model_index\.json|((unet|vae|text_encoder(_2)?)/)?config\.json|(tokenizer\w*|scheduler)/[^/]+\.(json|txt)"
+)
 
 
 def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
@@ -33,9 +32,10 @@ def located(what: str | Path, *, half: bool, revision: str | None = None) -> tup
         return path, None
     if isinstance(what, Path) or what.endswith(_FILE_ENDINGS) or what.startswith((".", "/", "~")):
         raise InputError(f"there is no file or folder {str(what)!r}; is the path relative to another folder?")
-    if not _ID.fullmatch(what) or ".." in what:
+    if not _ID.fullmatch(what):
         entry(what)  # which raises, and names the nearest
-    return fetch(what, half=half, revision=revision), entry_of_source(what)
+    known = next((known for known in CATALOGUE.values() if known.source == what), None)
+    return fetch(what, half=half, revision=revision), known
 
 
 def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
@@ -43,9 +43,9 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
 
     Only what drawing needs is taken. CheckpointError when it cannot be had, InputError for a malformed name.
     """
-    if not _ID.fullmatch(source) or ".." in source:
+    if not _ID.fullmatch(source):
         raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+    if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
     cached = cached_folder(source, revision)
     if cached is not None and _complete(cached, half=half):
@@ -64,72 +64,14 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError if there is none, or it is over 4 MB."""
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes; a config has at most {LARGEST_CONFIG:,}")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; is the folder complete?") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the networks that a model_index.json lists, text towers in their order."""
-
-    def present(name: str) -> bool:
-        value = index.get(name)
-        return isinstance(value, list) and any(value)
-
-    return tuple(name for name in NETWORKS if present(name))
-
-
-def weight_file(names: Iterable[str], *, half: bool) -> str | None:
-    """Which of a part's file `names` to load: a file of weights or the index of its shards; None without any.
-
-    Safetensors before pickles; the fp16 variant first when `half`, else only where nothing else is.
-    """
-    present = set(names)
-    variants = (".fp16", "") if half else ("", ".fp16")
-    for ending in ("safetensors", "bin"):
-        for variant in variants:
-            for stem in _STEMS:
-                single = f"{stem}{variant}.{ending}"
-                indexes = (f"{single}.index.json", f"{stem}.{ending}.index{variant}.json")
-                for name in (single, *indexes):
-                    if name in present:
-                        return name
-    return None
-
-
-def shards(index: Path) -> tuple[Path, ...]:
-    """The files that an index of shards names, beside it; CheckpointError for a name that leaves the folder."""
-    places = read_json(index).get("weight_map")
-    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) and places else [""]
-    for name in names:
-        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
-            raise CheckpointError(f"{index} names the shard {name!r}; expected names of files beside it")
-    return tuple(index.with_name(name) for name in names)
-
-
-def wanted_files(names: Iterable[str], *, half: bool) -> list[str]:
+def wanted_files(names: Sequence[str], *, half: bool) -> list[str]:
     """Those of a repository's file `names` that drawing needs: settings, vocabularies, one file of weights a part."""
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folders.setdefault(str(PurePosixPath(name).parent), []).append(PurePosixPath(name).name)
-    whole = "model_index.json" in folders.get(".", ())
-    wanted = [name for name in folders.get(".", ()) if name in ("model_index.json", "config.json")]
-    for folder, files in folders.items():
-        if folder.startswith("tokenizer") or folder == "scheduler":
-            wanted += [f"{folder}/{name}" for name in files if name.endswith((".json", ".txt"))]
-        if folder in NETWORKS:
-            wanted += [f"{folder}/{name}" for name in ("config.json", *_weights(files, half=half))]
-    return wanted if whole else [*wanted, *_weights(folders.get(".", ()), half=half)]
+    wanted = [name for name in names if _SETTINGS.fullmatch(name)]
+    for folder in (f"{name}/" for name in NETWORKS) if "model_index.json" in names else ("",):
+        files = [file for name in names if name.startswith(folder) and "/" not in (file := name.removeprefix(folder))]
+        chosen = weight_file(files, half=half)
+        wanted += [folder + name for name in files if name == chosen or (chosen and _is_shard(name, chosen))]
+    return wanted
 
 
 def cached_folder(source: str, revision: str | None = None) -> Path | None:
@@ -160,28 +102,16 @@ def _of_entry(known: Entry, half: bool, revision: str | None) -> Path:
 
 def _complete(folder: Path, *, half: bool) -> bool:
     """Whether a folder has all the files that drawing needs."""
-    if not (folder / "model_index.json").is_file():
-        return (folder / "config.json").is_file() and _has_weights(folder, half=half)
+    index = folder / "model_index.json"
     try:
-        names = parts_of(read_json(folder / "model_index.json"))
+        parts = [folder / name for name in parts_of(read_json(index))] if index.is_file() else [folder]
+        files = [path for part in parts for path in (part / "config.json", *weight_files(part, half=half))]
     except CheckpointError:
         return False
-    return all((folder / name / "config.json").is_file() and _has_weights(folder / name, half=half) for name in names)
+    return all(path.is_file() for path in files)
 
 
-def _has_weights(folder: Path, *, half: bool) -> bool:
-    chosen = weight_file((path.name for path in folder.iterdir() if path.exists()), half=half)
-    if chosen is None or ".index." not in chosen:
-        return chosen is not None
-    return all(path.exists() for path in shards(folder / chosen))
-
-
-def _weights(names: Iterable[str], *, half: bool) -> list[str]:
-    """The file of weights to take of a part's `names`, or the index and its shards."""
-    present = list(names)
-    chosen = weight_file(present, half=half)
-    if chosen is None or ".index." not in chosen:
-        return [chosen] if chosen else []
-    ending, variant = (".safetensors" if ".safetensors." in chosen else ".bin"), ".fp16" in chosen
-    same = [name for name in present if "-of-" in name and name.endswith(ending) and (".fp16" in name) == variant]
-    return [chosen, *same]
+def _is_shard(name: str, index: str) -> bool:
+    """Whether a file's `name` says that it is one of the shards of that index."""
+    ending = ".safetensors" if ".safetensors." in index else ".bin"
+    return ".index." in index and "-of-" in name and name.endswith(ending) and (".fp16" in name) == (".fp16" in index)

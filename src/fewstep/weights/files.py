@@ -28,8 +28,7 @@ _DTYPES = {
 }
 _FOREIGN = (  # how a file starts, what it is, what to do
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "run `git lfs pull` in its folder"),
-    (b"<!doctype", "an HTML page", "download the file itself, not the page that shows it"),
-    (b"<html", "an HTML page", "download the file itself, not the page that shows it"),
+    ((b"<!doctype", b"<html"), "an HTML page", "download the file itself, not the page that shows it"),
     (b"gguf", "a GGUF file", "fewstep reads .safetensors and .ckpt"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (b"\x89png", "a PNG picture", "give the file of weights"),
@@ -79,12 +78,20 @@ def read_safetensors(path: Path) -> TensorFile:
     if len(entries) > MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
     try:
-        reader: Any = safe_open(path, framework="pt")
+        mapped: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
     def read(name: str, keep_mapped: bool) -> Tensor:
-        return reader.get_tensor(name) if keep_mapped else _copied(path, entries[name], data)
+        if keep_mapped:
+            return mapped(name)
+        start, end = entries[name]["data_offsets"]  # read, since mapped pages count as memory until all is done
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        with path.open("rb") as file:
+            file.seek(data + start)
+            if file.readinto(buffer.numpy().data) != end - start:
+                raise CheckpointError(f"{path} ended while it was read; was it replaced meanwhile?")
+        return buffer.view(dtypes[name]).reshape(shapes[name])
 
     dtypes = {name: _DTYPES.get(entry["dtype"], torch.int64) for name, entry in entries.items()}
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
@@ -95,8 +102,7 @@ def joined(path: Path, files: Iterable[TensorFile]) -> TensorFile:
     """The shards of one model as one file; CheckpointError when two of them hold the same name."""
     owner: dict[str, TensorFile] = {}
     for file in files:
-        twice = owner.keys() & file.shapes.keys()
-        if twice:
+        if twice := owner.keys() & file.shapes.keys():
             raise CheckpointError(f"{path}: two shards hold {min(twice)!r}; download them again")
         owner |= dict.fromkeys(file.shapes, file)
     return TensorFile(
@@ -124,14 +130,3 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if 8 + length + end > size:
         raise CheckpointError(f"{path} is cut short: its header promises {8 + length + end:,} bytes, it has {size:,}")
     return header, 8 + length
-
-
-def _copied(path: Path, entry: Mapping[str, Any], data: int) -> Tensor:
-    """One tensor, by ordinary reading: mapped pages would count as memory until the last tensor is done."""
-    start, end = entry["data_offsets"]
-    buffer = torch.empty(end - start, dtype=torch.uint8)
-    with path.open("rb") as file:
-        file.seek(data + start)
-        if file.readinto(buffer.numpy().data) != end - start:
-            raise CheckpointError(f"{path} ended while it was read; was it replaced meanwhile?")
-    return buffer.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])

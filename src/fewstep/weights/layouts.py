@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -47,14 +48,17 @@ _AUTOENCODER_SIDE = {
     "{}.conv_in": "{}.conv_in", "{}.conv_norm_out": "{}.norm_out", "{}.conv_out": "{}.conv_out",
     "{}.mid_block.resnets.0": "{}.mid.block_1", "{}.mid_block.resnets.1": "{}.mid.block_2",
     "{}.mid_block.attentions.0.group_norm": "{}.mid.attn_1.norm",
+    "{}.mid_block.attentions.0.to_q": "{}.mid.attn_1.q[1x1]", "{}.mid_block.attentions.0.to_k": "{}.mid.attn_1.k[1x1]",
+    "{}.mid_block.attentions.0.to_v": "{}.mid.attn_1.v[1x1]",
+    "{}.mid_block.attentions.0.to_out.0": "{}.mid.attn_1.proj_out[1x1]",
 }  # fmt: skip
 _AUTOENCODER_RESBLOCK = {"{}": "{}", "{}.conv_shortcut": "{}.nin_shortcut"}
-_PIXEL_ATTENTION = {
-    "{}.to_q.weight": "{}.q.weight[1x1]", "{}.to_k.weight": "{}.k.weight[1x1]", "{}.to_v.weight": "{}.v.weight[1x1]",
-    "{}.to_q.bias": "{}.q.bias", "{}.to_k.bias": "{}.k.bias", "{}.to_v.bias": "{}.v.bias",
-    "{}.to_out.0.weight": "{}.proj_out.weight[1x1]", "{}.to_out.0.bias": "{}.proj_out.bias",
-}  # fmt: skip
-_OLD_PIXEL_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_OLD_PIXEL_ATTENTION = {
+    f"{side}.mid_block.attentions.0.{ours}": f"{side}.mid_block.attentions.0.{theirs}[1x1]"
+    for ours, theirs in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
+    for side in ("encoder", "decoder")
+}
+_BARE = {f"text_model.{name}": name for name in ("embeddings", "encoder", "final_layer_norm")}
 _OPENCLIP = {
     "text_model.embeddings.token_embedding": "token_embedding",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -84,7 +88,7 @@ class Place:
                 return ((3 * shape[0], *shape[1:]),)
             case "T":
                 return (shape[::-1],)
-            case "1x1":
+            case "1x1" if len(shape) == 2:
                 return ((*shape, 1, 1), (*shape, 1), shape)
         return (shape,)
 
@@ -103,15 +107,7 @@ def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, P
     names = set(present)
     bare = not any(name.startswith("text_model.") for name in names)
     old = any(".attentions.0.query." in name for name in names)
-
-    def place(key: str) -> Place:
-        head, _, kind = key.rpartition(".")
-        side, found, layer = head.partition(".mid_block.attentions.0.")
-        if old and found and layer in _OLD_PIXEL_ATTENTION:
-            return Place(f"{side}{found}{_OLD_PIXEL_ATTENTION[layer]}.{kind}", "1x1" if kind == "weight" else "")
-        return Place(key.removeprefix("text_model.") if bare else key)
-
-    return {key: place(key) for key in keys}
+    return _places(keys, {"": ""} | (_BARE if bare else {}) | (_OLD_PIXEL_ATTENTION if old else {}))
 
 
 def single_places(
@@ -148,22 +144,18 @@ def gathered(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> dict[s
 def _unet_table(config: UNetConfig) -> Table:
     """A UNet's modules in the order of the original's numbered lists of blocks."""
     table, resnets = dict(_UNET), [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
-    n = 1
+    inputs, outputs = count(1), count()
     for i, stage in enumerate(config.stages):
-        for j in range(stage.resnets):
+        for j, n in enumerate(islice(inputs, stage.resnets)):
             resnets.append((f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0"))
             table[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
-            n += 1
-        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-        n += 1
-    n = 0
+        table[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{next(inputs)}.0.op"
     for i, stage in enumerate(reversed(config.stages)):
-        for j in range(stage.resnets + 1):
+        for j, n in enumerate(islice(outputs, stage.resnets + 1)):
             resnets.append((f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0"))
             table[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-            n += 1
         place = 2 if stage.depth else 1  # the doubling stands behind the last transformer, where there is one
-        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{place}.conv"
+        table[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n}.{place}.conv"
     return table | _filled(_UNET_RESBLOCK, *resnets)
 
 
@@ -179,8 +171,7 @@ def _autoencoder_table(config: AutoencoderConfig) -> Table:
             resnets.append((f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}"))
             resnets.append((f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{up}.block.{j}"))
     sides = _filled(_AUTOENCODER_SIDE, ("encoder", "encoder"), ("decoder", "decoder"))
-    attentions = ((f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1") for side in ("encoder", "decoder"))
-    return table | sides | _filled(_PIXEL_ATTENTION, *attentions) | _filled(_AUTOENCODER_RESBLOCK, *resnets)
+    return table | sides | _filled(_AUTOENCODER_RESBLOCK, *resnets)
 
 
 def _filled(templates: Table, *names: tuple[str, str]) -> dict[str, str]:
@@ -188,14 +179,14 @@ def _filled(templates: Table, *names: tuple[str, str]) -> dict[str, str]:
     return {a.format(ours): b.format(theirs) for a, b in templates.items() for ours, theirs in names}
 
 
-def _places(keys: Iterable[str], table: Table, prefix: str) -> dict[str, Place]:
+def _places(keys: Iterable[str], table: Table, prefix: str = "") -> dict[str, Place]:
     """Each key by the longest of its beginnings that the table has."""
-
-    def place(key: str) -> Place:
+    places = {}
+    for key in keys:
         head = key
         while head not in table:
             head = head.rpartition(".")[0]
-        name, _, mark = (table[head] + key[len(head) :]).partition("[")
-        return Place(prefix + name, mark.rstrip("]"))
-
-    return {key: place(key) for key in keys}
+        name, _, marked = (table[head] + key[len(head) :]).partition("[")
+        mark, _, rest = marked.partition("]")
+        places[key] = Place(prefix + name + rest, mark)
+    return places

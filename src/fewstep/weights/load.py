@@ -1,13 +1,20 @@
-"""Loading a model: by its name, from a diffusers folder, an original single file, or the hub."""
+"""Loading a model: by its name, from a diffusers folder, an original single file, or the hub.
+
+Configs and files are untrusted: networks are built without weights, all is compared with the files, then all is read.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError, unknown
@@ -16,18 +23,31 @@ from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
-from fewstep.models.zoo import Entry
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.build import Filling, built, fill, parsed
-from fewstep.weights.fetch import located, parts_of, read_json, shards, weight_file
+from fewstep.weights.fetch import located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
-from fewstep.weights.layouts import diffusers_places
-from fewstep.weights.parts import Parts, family_of, usual_defaults
+from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
+from fewstep.weights.layouts import Place, diffusers_places, single_places
+from fewstep.weights.parts import Parts, family_of, published, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
-from fewstep.weights.single import load_single_file
+from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokenizers_of
 from fewstep.weights.unpickle import read_torch
 
 CPU = torch.device("cpu")
+MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down
+SHOWN = 3  # names of each kind of problem
+_IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
+
+Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Filling(NamedTuple):
+    """A file, the networks on the meta device and where their parameters lie in it, and the names left aside."""
+
+    file: TensorFile
+    networks: Sequence[tuple[nn.Module, Mapping[str, Place]]]
+    ignored: re.Pattern[str]
 
 
 def load_parts(
@@ -39,19 +59,21 @@ def load_parts(
     prediction: str | None = None,
     tokenizer: Path | None = None,
 ) -> Parts:
-    """All parts of a model, ready to run, in `dtype` on `device`.
+    """All parts of the model `what`, ready to run, in `dtype` on `device`; the options are those of `fewstep.load`.
 
-    `what`: a name of the catalogue, a diffusers folder, an original single file (.safetensors, .ckpt), or a hub id;
-    `revision` is the hub's. `prediction` ("epsilon", "v_prediction", "sample") overrules the checkpoint, and is
-    needed where a single file does not say. `tokenizer`: a folder, for a single file. Raises CheckpointError for
-    files that do not load, with nothing half loaded, and InputError for an unknown name.
+    Raises CheckpointError for files that do not load, with nothing half loaded, and InputError for an unknown name.
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise InputError(unknown("prediction", prediction, PREDICTIONS))
     path, known = located(what, half=dtype.itemsize == 2, revision=revision)
     if path.is_dir():
-        return _load_folder(path, known, dtype=dtype, device=device, prediction=prediction)
-    return load_single_file(open_tensors(path), dtype=dtype, device=device, prediction=prediction, tokenizer=tokenizer)
+        parts, fillings = _folder_parts(path, half=dtype.itemsize == 2)
+    else:
+        parts, fillings = _single_file_parts(open_tensors(path), prediction, tokenizer)
+    _fill(fillings, dtype, device)
+    if prediction is not None:
+        parts = replace(parts, scheduler=replace(parts.scheduler, prediction=prediction))
+    return parts if known is None else published(parts, known)
 
 
 def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CPU) -> TinyAutoencoder:
@@ -61,7 +83,7 @@ def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CP
         raise InputError(f"{what} is not the folder of a tiny autoencoder; those are taesd and taesdxl")
     with torch.device("meta"):
         network = TinyAutoencoder()
-    fill([_filling(path, network, dtype)], ignored=_ignored, dtype=dtype, device=device)
+    _fill([_filling(path, network, half=dtype.itemsize == 2)], dtype, device)
     return network
 
 
@@ -70,36 +92,36 @@ def open_tensors(path: Path) -> TensorFile:
     return read_torch(path) if kind_of(path) == "torch" else read_safetensors(path)
 
 
-def _load_folder(
-    folder: Path, known: Entry | None, *, dtype: torch.dtype, device: torch.device, prediction: Prediction | None
-) -> Parts:
-    """The parts of a diffusers folder."""
+def open_part(folder: Path, *, half: bool = False) -> TensorFile:
+    """The tensors of one part's folder, shards as one file; CheckpointError when it has none."""
+    path, *shards = weight_files(folder, half=half)
+    return joined(path, map(open_tensors, shards)) if shards else open_tensors(path)
+
+
+def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
+    """The parts of a diffusers folder, and what is to fill them."""
     index, notes = _index(folder)
-    names = parts_of(index)
     scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
-    towers = [name for name in names if name.startswith("text_encoder")]
-    tokenizers = [Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in towers]
-    networks = {name: _network(folder / name / "config.json") for name in names}
-    fillings = [_filling(folder / name, network, dtype) for name, network in networks.items()]
-    fill(fillings, ignored=_ignored, dtype=dtype, device=device)
-    unet, autoencoder = networks["unet"], networks["vae"]
-    assert isinstance(unet, UNet)
-    assert isinstance(autoencoder, AutoencoderKL)
+    unet = _network(folder / "unet", UNet, UNetConfig.from_diffusers)
+    autoencoder = _network(folder / "vae", AutoencoderKL, AutoencoderConfig.from_diffusers)
+    names = [name for name in parts_of(index) if name.startswith("text_encoder")]
+    towers = [_network(folder / name, TextEncoder, TextConfig.from_transformers) for name in names]
+    tokenizers = [Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in names]
+    networks = zip(("unet", "vae", *names), (unet, autoencoder, *towers), strict=True)
     family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
-    noted = notes.get("defaults")
-    return Parts(
-        name=known.name if known else str(notes.get("name", folder.name)),
-        family=known.family if known else family,
+    parts = Parts(
+        name=str(notes.get("name", folder.name)),
+        family=family,
         unet=unet,
         autoencoder=autoencoder,
-        text_encoders=tuple(network for network in networks.values() if isinstance(network, TextEncoder)),
+        text_encoders=tuple(towers),
         tokenizers=tuple(tokenizers),
-        scheduler=replace(scheduler, prediction=prediction or scheduler.prediction),
-        defaults=usual_defaults(family, scheduler, size, noted=noted, known=known),
-        licence=known.licence if known else str(notes.get("licence", "unknown")),
+        scheduler=scheduler,
+        defaults=usual_defaults(family, scheduler, size, noted=notes.get("defaults")),
+        licence=str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
-        requires_aesthetics_score=bool(index.get("requires_aesthetics_score", family == "sdxl-refiner")),
     )
+    return parts, [_filling(folder / name, network, half=half) for name, network in networks]
 
 
 def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,27 +137,60 @@ def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return index, notes if isinstance(notes, dict) else {}
 
 
-def _network(path: Path) -> nn.Module:
+def _single_file_parts(
+    file: TensorFile, prediction: Prediction | None, tokenizer: Path | None
+) -> tuple[Parts, list[Filling]]:
+    """The parts of an original single file, and what is to fill them; see `load_parts`."""
+    contents = recognise(file)
+    family, path = contents.family, file.path
+    scheduler = stated_scheduler(file, family, prediction)
+    small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
+    side = 512 if small else 768 if family == "sd2" else 1024
+    parts = Parts(
+        name=path.stem,
+        family=family,
+        unet=_built(UNet, contents.unet, path),
+        autoencoder=_built(AutoencoderKL, contents.autoencoder, path),
+        text_encoders=tuple(_built(TextEncoder, config, path) for config in contents.texts),
+        tokenizers=tokenizers_of(path, family, tokenizer),
+        scheduler=scheduler,
+        defaults=usual_defaults(family, scheduler, (side, side)),
+        licence=file.notes.get("modelspec.license", "unknown"),
+        force_zeros_for_empty_prompt=family == "sdxl",
+    )
+    networks = single_places(family, parts.unet, parts.autoencoder, parts.text_encoders)
+    return parts, [Filling(file, networks, DROPPED)]
+
+
+def _network(folder: Path, network: Callable[[Config], Network], parse: Callable[[dict[str, Any]], Config]) -> Network:
     """The network that a part's config.json describes, on the meta device."""
-    if path.parent.name == "unet":
-        return built(UNet, parsed(path, UNetConfig.from_diffusers), path)
-    if path.parent.name == "vae":
-        return built(AutoencoderKL, parsed(path, AutoencoderConfig.from_diffusers), path)
-    return built(TextEncoder, parsed(path, TextConfig.from_transformers), path)
+    path = folder / "config.json"
+    return _built(network, parsed(path, parse), path)
 
 
-def _filling(folder: Path, network: nn.Module, dtype: torch.dtype) -> Filling:
-    chosen = weight_file((path.name for path in folder.glob("*")), half=dtype.itemsize == 2)
-    if chosen is None:
-        raise CheckpointError(f"{folder} has no file of weights (.safetensors or .bin); is the folder complete?")
-    path = folder / chosen
-    file = joined(path, map(open_tensors, shards(path))) if ".index." in chosen else open_tensors(path)
-    return Filling(network, file, diffusers_places(network.state_dict(), file.shapes))
+def _built(network: Callable[[Config], Network], config: Config, source: Path) -> Network:
+    """The network on the meta device; CheckpointError when none, or an absurdly large one, has that shape."""
+    try:
+        if (layers := _layers(config)) <= MOST_LAYERS:
+            with torch.device("meta"), _Unfilled():
+                return network(config)
+    except (RuntimeError, ArithmeticError, TypeError, LookupError, ValueError) as error:
+        raise CheckpointError(f"{source} describes a network that cannot be built: {error}") from error
+    raise CheckpointError(f"{source} describes {layers} layers; expected at most {MOST_LAYERS}")
 
 
-def _ignored(key: str) -> bool:
-    """Text towers were published with the numbers 0 to 76 as if they were weights."""
-    return key.endswith("embeddings.position_ids")
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters as they are: to fill them on the meta device would import torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
+def _filling(folder: Path, network: nn.Module, *, half: bool) -> Filling:
+    file = open_part(folder, half=half)
+    return Filling(file, [(network, diffusers_places(network.state_dict(), file.shapes))], _IGNORED)
 
 
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
@@ -143,3 +198,54 @@ def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
     return int(width) * factor, int(height) * factor
+
+
+def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter its tensor, in `dtype` on `device`, and set the networks to evaluation without gradients.
+
+    Tensors that are in `dtype` already stay mapped to their file. One CheckpointError names all that is missing, of
+    another shape, not of floating point, or unexpected; then nothing was read.
+    """
+    if problems := [line for filling in fillings for line in _misfits(filling)]:
+        raise CheckpointError("these weights do not fit; nothing was loaded.\n  " + "\n  ".join(problems))
+    for file, networks, _ in fillings:
+        for network, places in networks:
+            state = {}
+            for name, parameter in network.state_dict().items():
+                stored = file.read(places[name].key, file.dtypes[places[name].key] == dtype)
+                state[name] = places[name].take(stored, tuple(parameter.shape)).to(device, dtype)
+            network.load_state_dict(state, assign=True)
+            network.requires_grad_(False).eval()
+
+
+def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
+    if isinstance(config, TextConfig):
+        return config.layers
+    if isinstance(config, AutoencoderConfig):
+        return len(config.channels) * config.resnets
+    return config.mid_depth + sum(stage.resnets * (1 + stage.depth) for stage in config.stages)
+
+
+def _misfits(filling: Filling) -> list[str]:
+    """A line for each kind of tensor that the file has not, has differently, or has too much."""
+    file, networks, ignored = filling
+    found = defaultdict[str, set[str]](set)
+    unwanted = {key for key in file.shapes if not ignored.fullmatch(key)}
+    for network, places in networks:
+        for name, parameter in network.state_dict().items():
+            key, shapes = places[name].key, places[name].stored(tuple(parameter.shape))
+            unwanted.discard(key)
+            if key not in file.shapes:
+                found["missing"].add(key)
+            elif file.shapes[key] not in shapes:
+                found["of another shape"].add(f"{key}: file {file.shapes[key]}, model {shapes[0]}")
+            elif not file.dtypes[key].is_floating_point:
+                found["not of floating point"].add(f"{key}: {file.dtypes[key]}")
+    if unwanted:
+        found["unexpected"] = unwanted
+    return [f"{file.path}: {len(names)} {what}: {_some(names)}" for what, names in found.items()]
+
+
+def _some(names: set[str]) -> str:
+    more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(sorted(names)[:SHOWN]) + more

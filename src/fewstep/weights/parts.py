@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.errors import CheckpointError
@@ -20,8 +20,7 @@ from fewstep.weights.scheduler import SchedulerConfig
 class Parts:
     """The networks of one model with what belongs to them; text towers and tokenizers in the same order.
 
-    `name`: of the catalogue, or the folder's or file's. `force_zeros_for_empty_prompt`: SDXL's base was trained with
-    zeros for no prompt. `requires_aesthetics_score`: the refiner reads a score in place of the target size.
+    `name`: the catalogue's, the folder's or the file's. `force_zeros_for_empty_prompt`: as SDXL's base was trained.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Parts:
     defaults: Defaults
     licence: str
     force_zeros_for_empty_prompt: bool = False
-    requires_aesthetics_score: bool = False
 
 
 def family_of(unet: UNetConfig) -> Family:
@@ -45,32 +43,30 @@ def family_of(unet: UNetConfig) -> Family:
 
 
 def usual_defaults(
-    family: Family,
-    scheduler: SchedulerConfig,
-    size: tuple[int, int],
-    *,
-    noted: Mapping[str, Any] | None = None,
-    known: Entry | None = None,
+    family: Family, scheduler: SchedulerConfig, size: tuple[int, int], noted: Mapping[str, Any] | None = None
 ) -> Defaults:
     """What diffusers' pipelines do for `family` when they are not told; `size` is width, height in pixels.
 
     Of the published models the turbo ones alone walk Euler steps over trailing levels: they draw in one, unguided.
-    Before that go the defaults `noted` in the model's folder, and the steps, guidance and size of the entry `known`.
-    CheckpointError for a note of another name or kind.
+    Before that go the defaults `noted` in the model's folder; CheckpointError for a note of another name or kind.
     """
     turbo = scheduler.spacing == "trailing" and scheduler.sampler in ("euler", "euler_ancestral")
-    guidance_scale = 5.0 if family in ("sdxl", "sdxl-refiner") else 7.5
-    usual: dict[str, Any] = {
-        "steps": 1 if turbo else 50,
-        "guidance_scale": 0.0 if turbo else guidance_scale,
-        "sampler": scheduler.sampler,
-        "schedule": scheduler.spacing,
-        "width": size[0],
-        "height": size[1],
-    }
+    usual = Defaults(
+        steps=1 if turbo else 50,
+        guidance_scale=0.0 if turbo else 5.0 if family in ("sdxl", "sdxl-refiner") else 7.5,
+        sampler=scheduler.sampler,
+        schedule=scheduler.spacing,
+        width=size[0],
+        height=size[1],
+    )
     for name, value in (noted or {}).items():
-        if name not in usual or isinstance(value, str) != isinstance(usual[name], str):
+        if name not in vars(usual) or isinstance(value, str) != isinstance(vars(usual)[name], str):
             raise CheckpointError(f"model_index.json: the default {name} = {value!r} cannot be used")
-    entry = asdict(known.defaults) if known is not None and known.defaults is not None else {}
-    mine = {name: value for name, value in entry.items() if name not in ("sampler", "schedule")}
-    return Defaults(**(usual | dict(noted or {}) | mine))
+    return replace(usual, **(noted or {}))
+
+
+def published(parts: Parts, known: Entry) -> Parts:
+    """`parts` under the name, licence, steps, guidance and size of its entry; the sampler is the checkpoint's own."""
+    own, defaults = parts.defaults, known.defaults or parts.defaults
+    defaults = replace(defaults, sampler=own.sampler, schedule=own.schedule)
+    return replace(parts, name=known.name, family=known.family, licence=known.licence, defaults=defaults)

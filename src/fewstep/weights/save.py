@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.errors import InputError
 from fewstep.weights.files import TensorFile
@@ -52,68 +52,57 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
     path, family, tensors = Path(path), family_of(parts.unet.config), dict[str, Tensor]()
     for network, places in single_places(family, parts.unet, parts.autoencoder, parts.text_encoders):
         tensors |= gathered(places, network.state_dict())
-    _check_recognised(parts, path, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    read = recognise(TensorFile(path=path, shapes=shapes, dtypes={}, read=lambda name, _: tensors[name]))
+    texts = tuple(tower.config for tower in parts.text_encoders)
+    mine = Contents(family, parts.unet.config, parts.autoencoder.config, texts)
+    if read != mine:
+        raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
     notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
     _write_tensors(tensors, path, dtype, notes)
 
 
 def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
-    refiner = family_of(parts.unet.config) == "sdxl-refiner"  # its one text tower stands second
-    towers = dict(
-        zip(("text_encoder_2",) if refiner else ("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False)
-    )
-    networks = {"unet": parts.unet, "vae": parts.autoencoder, **towers}
-    width, factor = parts.defaults.width, parts.autoencoder.config.factor
-    configs = {
-        "unet": parts.unet.config.to_diffusers(width // factor),
-        "vae": parts.autoencoder.config.to_diffusers(width),
-        **{name: tower.config.to_transformers() for name, tower in towers.items()},
-    }
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    index = _index(parts) | {name: ["diffusers", kind] for name, kind in classes.items()}
-    for name, config in configs.items():
-        stem = "model" if name in towers else "diffusion_pytorch_model"
-        _write_json(folder / name / "config.json", config)
-        _write_tensors(networks[name].state_dict(), folder / name / f"{stem}.safetensors", dtype)
-    for name, tokenizer in zip(towers, parts.tokenizers, strict=True):
-        words, kind = (
-            name.replace("text_encoder", "tokenizer"),
-            "CLIPTokenizer" if tokenizer.unk is None else "PreTrainedTokenizerFast",
-        )
+    width, factor, index = parts.defaults.width, parts.autoencoder.config.factor, _index(parts)
+    _write_part(folder / "unet", parts.unet, parts.unet.config.to_diffusers(width // factor), dtype)
+    _write_part(folder / "vae", parts.autoencoder, parts.autoencoder.config.to_diffusers(width), dtype)
+    alone = family_of(parts.unet.config) == "sdxl-refiner"  # its one text tower stands second
+    names = ("text_encoder_2",) if alone else ("text_encoder", "text_encoder_2")
+    for name, tower, tokenizer in zip(names, parts.text_encoders, parts.tokenizers, strict=False):
+        config, words = tower.config.to_transformers(), name.replace("text_encoder", "tokenizer")
+        _write_part(folder / name, tower, config, dtype)
         tokenizer.save(folder / words)
-        index |= {name: ["transformers", *configs[name]["architectures"]], words: ["transformers", kind]}
+        index[name] = ["transformers", *config["architectures"]]
+        index[words] = ["transformers", "CLIPTokenizer" if tokenizer.unk is None else "PreTrainedTokenizerFast"]
     _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler.to_diffusers())
     _write_json(folder / "model_index.json", index)
 
 
+def _write_part(folder: Path, network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    _write_json(folder / "config.json", config)
+    _write_tensors(network.state_dict(), folder / f"{stem}.safetensors", dtype)
+
+
 def _index(parts: Parts) -> dict[str, Any]:
-    """The model_index.json, with the parts that are absent; those that are there go over them."""
-    family = family_of(parts.unet.config)
-    kind = "Img2Img" if family == "sdxl-refiner" else "Inpaint" if parts.unet.config.in_channels == 9 else ""
-    xl = family in ("sdxl", "sdxl-refiner")
+    """The model_index.json without the text towers, which are said to be absent where they need not be there."""
+    family, unet = family_of(parts.unet.config), parts.unet.config
+    kind = "Img2Img" if family == "sdxl-refiner" else "Inpaint" if unet.in_channels == 9 else ""
     index: dict[str, Any] = {
-        "_class_name": f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline",
+        "_class_name": f"StableDiffusion{'XL' if unet.addition else ''}{kind}Pipeline",
         "_diffusers_version": "0.35.0",
         "_fewstep": {"name": parts.name, "licence": parts.licence, "defaults": asdict(parts.defaults)},
         "scheduler": ["diffusers", parts.scheduler.to_diffusers()["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
         "feature_extractor": _ABSENT,
         "image_encoder": _ABSENT,
     }
-    if not xl:
+    if not unet.addition:
         return index | {"safety_checker": _ABSENT, "requires_safety_checker": False}
     index |= {"text_encoder": _ABSENT, "tokenizer": _ABSENT}
     index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
-    return index | ({"requires_aesthetics_score": parts.requires_aesthetics_score} if family == "sdxl-refiner" else {})
-
-
-def _check_recognised(parts: Parts, path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """That a reader of the single file will build the very same networks."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    read = recognise(TensorFile(path=path, shapes=shapes, dtypes={}, read=lambda name, _: tensors[name]))
-    towers = tuple(tower.config for tower in parts.text_encoders)
-    mine = Contents(family_of(parts.unet.config), parts.unet.config, parts.autoencoder.config, towers)
-    if read != mine:
-        raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
+    return index | ({"requires_aesthetics_score": True} if family == "sdxl-refiner" else {})
 
 
 def _write_tensors(

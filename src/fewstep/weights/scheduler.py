@@ -13,10 +13,11 @@ from fewstep.errors import CheckpointError, unknown
 from fewstep.models.zoo import Family
 
 MOST_TRAIN_STEPS = 100_000
-_SAMPLERS = {
+_MULTISTEP = "DPMSolverMultistepScheduler"  # three samplers, told apart by their settings
+_SAMPLERS = {  # by the class; the first one of a sampler is the one to write
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    _MULTISTEP: "dpmpp_2m",
     "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "EulerDiscreteScheduler": "euler",
@@ -24,8 +25,7 @@ _SAMPLERS = {
     "LCMScheduler": "lcm",
     "PNDMScheduler": "plms",
     "UniPCMultistepScheduler": "unipc",
-}
-_STAND_INS = {  # samplers that fewstep has not, by its nearest one; the noise levels are the same
+    # samplers that fewstep has not, by its nearest one; the noise levels are the same
     "DEISMultistepScheduler": "dpmpp_2m",
     "DPMSolverSinglestepScheduler": "dpmpp_2m",
     "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
@@ -83,29 +83,29 @@ class SchedulerConfig:
         sampler = _sampler(config)
         _refuse(config, sampler)
         spacing = config.get("timestep_spacing", "leading" if sampler in _LEADING else "linspace")
-        curves = [name for name in _CURVES if config.get(f"use_{name}_sigmas")]
-        ends_at_zero = config.get("set_alpha_to_one", sampler != "plms")
         return cls(
             sampler=sampler,
-            spacing=curves[0] if curves else str(spacing),
-            final="zero" if ends_at_zero else "sigma_min",
+            spacing=next((name for name in _CURVES if config.get(f"use_{name}_sigmas")), str(spacing)),
+            final="zero" if config.get("set_alpha_to_one", sampler != "plms") else "sigma_min",
             **{ours: _setting(config, theirs, usual) for ours, (theirs, usual) in _SETTINGS.items()},
         )
 
     def to_diffusers(self) -> dict[str, Any]:
         """A scheduler_config.json that says the same to diffusers."""
-        spacing = (
-            {f"use_{self.spacing}_sigmas": True} if self.spacing in _CURVES else {"timestep_spacing": self.spacing}
-        )
-        settings = {theirs: getattr(self, ours) for ours, (theirs, _) in _SETTINGS.items()}
-        fixed = {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": self.final == "zero"}
-        return _class_of(self.sampler) | settings | spacing | fixed
+        sde = self.sampler in ("dpmpp_2m_sde", "dpmpp_3m_sde")
+        name = _MULTISTEP if sde else next(theirs for theirs, ours in _SAMPLERS.items() if ours == self.sampler)
+        config = {"_class_name": name} | {theirs: getattr(self, ours) for ours, (theirs, _) in _SETTINGS.items()}
+        config |= {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": self.final == "zero"}
+        if sde:
+            config |= {"algorithm_type": "sde-dpmsolver++", "solver_order": int(self.sampler[6])}
+        if self.spacing in _CURVES:
+            return config | {f"use_{self.spacing}_sigmas": True}
+        return config | {"timestep_spacing": self.spacing}
 
 
 def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> SchedulerConfig:
     """What the published models of `family` say; for single files, which say nothing."""
-    sampler = {"sd1": "plms", "sd2": "ddim"}.get(family, "euler")
-    return SchedulerConfig(sampler=sampler, prediction=prediction)
+    return SchedulerConfig(sampler={"sd1": "plms", "sd2": "ddim"}.get(family, "euler"), prediction=prediction)
 
 
 def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
@@ -117,19 +117,12 @@ def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
 
 
 def _sampler(config: Mapping[str, Any]) -> str:
-    name, known = config.get("_class_name"), _SAMPLERS | _STAND_INS
-    if name not in known:
-        raise CheckpointError(unknown("scheduler class", str(name), known))
-    if name == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
+    name = config.get("_class_name")
+    if name not in _SAMPLERS:
+        raise CheckpointError(unknown("scheduler class", str(name), _SAMPLERS))
+    if name == _MULTISTEP and config.get("algorithm_type") == "sde-dpmsolver++":
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
-    return known[name]
-
-
-def _class_of(sampler: str) -> dict[str, Any]:
-    if sampler in ("dpmpp_2m_sde", "dpmpp_3m_sde"):
-        settings = {"algorithm_type": "sde-dpmsolver++", "solver_order": int(sampler[6])}
-        return {"_class_name": "DPMSolverMultistepScheduler", **settings}
-    return {"_class_name": next(theirs for theirs, ours in _SAMPLERS.items() if ours == sampler)}
+    return _SAMPLERS[name]
 
 
 def _refuse(config: Mapping[str, Any], sampler: str) -> None:
@@ -137,7 +130,7 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
     wrong = [key for key in ("thresholding", "trained_betas", "use_beta_sigmas") if config.get(key)]
     if sampler in _CLIPPING and config.get("clip_sample", sampler != "lcm"):
         wrong.append("clip_sample")
-    prediction = config.get("prediction_type", "epsilon")
-    if wrong or prediction not in PREDICTIONS:
-        named = wrong[0] if wrong else "prediction_type"
-        raise CheckpointError(f"scheduler: {named} is {config.get(named, True)!r}, which no model of this family needs")
+    if config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        wrong.append("prediction_type")
+    for key in wrong:
+        raise CheckpointError(f"scheduler: {key} is {config.get(key, True)!r}, which no model of this family needs")

@@ -1,4 +1,4 @@
-"""Original single files: recognising the model in one from its names and shapes, and loading it."""
+"""Original single files: what is in one, told from its names and shapes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError
-from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
-from fewstep.models.text_encoder import TextEncoder
-from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Family
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.build import Filling, built, fill
 from fewstep.weights.fetch import cached_folder
 from fewstep.weights.files import Shape, TensorFile
-from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX, single_places
-from fewstep.weights.parts import Parts, usual_defaults
+from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX
 from fewstep.weights.scheduler import SchedulerConfig, usual_scheduler
 
 Shapes = Mapping[str, Shape]
@@ -47,6 +40,12 @@ _OTHERS = {
     UNET_PREFIX: "a UNet without its text towers",
     AUTOENCODER_PREFIX: "an autoencoder alone",
 }
+_CLIP_NAMES = (
+    "text_model.embeddings.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight",
+    "text_model.encoder.layers.{}.mlp.fc1.weight",
+)
+_OPENCLIP_NAMES = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.{}.mlp.c_fc.weight")
 
 
 class Contents(NamedTuple):
@@ -67,46 +66,6 @@ def recognise(file: TensorFile) -> Contents:
         return Contents(family, unet, autoencoder, tuple(_text_config(shapes, at) for at in TEXT_PREFIXES[family]))
     except (LookupError, ValueError) as error:
         raise CheckpointError(f"{file.path} looks like {family}, but {error} is missing or misshapen") from error
-
-
-def load_single_file(
-    file: TensorFile,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    prediction: Prediction | None = None,
-    tokenizer: Path | None = None,
-) -> Parts:
-    """The parts of an original single file; raises as `load_parts` does."""
-    contents = recognise(file)
-    family, path = contents.family, file.path
-    scheduler = _scheduler(file, family, prediction)
-    tokenizers = _tokenizers(path, family, tokenizer)
-    unet, autoencoder = built(UNet, contents.unet, path), built(AutoencoderKL, contents.autoencoder, path)
-    towers = tuple(built(TextEncoder, config, path) for config in contents.texts)
-    rows = single_places(family, unet, autoencoder, towers)
-    fillings = [Filling(network, file, places) for network, places in rows]
-    fill(fillings, ignored=is_dropped, dtype=dtype, device=device)
-    small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
-    side = 512 if small else 768 if family == "sd2" else 1024
-    return Parts(
-        name=path.stem,
-        family=family,
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoders=towers,
-        tokenizers=tokenizers,
-        scheduler=scheduler,
-        defaults=usual_defaults(family, scheduler, (side, side)),
-        licence=file.notes.get("modelspec.license", "unknown"),
-        force_zeros_for_empty_prompt=family == "sdxl",
-        requires_aesthetics_score=family == "sdxl-refiner",
-    )
-
-
-def is_dropped(key: str) -> bool:
-    """Whether a name in a single file is known and left out on purpose: see `DROPPED`."""
-    return DROPPED.fullmatch(key) is not None
 
 
 def _family(file: TensorFile) -> Family:
@@ -168,49 +127,38 @@ def _autoencoder_config(shapes: Shapes, *, sdxl: bool) -> AutoencoderConfig:
 
 def _text_config(shapes: Shapes, prefix: str) -> TextConfig:
     clip = prefix.endswith("transformer.")
-    if clip:
-        tokens, positions = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
-        layer = "text_model.encoder.layers.{}.mlp.fc1.weight"
-    else:
-        tokens, positions, layer = (
-            "token_embedding.weight",
-            "positional_embedding",
-            "transformer.resblocks.{}.mlp.c_fc.weight",
-        )
-    vocabulary, width = shapes[prefix + tokens]
-    layers = _length(shapes, prefix + layer)
+    tokens, positions, layer = (prefix + name for name in (_CLIP_NAMES if clip else _OPENCLIP_NAMES))
+    vocabulary, width = shapes[tokens]
+    layers = _length(shapes, layer)
     projection = shapes.get(f"{prefix}text_projection") if prefix.startswith("conditioner.") else None
     return TextConfig(
         vocabulary=vocabulary,
-        window=shapes[prefix + positions][0],
+        window=shapes[positions][0],
         width=width,
         layers=23 if prefix in TEXT_PREFIXES["sd2"] and layers == 24 else layers,
         heads=max(1, width // 64),
-        inner=shapes[prefix + layer.format(0)][0],
+        inner=shapes[layer.format(0)][0],
         activation="quick_gelu" if clip else "gelu",
         projection=projection[1] if projection else None,
         eos=vocabulary - 1,
     )
 
 
-def _scheduler(file: TensorFile, family: Family, prediction: Prediction | None) -> SchedulerConfig:
+def stated_scheduler(file: TensorFile, family: Family, prediction: Prediction | None) -> SchedulerConfig:
     """The family's usual one, with the prediction that the caller or the file names."""
     said, steps = file.notes.get("modelspec.prediction_type", ""), file.notes.get("global_step")
-    found: Prediction | None = "epsilon" if family != "sd2" or said.startswith("eps") else None
-    if "v_pred" in file.shapes or said.startswith("v"):
-        found = "v_prediction"
-    elif found is None and steps is not None:
-        found = "epsilon" if steps == "875000" else "v_prediction"  # the steps of SD 2's base
-    chosen = prediction or found
-    if chosen is None:
+    v = "v_pred" in file.shapes or said.startswith("v")
+    epsilon = family != "sd2" or said.startswith("eps") or steps == "875000"  # the steps of SD 2's base
+    if not (prediction or v or epsilon or steps):
         raise InputError(
             f"{file.path} is an SD 2 model and does not say what it predicts; pass prediction='v_prediction' "
             "(SD 2.1 for 768 pixels) or 'epsilon' (the base for 512 pixels, SD-Turbo)"
         )
+    chosen = prediction or ("epsilon" if epsilon and not v else "v_prediction")
     return replace(usual_scheduler(family, chosen), zero_terminal_snr="ztsnr" in file.shapes)
 
 
-def _tokenizers(path: Path, family: Family, folder: Path | None) -> tuple[Tokenizer, ...]:
+def tokenizers_of(path: Path, family: Family, folder: Path | None) -> tuple[Tokenizer, ...]:
     """From `folder` (a tokenizer's, or one with `tokenizer` folders in it), else from the hub's cache."""
     names = {"sdxl": ("tokenizer", "tokenizer_2"), "sdxl-refiner": ("tokenizer_2",)}.get(family, ("tokenizer",))
     sources = [known.source for known in CATALOGUE.values() if known.family == family and known.source]

@@ -58,7 +58,12 @@ def read_torch(path: Path) -> TensorFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    tensors = _tensors(path, content)
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
+    if not 0 < len(tensors) <= MOST_TENSORS:
+        raise CheckpointError(f"{path} holds {len(tensors)} tensors; expected 1 to {MOST_TENSORS}")
     steps = content.get("global_step")
     return TensorFile(
         path=path,
@@ -67,16 +72,6 @@ def read_torch(path: Path) -> TensorFile:
         read=lambda name, _: tensors[name],
         notes={"global_step": str(steps)} if isinstance(steps, int) else {},
     )
-
-
-def _tensors(path: Path, content: object) -> dict[str, Tensor]:
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
-    if not 0 < len(tensors) <= MOST_TENSORS:
-        raise CheckpointError(f"{path} holds {len(tensors)} tensors; expected 1 to {MOST_TENSORS}")
-    return tensors
 
 
 def _checked_pickle(path: Path) -> bytes:
