@@ -13,6 +13,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, entry
+from fewstep.weights.load import load_parts
 
 UNETS = {
     "sd-v1-4": 859_520_964,
@@ -82,3 +83,8 @@ def test_turbo_models_draw_in_one_step_without_guidance() -> None:
 def test_an_unknown_name_is_told_with_the_nearest() -> None:
     with pytest.raises(InputError, match="unknown model 'sdxl-trubo'; did you mean 'sdxl-turbo'"):
         entry("sdxl-trubo")
+
+
+def test_a_decoder_alone_is_no_model_to_draw_with() -> None:
+    with pytest.raises(InputError, match="taesd is a decoder alone"):
+        load_parts("taesd", dtype=torch.float32)

@@ -79,7 +79,11 @@ _TURBO: dict[str, Any] = {
     "terms": "research and non-commercial use only; commercial use needs an agreement with Stability AI",
 }
 _BLOCKS = Entry(
-    name="blocks-base", family="blocks", licence="Apache-2.0", terms="none; it draws coloured shapes and nothing else"
+    name="blocks-base",
+    family="blocks",
+    licence="Apache-2.0",
+    terms="none; it draws coloured shapes and nothing else",
+    megabytes=16,
 )
 _SD1 = Entry(
     name="sd-v1-4",

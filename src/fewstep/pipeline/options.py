@@ -116,7 +116,7 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults
 
 def side(name: str, value: Any, multiple: int) -> int:
     """`value` if it is a side that the model can draw, in pixels; otherwise InputError names the nearest ones."""
-    pixels = _number(name, value, *SIDES, whole=True)
+    pixels: int = _number(name, value, *SIDES, whole=True)
     if pixels % multiple:
         low = pixels // multiple * multiple
         raise InputError(f"{name} {pixels} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}")

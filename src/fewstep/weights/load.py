@@ -23,6 +23,7 @@ from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
+from fewstep.models.zoo import CATALOGUE
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.fetch import located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
@@ -65,6 +66,8 @@ def load_parts(
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise InputError(unknown("prediction", prediction, PREDICTIONS))
+    if (tiny := CATALOGUE.get(str(what))) and tiny.family == "tiny":
+        raise InputError(f"{what} is a decoder alone and draws nothing; name a whole model")
     path, known = located(what, half=dtype.itemsize == 2, revision=revision)
     if path.is_dir():
         parts, fillings = _folder_parts(path, half=dtype.itemsize == 2)
