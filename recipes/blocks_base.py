@@ -1,4 +1,29 @@
-"""blocks-base: the embedded latent diffusion model, trained on blockworld."""
+"""blocks-base: the embedded latent diffusion model, trained on blockworld.
+
+Each line is one stage; each goes on where it stopped. `torchrun --nproc-per-node 2` in place of `python` trains on
+two processes, as was done for the stages marked *.
+
+    python recipes/blocks_base.py autoencoder       --run-dir runs/blocks-base --minutes 18    * 5050 steps, --batch 8
+    python recipes/blocks_base.py text              --run-dir runs/blocks-base --minutes 0.7     150 steps of 128
+    python recipes/blocks_base.py decoder           --run-dir runs/blocks-base --minutes 11      3150 steps of 16
+    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --chunks 0 10
+    python recipes/blocks_base.py small_unet        --run-dir runs/blocks-base --minutes 11      2200 steps of 32
+    python recipes/blocks_base.py unet              --run-dir runs/blocks-base --minutes 27    * 3000 steps of 64
+    python recipes/blocks_base.py large_autoencoder --run-dir runs/blocks-base --minutes 13      1800 steps of 8 and 16
+    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 128 --chunks 0 7
+    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 64 --chunks 0 2
+    python recipes/blocks_base.py large_unet        --run-dir runs/blocks-base --minutes 46    * 2977 steps of 40
+    python recipes/blocks_base.py export            --run-dir runs/blocks-base
+
+Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; 110 minutes in all, stages side by side where
+they could be. Score, read by `score_blocks.py` on held-out scenes with varied captions, n = 200 each, guidance 3.5, 10
+DDIM steps: one object 0.905, two and their relation 0.850 at 128 pixels; 0.995 and 0.875 at 64. The autoencoder's own
+round trip is 1.000 and 1.000. After the stage `unet`, at 64 pixels: 1.000 and 0.950.
+
+What probably mattered: weights that keep the noisiest levels in the loss (`FLOOR`), and a text tower that knows the
+slots from the start. Relations and their direction were right after 50,000 samples; a prototype with plain min-SNR
+weights, smaller objects and another world had not learned directions in 116,000. They were not varied one by one.
+"""
 
 from __future__ import annotations
 
@@ -210,7 +235,10 @@ def train_text(run: Path, minutes: float, batch: int) -> None:
 
 
 def write_latents(run: Path, first: int, last: int, size: int) -> None:
-    """Stage `latents`: chunks `first` to `last`, the last not included, into `latents-<name of autoencoder>`."""
+    """Stage `latents`: chunks `first` to `last`, the last not included.
+
+    They go to `latents`, or once there is a `large_autoencoder`, to `latents-<size>`.
+    """
     large = (run / "large_autoencoder").exists()
     folder = run / (f"latents-{size}" if large else "latents")
     folder.mkdir(parents=True, exist_ok=True)
