@@ -12,12 +12,12 @@ two processes, as was done for the stages marked *.
     python recipes/blocks_base.py large_autoencoder --run-dir runs/blocks-base --minutes 13      1800 steps of 8 and 16
     python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 128 --chunks 0 7
     python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 64 --chunks 0 2
-    python recipes/blocks_base.py large_unet        --run-dir runs/blocks-base --minutes 46    * 2977 steps of 40
+    python recipes/blocks_base.py large_unet        --run-dir runs/blocks-base --minutes 54    * 3616 steps of 40
     python recipes/blocks_base.py export            --run-dir runs/blocks-base
 
-Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; 110 minutes in all, stages side by side where
-they could be. Score, read by `score_blocks.py` on held-out scenes with varied captions, n = 200 each, guidance 3.5, 10
-DDIM steps: one object 0.905, two and their relation 0.850 at 128 pixels; 0.995 and 0.875 at 64. The autoencoder's own
+Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; two hours in all, stages side by side where
+they could be. Score, by `python -m benchmarks.blocks_exam` on held-out scenes, n = 200 each, guidance 3.5, 10 DDIM steps
+at 128 pixels: one object 0.930, two and their relation 0.920. The autoencoder's own
 round trip is 1.000 and 1.000. After the stage `unet`, at 64 pixels: 1.000 and 0.950.
 
 What probably mattered: weights that keep the noisiest levels in the loss (`FLOOR`), and a text tower that knows the
