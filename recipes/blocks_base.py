@@ -16,9 +16,9 @@ two processes, as was done for the stages marked *.
     python recipes/blocks_base.py export            --run-dir runs/blocks-base
 
 Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; two hours in all, stages side by side where
-they could be. Score, by `python -m benchmarks.blocks_exam` on held-out scenes, n = 200 each, guidance 3.5, 10 DDIM steps
-at 128 pixels: one object 0.930, two and their relation 0.920. The autoencoder's own
-round trip is 1.000 and 1.000. After the stage `unet`, at 64 pixels: 1.000 and 0.950.
+they could be. Score, by `python -m benchmarks.blocks_exam` on held-out scenes, n = 200 each, guidance 3.5, 10 DDIM
+steps at 128 pixels: one object 0.930, two and their relation 0.920. The autoencoder's own round trip is 1.000 and
+1.000. After the stage `unet`, at 64 pixels and by `score_blocks.py` with varied captions: 1.000 and 0.950.
 
 What probably mattered: weights that keep the noisiest levels in the loss (`FLOOR`), and a text tower that knows the
 slots from the start. Relations and their direction were right after 50,000 samples; a prototype with plain min-SNR
