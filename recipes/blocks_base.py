@@ -56,7 +56,7 @@ from fewstep.train.checkpoint import load_checkpoint
 from fewstep.train.fold import fold_statistics
 from fewstep.train.loop import Loss, Plan, Trainer
 from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps, target
-from fewstep.train.parallel import join_ranks
+from fewstep.train.parallel import join_ranks, leave_ranks
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
@@ -332,6 +332,7 @@ def main() -> None:
         export(arguments.run_dir, arguments.folder)
     else:
         STAGES[arguments.stage](arguments.run_dir, arguments.minutes, arguments.batch)
+        leave_ranks()
 
 
 if __name__ == "__main__":

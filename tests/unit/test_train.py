@@ -27,6 +27,7 @@ from fewstep.train.losses import (
     stratified_timesteps,
     target,
 )
+from fewstep.train.parallel import leave_ranks
 
 TINY_VAE = AutoencoderConfig(channels=(8, 8), resnets=1, groups=4, scaling_factor=1.0)
 TINY_UNET = UNetConfig(stages=(Stage(channels=16, resnets=1, depth=1, heads=2),), context=8, groups=4)
@@ -249,6 +250,7 @@ def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     trainer = Trainer(model, Plan(folder=folder, rate=0.1, steps=8, warmup=1))
     trainer.run(lambda step: {"loss": (model(part) - part.sum(1, keepdim=True)).square().mean()})
     torch.save(model.state_dict(), folder / f"rank-{rank}.pt")
+    leave_ranks()
 
 
 def test_two_ranks_train_as_one_with_both_batches(tmp_path: Path) -> None:

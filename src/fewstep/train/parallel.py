@@ -18,6 +18,13 @@ def join_ranks() -> tuple[int, int]:
     return (dist.get_rank(), ranks) if ranks > 1 else (0, 1)
 
 
+def leave_ranks() -> None:
+    """Wait for all ranks and part: a rank whose peer has gone without a word aborts."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def average(gradients: Sequence[Tensor], numbers: Sequence[float]) -> list[float]:
     """Average `gradients` in place over all ranks; `numbers` averaged too, so that ranks decide alike by them."""
     if not dist.is_initialized():
