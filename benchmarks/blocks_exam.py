@@ -61,7 +61,7 @@ def examined(pipe: fewstep.Pipeline, split: str, single: float, count: int) -> E
         pictures += pipe.text_to_image(part, seed=range(first, first + len(part))).images
     seconds = perf_counter() - started
     readings = BlockReader(pictures[0].width).read(torch.cat([to_tensor(picture) for picture in pictures]))
-    return Exam(prompts=prompts, pictures=pictures, grades=grade(readings, wanted), seconds=seconds)
+    return Exam(prompts=prompts, pictures=pictures, grades=grade(readings, wanted, prompts), seconds=seconds)
 
 
 def report(pipe: fewstep.Pipeline, exams: dict[str, Exam]) -> str:

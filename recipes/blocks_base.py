@@ -38,6 +38,7 @@ from blocks_data import (
     VARIED,
     LatentCache,
     PicturePool,
+    blank_words,
     block_tokenizer,
     caption_ids,
     scene_slots,
@@ -62,6 +63,7 @@ from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
 
 DROP = 0.1  # share of captions left out, for classifier-free guidance
+BLANK = 0.15  # share of captions whose colours are left out, and of those whose shapes are
 SLOT_WEIGHT = 0.1
 FLOOR, GAMMA = 1.0, 5.0  # limits of the weight of an error in x0
 PREDICTION: Prediction = "v_prediction"
@@ -133,6 +135,7 @@ def diffusion_loss(model: LatentDiffusion, caches: Mapping[float, LatentCache], 
         x0, ids, slots = cache.batch(count, varied())
         dropped = torch.rand(count) < DROP
         ids[dropped], slots[dropped] = empty, -100
+        blank_words(ids, slots, BLANK)
         t = stratified_timesteps(count, len(alpha_bars))
         alpha_bar = alpha_bars[t][:, None, None, None]
         eps = torch.randn_like(x0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.blockworld import Scenes, captions, render, require_train, scenes, vocabulary
+from fewstep.data.blockworld import COLOURS, SHAPES, Scenes, captions, render, require_train, scenes, vocabulary
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
@@ -17,6 +17,7 @@ from fewstep.text.tokenizer import Tokenizer, word_tokenizer
 SMALL, SIZE = 64, 128  # sides of the pictures of the first stages and of the last
 WINDOW = 24
 CHUNK = 8192
+UNKNOWN, FIRST_WORD = 3, 4  # ids of `word_tokenizer`
 VARIED = 5  # varied captions a scene, beside the canonical one
 
 
@@ -56,6 +57,20 @@ def scene_slots(drawn: Scenes) -> Tensor:
     slots = torch.stack([drawn.colour, drawn.shape, drawn.size], dim=2)
     slots[drawn.count == 1, 1] = -100
     return torch.cat([slots.flatten(1), drawn.relation[:, None]], dim=1)
+
+
+def blank_words(ids: Tensor, slots: Tensor, share: float) -> None:
+    """Make all colours in a `share` of captions unknown words, in place, and all shapes in as many; and their slots.
+
+    A colour and a shape are often trained on at one size only. Without this the size would be told from them, and the
+    word for it not be heard.
+    """
+    known = vocabulary()
+    for words, places in ((COLOURS, (0, 3)), (SHAPES, (1, 4))):
+        chosen = torch.rand(len(ids)) < share
+        named = torch.isin(ids, torch.tensor([FIRST_WORD + known.index(word) for word in words]))
+        ids[chosen[:, None] & named] = UNKNOWN
+        slots[chosen[:, None] & torch.isin(torch.arange(slots.shape[1]), torch.tensor(places))] = -100
 
 
 def caption_ids(drawn: Scenes, seed: int, tokenizer: Tokenizer) -> Tensor:

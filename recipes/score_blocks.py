@@ -75,7 +75,7 @@ def examined(
     parts = [prompts[i : i + BATCH] for i in range(0, count, BATCH)]
     latents = [sampled(model, part, how, 1000 + i) for i, part in enumerate(parts)]
     images = torch.cat([vae.decode(z.contiguous(memory_format=torch.channels_last)) for z in latents]).clamp(-1, 1)
-    return grade(BlockReader(how.size).read(images), drawn), images, prompts
+    return grade(BlockReader(how.size).read(images), drawn, prompts), images, prompts
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def round_trip(vae: AutoencoderKL, split: str, count: int, size: int, *, single:
     drawn = scenes(count, seed=79, split=split, single=single)
     pictures = render(drawn, size).contiguous(memory_format=torch.channels_last)
     images = torch.cat([vae.decode(vae.encode(part).chunk(2, 1)[0]) for part in pictures.split(BATCH)])
-    return grade(BlockReader(size).read(images.clamp(-1, 1)), drawn)
+    return grade(BlockReader(size).read(images.clamp(-1, 1)), drawn, captions(drawn, seed=79, style="canonical"))
 
 
 def sheet(images: Tensor, path: Path, columns: int = 10) -> None:

@@ -25,7 +25,7 @@ FLOORS = {
     "nn": 1, "diffusion": 1,
     "models": 2, "text": 2,
     "weights": 3,
-    "engines": 4, "safety": 4,
+    "engines": 4, "safety": 4, "adapters": 4,
     "pipeline": 5, "data": 5,
     "train": 6, "evaluate": 6, "export": 6, "serve": 6,
     "distill": 7, FACE: 7,

@@ -7,7 +7,7 @@ every solid, and the relation follows from where the matched solids stand.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.data.blockworld.captions import sizes_said
 from fewstep.data.blockworld.layout import COS, FRONT_ASIDE, FRONT_DEPTH, SIN
 from fewstep.data.blockworld.render import sampled, screen, shaded
 from fewstep.data.blockworld.scene import (
@@ -69,8 +70,8 @@ class Grades:
     """Shares of pictures that show what their scene says; `images` holds `exact` picture by picture.
 
     `count`: the number of objects. `colours`: and their colours. `shapes_bag`: and their shapes, on whichever
-    object. `shapes_bound`: each shape on its colour. `size`: each size on its colour. `exact`: count,
-    colours, bound shapes and, for two objects, the relation with its direction; sizes do not count.
+    object. `shapes_bound`: each shape on its colour. `size`: each size that the prompt says, on its colour.
+    `exact`: count, colours, bound shapes, the sizes that are said and, for two objects, the relation with its direction.
     `relation_kind`: of the scenes with two objects, those with the right colours and a relation of the same
     kind, left and right being one. `direction`: of these, those with the right object first.
     A share of nothing is 0.
@@ -283,11 +284,17 @@ def _gaps(first: Match, second: Match) -> dict[int, float]:
     }
 
 
-def grade(readings: Sequence[Reading], scenes: Scenes) -> Grades:
-    """How well readings agree with the scenes that the pictures were asked to show."""
-    if len(readings) != len(scenes):
-        raise InputError(f"{len(readings)} readings for {len(scenes)} scenes; give one for each")
-    marks = [_marks(reading, wanted) for reading, wanted in zip(readings, _wanted(scenes), strict=True)]
+def grade(readings: Sequence[Reading], scenes: Scenes, prompts: Sequence[str]) -> Grades:
+    """How well readings agree with the scenes that `prompts` asked for; one of each for a picture, else `InputError`.
+
+    A size that a prompt leaves open is not graded.
+    """
+    if not len(readings) == len(scenes) == len(prompts):
+        raise InputError(f"{len(readings)} readings, {len(scenes)} scenes, {len(prompts)} prompts; give one of each")
+    marks = [
+        _marks(reading, wanted, said)
+        for reading, wanted, said in zip(readings, _wanted(scenes), sizes_said(prompts, scenes), strict=True)
+    ]
     pairs = [mark for mark, count in zip(marks, scenes.count.tolist(), strict=True) if count == 2]
     kinds = [mark for mark in pairs if mark["relation_kind"]]
     whole = ("count", "colours", "shapes_bag", "shapes_bound", "size", "exact")
@@ -314,12 +321,12 @@ def _wanted(scenes: Scenes) -> list[Reading]:
     return wanted
 
 
-def _marks(read: Reading, wanted: Reading) -> dict[str, bool]:
+def _marks(read: Reading, wanted: Reading, sizes: Mapping[int, int]) -> dict[str, bool]:
     counted = read.count == wanted.count
     colours = counted and sorted(read.colours) == sorted(wanted.colours)
     bag = colours and sorted(read.shapes) == sorted(wanted.shapes)
     bound = bag and _by_colour(read, read.shapes) == _by_colour(wanted, wanted.shapes)
-    size = colours and _by_colour(read, read.sizes) == _by_colour(wanted, wanted.sizes)
+    size = colours and sizes.items() <= _by_colour(read, read.sizes).items()
     kind = colours and read.relation == wanted.relation
     direction = kind and read.colours == wanted.colours
     return {
@@ -330,7 +337,7 @@ def _marks(read: Reading, wanted: Reading) -> dict[str, bool]:
         "size": size,
         "relation_kind": kind,
         "direction": direction,
-        "exact": bound and direction,
+        "exact": bound and size and direction,
     }
 
 

@@ -43,7 +43,7 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
     ) -> Tensor:
-        emb = self._embedding(t, x.dtype, pooled, sizes)
+        emb = self.embedding(t, x.dtype, pooled, sizes)
         x = self.conv_in(x)
         skips = [x]
         for down in self.down_blocks:
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
         return out
 
-    def _embedding(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+    def embedding(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         emb: Tensor = self.time_embedding(sinusoidal_embedding(t, self.config.stages[0].channels).to(dtype))
         if self.add_embedding is None:
             return emb

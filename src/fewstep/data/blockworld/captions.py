@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from fewstep.data.blockworld.scene import (
@@ -63,6 +63,15 @@ def vocabulary() -> tuple[str, ...]:
     for group in (*WORDINGS.values(), *MIRRORED.values(), *SIZE_WORDS):
         phrases.extend(group)
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
+
+
+def sizes_said(captions: Sequence[str], scenes: Scenes) -> list[dict[int, int]]:
+    """For each caption of a scene, the sizes that it says: from an object's colour to its size, as indices."""
+    said = []
+    for caption, colours, sizes in zip(captions, scenes.colour.tolist(), scenes.size.tolist(), strict=True):
+        solids = zip(colours, sizes, strict=True)
+        said.append({c: z for c, z in solids if any(f"{word} {COLOURS[c]} " in caption for word in SIZE_WORDS[z])})
+    return said
 
 
 def _canonical(chance: random.Random, solids: list[Solid], relation: int) -> str:

@@ -1,0 +1,155 @@
+"""Adversarial diffusion distillation: a student that draws in one to four steps (arXiv:2311.17042)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.discriminator import Discriminator, Features, fooled, gradient_penalty, hinge
+from fewstep.engines.engine import Conditioning, stacked
+from fewstep.models.unet import UNet
+from fewstep.train.plan import Part
+from fewstep.train.process import Process, of_rows, predicted
+from fewstep.train.trainer import Turn
+
+Batch = tuple[Tensor, Conditioning]
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddSettings:
+    """The published values, but where it says otherwise.
+
+    `timesteps`: where the student starts from real latents with noise, the last from noise alone; `shares`: how often
+    each. `distill`: lambda, the weight of the teacher's word. `adversarial`: 1 as published, 0 leaves the discriminator
+    out. `r1`: gamma. `guidance`: the scale of the teacher's classifier-free guidance (not published; 1 is none).
+    `levels`: where the teacher looks at what the student drew. `mismatched`: how much real latents under another
+    picture's words count as drawn (not published; 0 leaves them out).
+    """
+
+    timesteps: tuple[int, ...] = (249, 499, 749, 999)
+    shares: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
+    distill: float = 2.5
+    adversarial: float = 1.0
+    r1: float = 1e-5
+    guidance: float = 1.0
+    levels: tuple[int, int] = (20, 980)
+    mismatched: float = 0.0
+
+
+class AdversarialDistillation:
+    """The student's and the discriminator's losses; the student draws once for both in a step.
+
+    `batch(part)` gives real latents (B, 4, h, w) and what they were told; `empty` what an empty prompt says, for the
+    teacher's guidance. Student and teacher put out what `process` says; the teacher is frozen here. `decode`: where the
+    distance to the teacher's latents is taken, the latents themselves by default.
+    """
+
+    def __init__(
+        self,
+        student: UNet,
+        teacher: UNet,
+        features: Features,
+        process: Process,
+        batch: Callable[[Part], Batch],
+        *,
+        settings: AddSettings,
+        empty: Conditioning | None = None,
+        decode: Decode = lambda latents: latents,
+    ) -> None:
+        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
+        self.features, self.process, self.batch = features, process, batch
+        self.settings, self.empty, self.decode = settings, empty, decode
+        self.discriminator = Discriminator(features.channels, features.condition)
+        self._drawn: dict[Part, Tensor] = {}
+
+    def turns(self, *, discriminator_rate: float = 1.0) -> dict[str, Turn]:
+        """What a `Trainer` trains: the student, then, unless it has no say, the discriminator."""
+        turns = {"student": Turn(network=self.student, loss=self.student_loss)}
+        if self.settings.adversarial:
+            turns["discriminator"] = Turn(
+                network=self.discriminator, loss=self.discriminator_loss, rate=discriminator_rate, betas=(0.0, 0.99)
+            )
+        return turns
+
+    def student_loss(self, part: Part) -> dict[str, Tensor]:
+        """Adversarial loss plus lambda times the distance to the teacher."""
+        real, told = self.batch(part)
+        drawn = self.drawn(real, told, part)
+        zero = drawn.new_zeros(())
+        fool = distance = zero
+        if self.settings.adversarial:
+            self._drawn[part] = drawn.detach()
+            fool = fooled(self.discriminator(self.features(drawn, told, part, "student")))
+        if self.settings.distill:
+            distance = self.distance(drawn, told, part)
+        loss = self.settings.adversarial * fool + self.settings.distill * distance
+        return {"loss": loss, "fooled": fool, "distance": distance, "spread": drawn.detach().std()}
+
+    def discriminator_loss(self, part: Part) -> dict[str, Tensor]:
+        """Hinge losses of real and drawn latents, and gamma times R1 of the real ones."""
+        real, told = self.batch(part)
+        drawn = self._drawn.pop(part)
+        with torch.no_grad():
+            seen_real = self.features(real, told, part, "real")
+            seen_drawn = self.features(drawn, told, part, "drawn")
+        of_real, penalty = gradient_penalty(self.discriminator, seen_real)
+        of_drawn = self.discriminator(seen_drawn)
+        false = hinge(of_drawn, -1.0)
+        if self.settings.mismatched:
+            false = (false + self.settings.mismatched * self._mismatched(real, told, part)) / (
+                1 + self.settings.mismatched
+            )
+        loss = hinge(of_real, 1.0) + false + self.settings.r1 * penalty
+        said = {"real": _mean(of_real), "drawn": _mean(of_drawn), "r1": penalty}
+        return {"loss": loss, **said}
+
+    def drawn(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
+        """What the student makes in one step of real latents with noise, or at the last time step of noise alone."""
+        settings = self.settings
+        index = part.rows("student t", lambda count, g: _balanced(settings.shares, count, g)).to(real.device)
+        t = torch.tensor(settings.timesteps, device=real.device)[index]
+        eps = part.randn("student noise", *real.shape[1:]).to(real.device)
+        alone = (t == settings.timesteps[-1])[:, None, None, None]
+        x = torch.where(alone, eps, self.process.noised(real, eps, t))
+        return self.process.x0(predicted(self.student, x, t, told), x, t)
+
+    def distance(self, drawn: Tensor, told: Conditioning, part: Part) -> Tensor:
+        """How far the teacher's denoising of drawn latents leads from them: mean of `c(t) |x0 - teacher's|^2`.
+
+        `c(t) = sqrt(alpha_bar)`, the published "exponential" weight; no gradient through the teacher.
+        """
+        low, high = self.settings.levels
+        t = (low + (high - low) * part.rand("teacher t")).long().to(drawn.device)
+        eps = part.randn("teacher noise", *drawn.shape[1:]).to(drawn.device)
+        with torch.no_grad():
+            wanted = self.decode(self._teacher(self.process.noised(drawn, eps, t), t, told))
+        weight = self.process.alpha_bar(t).sqrt()
+        return (weight * (self.decode(drawn) - wanted).square()).mean()
+
+    def _teacher(self, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        """The teacher's clean latents, guided."""
+        if self.settings.guidance == 1 or self.empty is None:
+            return self.process.x0(predicted(self.teacher, x, t, told), x, t)
+        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64)))
+        with_words, without = predicted(self.teacher, torch.cat([x, x]), torch.cat([t, t]), words).chunk(2)
+        return self.process.x0(without + self.settings.guidance * (with_words - without), x, t)
+
+    def _mismatched(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
+        with torch.no_grad():
+            seen = self.features(real, of_rows(told, torch.arange(len(real)).roll(1)), part, "mismatched")
+        return hinge(self.discriminator(seen), -1.0)
+
+
+def _mean(logits: list[Tensor]) -> Tensor:
+    return torch.stack([logit.detach().mean() for logit in logits]).mean()
+
+
+def _balanced(shares: tuple[float, ...], count: int, generator: torch.Generator) -> Tensor:
+    """(count,) indices, each as often as its share says, to within one, in random order."""
+    places = (torch.arange(count) + torch.rand((), generator=generator)) / count
+    edges = torch.tensor(shares).cumsum(0)[:-1] / sum(shares)
+    return torch.bucketize(places, edges, right=True)[torch.randperm(count, generator=generator)]

@@ -1,0 +1,128 @@
+"""Telling drawn latents from real ones by a frozen network's features: the other side of adversarial distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fewstep.engines.engine import Conditioning
+from fewstep.models.unet import UNet
+from fewstep.train.plan import Part
+from fewstep.train.process import Process
+
+HEAD_WIDTH = 64
+
+
+class Seen(NamedTuple):
+    """What a feature network makes of latents: maps (B, C_k, h_k, w_k), and a condition (B, D) to judge them by."""
+
+    maps: list[Tensor]
+    condition: Tensor
+
+
+class Features(Protocol):
+    """A frozen network; gradients pass through it to the latents."""
+
+    channels: tuple[int, ...]
+    condition: int
+
+    def __call__(self, latents: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
+        """The features of clean latents (B, 4, h, w); what is random about them is drawn from `part`."""
+
+
+class NoisyLatentFeatures:
+    """Features of the way down and the middle of a frozen UNet, on latents with noise added to them.
+
+    As in latent adversarial distillation (arXiv:2403.12015): no decoding, the text is in the features by cross-
+    attention, and the noise level chooses between texture (low) and layout (high). t is uniform in `levels`.
+    """
+
+    def __init__(self, unet: UNet, process: Process, levels: tuple[int, int] = (0, 750)) -> None:
+        self.unet = unet.eval().requires_grad_(False)
+        self.process, self.levels = process, levels
+        stages = [stage for stage in unet.config.stages if stage.depth]
+        self.channels = (*(stage.channels for stage in stages for _ in range(stage.resnets)), stages[-1].channels)
+        self.condition = unet.config.context
+
+    def __call__(self, latents: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
+        low, high = self.levels
+        t = (low + (high - low) * part.rand(f"{purpose} t")).long().to(latents.device)
+        eps = part.randn(f"{purpose} noise", *latents.shape[1:]).to(latents.device)
+        x = self.process.noised(latents, eps, t)
+        return Seen(encoder_maps(self.unet, x, t.float(), told), told.context.mean(1))
+
+
+def encoder_maps(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> list[Tensor]:
+    """The outputs of the transformers of a UNet's way down and of its middle, for x (B, C, h, w) and t (B,)."""
+    emb = unet.embedding(t, x.dtype, told.pooled, told.sizes)
+    x = unet.conv_in(x)
+    maps: list[Tensor] = []
+    for block in unet.down_blocks:
+        skips: list[Tensor] = []
+        x = block(x, emb, told.context, skips)
+        attended = block.attentions
+        assert isinstance(attended, nn.ModuleList)
+        maps += skips[: len(attended)]
+    return [*maps, unet.mid_block(x, emb, told.context)]
+
+
+class Head(nn.Module):
+    """How real each place of a feature map looks: maps (B, C, h, w), condition (B, D) -> (B, h, w).
+
+    Two convolutions under spectral norm; the condition enters by projection (arXiv:1802.05637), as the heads of
+    arXiv:2301.09515, which adversarial diffusion distillation takes over.
+    """
+
+    def __init__(self, channels: int, condition: int, width: int = HEAD_WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels, affine=False)
+        self.first = spectral_norm(nn.Conv2d(channels, width, 1))
+        self.second = spectral_norm(nn.Conv2d(width, width, 3, padding=1))
+        self.project = nn.Linear(condition, width)
+        self.out = spectral_norm(nn.Conv2d(width, 1, 1))
+
+    def forward(self, maps: Tensor, condition: Tensor) -> Tensor:
+        h = F.leaky_relu(self.first(self.norm(maps)), 0.2)
+        h = h + F.leaky_relu(self.second(h), 0.2)
+        asked = self.project(condition)[:, :, None, None]
+        logits: Tensor = self.out(h)[:, 0] + (h * asked).sum(1) / sqrt(h.shape[1])
+        return logits
+
+
+class Discriminator(nn.Module):
+    """A head on each map of a feature network: -> K logits (B, h_k, w_k), positive where latents look real."""
+
+    def __init__(self, channels: Sequence[int], condition: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(count, condition) for count in channels)
+
+    def forward(self, seen: Seen) -> list[Tensor]:
+        return [head(maps, seen.condition) for head, maps in zip(self.heads, seen.maps, strict=True)]
+
+
+def fooled(logits: Sequence[Tensor]) -> Tensor:
+    """The student's adversarial loss: minus the mean logit, mean over the heads (arXiv:2311.17042, eq. 2)."""
+    return -torch.stack([logit.mean() for logit in logits]).mean()
+
+
+def hinge(logits: Sequence[Tensor], sign: float) -> Tensor:
+    """The discriminator's loss: 0 where `sign` times the logit is at least 1; sign 1 for real latents, -1 for drawn."""
+    return torch.stack([F.relu(1 - sign * logit).mean() for logit in logits]).mean()
+
+
+def gradient_penalty(discriminator: Discriminator, seen: Seen) -> tuple[list[Tensor], Tensor]:
+    """The logits of real latents, and R1: the squared gradient of their sum by the heads' input, mean over pictures.
+
+    As published (arXiv:2311.17042, sec. 3.2) it is taken at the features, not at the pictures.
+    """
+    maps = [feature.detach().requires_grad_() for feature in seen.maps]
+    logits = discriminator(Seen(maps, seen.condition))
+    total = torch.stack([logit.mean((1, 2)).sum() for logit in logits]).sum()
+    gradients = torch.autograd.grad(total, maps, create_graph=True)
+    return logits, torch.stack([gradient.square().sum((1, 2, 3)).mean() for gradient in gradients]).mean()

@@ -1,0 +1,58 @@
+"""What a run says while it trains: a line of numbers in a file, a bar on the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fewstep.train.plan import Plan
+
+COLUMNS = ("[progress.description]{task.description}", "{task.fields[said]}")
+
+
+class Journal:
+    """Writes a line of `log.jsonl` every `plan.log_steps` steps and draws a bar; nothing unless `on`.
+
+    `waited` tells for how many seconds, since the run began, there was no data to compute with.
+    """
+
+    def __init__(self, plan: Plan, *, on: bool, waited: Callable[[], float]) -> None:
+        self.plan, self.on, self.waited = plan, on, waited
+        self.skipped = 0
+        self.seen: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
+        title, said = (TextColumn(column) for column in COLUMNS)
+        self.bar = Progress(title, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
+        self.task = self.bar.add_task(plan.folder.name, total=1.0, said="")
+
+    def wants(self, step: int) -> bool:
+        """Whether there will be a line about the step that ends at `step`."""
+        return self.on and step % self.plan.log_steps == 0
+
+    def write(self, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
+        """Move the bar to where the run is, and write a line where one is due."""
+        self.bar.update(self.task, completed=self.plan.progress(step, seconds))
+        if not self.wants(step):
+            return
+        numbers = {"step": step, "seconds": seconds, **numbers, **self._speed(step, seconds), "skipped": self.skipped}
+        with (self.plan.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
+        shown = [f"{name} {numbers[name]:.4g}" for name in numbers if name.endswith(("loss", "images/s", "data wait"))]
+        self.bar.update(self.task, said="  ".join(shown))
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar on the screen, until the context ends."""
+        with self.bar:
+            yield
+
+    def _speed(self, step: int, seconds: float) -> dict[str, float]:
+        """Pictures a second and the share of time without data, since the last line."""
+        waited, last = self.waited(), self.seen
+        self.seen = (step, seconds, waited)
+        if last is None or seconds <= last[1]:
+            return {}
+        passed = seconds - last[1]
+        return {"images/s": self.plan.batch * (step - last[0]) / passed, "data wait": (waited - last[2]) / passed}

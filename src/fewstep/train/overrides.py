@@ -1,0 +1,91 @@
+"""`plan.rate=1e-5`: settings of a run changed from the command line, by their dotted names and types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fewstep.errors import InputError, unknown
+
+T = TypeVar("T")
+TRUE, FALSE, NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null", "")
+
+
+def overridden(runs: Mapping[str, T], settings: Sequence[str]) -> dict[str, T]:
+    """`runs` with `settings` applied: "key=value" for every run, "stage.key=value" for one.
+
+    Keys are dotted paths into frozen dataclasses. Raises `InputError` for a key that is nowhere, with the nearest, and
+    for a value that its field's type cannot hold.
+    """
+    changed = dict(runs)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"{setting!r} is not a setting; write key=value, such as plan.rate=1e-4")
+        stage, _, rest = key.partition(".")
+        for name in [stage] if stage in runs else list(runs):
+            changed[name] = with_setting(changed[name], rest if stage in runs else key, text)
+    return changed
+
+
+def with_setting(config: T, key: str, text: str) -> T:
+    """A frozen dataclass with the field at the dotted path `key` set to what `text` says."""
+    name, _, rest = key.partition(".")
+    assert is_dataclass(config)
+    names = [field.name for field in fields(config)]
+    if name not in names:
+        raise InputError(unknown(f"setting of {type(config).__name__}", name, names))
+    value = getattr(config, name)
+    if rest and not is_dataclass(value):
+        raise InputError(f"{name} is {value!r} and has no setting {rest!r}")
+    new = with_setting(value, rest, text) if rest else parsed(text, get_type_hints(type(config))[name], key)
+    changed: T = replace(config, **{name: new})  # type: ignore[type-var]
+    return changed
+
+
+def parsed(text: str, kind: Any, key: str) -> Any:
+    """`text` as a value of the type `kind`: numbers, words, paths, choices, options and tuples with commas."""
+    try:
+        return _parsed(text, kind)
+    except ValueError as error:
+        raise InputError(f"{key}={text!r} is not {_said(kind)}") from error
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _first(text, arguments)
+    if origin is Literal:
+        return next(value for value in arguments if str(value) == text) if text in map(str, arguments) else _no(text)
+    if origin is tuple:
+        items = [item for item in text.strip("()").split(",") if item.strip()]
+        inner = arguments[:1] * len(items) if arguments[-1] is Ellipsis else arguments
+        return tuple(_parsed(item.strip(), one) for item, one in zip(items, inner, strict=True))
+    if kind is bool:
+        return True if text.lower() in TRUE else False if text.lower() in FALSE else _no(text)
+    if kind is NoneType:
+        return None if text.lower() in NONE else _no(text)
+    return kind(text) if kind in (int, float, str, Path) else _no(text)
+
+
+def _first(text: str, kinds: Sequence[Any]) -> Any:
+    """The value by the first type of a union that can hold it, None before all."""
+    for kind in sorted(kinds, key=lambda kind: kind is not NoneType):
+        try:
+            return _parsed(text, kind)
+        except ValueError:
+            continue
+    return _no(text)
+
+
+def _no(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _said(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    return f"a value of type {getattr(kind, '__name__', kind) if not get_args(kind) else kind}"

@@ -1,0 +1,135 @@
+"""How a network is trained: how long, how fast, and how its batches are shared out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import InputError, unknown
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Sharing = Literal["replicate", "shard"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+SHARINGS: tuple[Sharing, ...] = ("replicate", "shard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a run is and how it is optimised; raises `InputError` for what cannot be.
+
+    It ends after `steps`, or `seconds` of training, whichever comes first; a run that is limited by time cannot be
+    repeated bit for bit. `batch` pictures make a step, over all ranks and `accumulate` parts. The learning rate rises
+    over `warmup` steps to `rate`, stays, and falls as half a cosine to `floor` times `rate` over the last share `decay`
+    of the run. `ema`: the decay of the moving average. Networks keep float32 weights; `precision` is what their
+    forward passes compute in. `sharing`: every rank has all weights, or a part of them (FSDP2). `checkpointing`
+    computes the blocks' insides twice to save memory. Checkpoints are written
+    every `save_seconds`, the `keep` last stay.
+    """
+
+    folder: Path
+    steps: int | None = None
+    seconds: float | None = None
+    batch: int = 32
+    accumulate: int = 1
+    seed: int = 0
+    rate: float = 1e-4
+    warmup: int = 100
+    decay: float = 0.2
+    floor: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Precision = "fp32"
+    sharing: Sharing = "replicate"
+    compiled: bool = False
+    checkpointing: bool = False
+    save_seconds: float = 120.0
+    log_steps: int = 50
+    sample_steps: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise InputError("the run has no end; give steps or seconds")
+        if self.precision not in PRECISIONS:
+            raise InputError(unknown("precision", self.precision, PRECISIONS))
+        if self.sharing not in SHARINGS:
+            raise InputError(unknown("sharing", self.sharing, SHARINGS))
+        for name in ("batch", "accumulate", "log_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """How much of the run is done, from 0 to 1."""
+        by_steps = step / self.steps if self.steps is not None else 0.0
+        by_seconds = elapsed / self.seconds if self.seconds is not None else 0.0
+        return min(1.0, max(by_steps, by_seconds))
+
+    def rate_at(self, step: int, progress: float) -> float:
+        """The learning rate of the step after `step`."""
+        falling = max(0.0, progress - (1 - self.decay)) / self.decay if self.decay else 0.0
+        share = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
+        return self.rate * share * min(1.0, (step + 1) / max(1, self.warmup))
+
+    def parts(self, step: int, rank: int, ranks: int) -> list[Part]:
+        """What `rank` of `ranks` computes in step `step`, one part after another."""
+        count, rest = divmod(self.batch, ranks * self.accumulate)
+        if rest:
+            raise InputError(
+                f"a batch of {self.batch} cannot be shared out over {ranks} ranks x {self.accumulate} parts; "
+                f"the nearest that can are {self.batch - rest} and {self.batch - rest + ranks * self.accumulate}"
+            )
+        first = rank * self.accumulate * count
+        return [
+            Part(seed=self.seed, step=step, whole=self.batch, first=first + i * count, count=count)
+            for i in range(self.accumulate)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows `first` to `first + count` of the `whole` batch of a step: what one process computes at a time.
+
+    Random numbers are drawn for the whole batch, from the seed, the step and their purpose, and then cut. So a batch
+    has the same ones however it is shared out, and a run that goes on has them again.
+    """
+
+    seed: int
+    step: int
+    whole: int
+    first: int
+    count: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator that is the same in all parts of a step."""
+        return torch.Generator().manual_seed(mixed_seed(self.seed, self.step, purpose))
+
+    def rows(self, purpose: str, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        """The part's rows of what `draw(whole, generator)` gives for the batch."""
+        return draw(self.whole, self.generator(purpose))[self.first : self.first + self.count]
+
+    def randn(self, purpose: str, *shape: int) -> Tensor:
+        """(count, *shape) normal numbers."""
+        return self.rows(purpose, lambda count, generator: torch.randn(count, *shape, generator=generator))
+
+    def rand(self, purpose: str, *shape: int) -> Tensor:
+        """(count, *shape) numbers in [0, 1)."""
+        return self.rows(purpose, lambda count, generator: torch.rand(count, *shape, generator=generator))
+
+    def randint(self, purpose: str, limit: int) -> Tensor:
+        """(count,) integers in [0, limit)."""
+        return self.rows(purpose, lambda count, generator: torch.randint(limit, (count,), generator=generator))
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that has nothing in common with that of any other `parts`."""
+    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,80 @@
+"""What is looked at before a run begins: settings, sizes, hours, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import fields, is_dataclass
+
+import torch
+
+from fewstep.errors import InputError
+from fewstep.train.run import Run
+from fewstep.train.trainer import Trainer
+
+BYTES_PER_TRAINED = 4 * 5
+"""Weight, gradient, two moments of AdamW and the moving average, in float32."""
+CHECKPOINT_BYTES = 4 * 4
+"""Weight, average and two moments, on the disk."""
+WATTS, KG_PER_KWH = 250.0, 0.3
+"""Assumed for the estimate: a graphics card of the kind that trained Stable Diffusion v1, and a usual grid."""
+
+
+def settings(config: object, path: str = "") -> dict[str, str]:
+    """Every setting of nested dataclasses by its dotted name."""
+    assert is_dataclass(config)
+    found: dict[str, str] = {}
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{path}{field.name}"
+        found |= settings(value, f"{name}.") if is_dataclass(value) else {name: str(value)}
+    return found
+
+
+def parameter_counts(trainer: Trainer) -> dict[str, tuple[int, int]]:
+    """(all, trained) parameters of each network."""
+    return {
+        name: (sum(p.numel() for p in pupil.network.parameters()), sum(p.numel() for p in pupil.parameters))
+        for name, pupil in trainer.pupils.items()
+    }
+
+
+def check_fits(run: Run, trainer: Trainer) -> None:
+    """Raise `InputError` where weights, optimizer and average cannot be in memory, or a checkpoint not on the disk."""
+    trained = sum(count for _, count in parameter_counts(trainer).values())
+    needed, free = trained * BYTES_PER_TRAINED, _free_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"stage {run.name} needs {needed / 1e9:.1f} GB for weights, gradients and optimizer alone; "
+            f"{free / 1e9:.1f} GB are free. Train fewer parameters (LoRA), shard them over more "
+            "ranks, or take a larger machine"
+        )
+    space, kept = shutil.disk_usage(run.plan.folder).free, trained * CHECKPOINT_BYTES * (run.plan.keep + 1)
+    if kept > space:
+        raise InputError(
+            f"stage {run.name} keeps {kept / 1e9:.1f} GB of checkpoints; "
+            f"{space / 1e9:.1f} GB are free in {run.plan.folder}"
+        )
+
+
+def hours(run: Run, trainer: Trainer) -> float:
+    """How long the rest of the run will take here, by the time of a second step without its update."""
+    plan, seconds = run.plan, 0.0
+    if plan.steps is None:
+        assert plan.seconds is not None
+        return max(0.0, plan.seconds - trainer.clock) / 3600
+    for _ in range(2):
+        started = time.monotonic()
+        trainer.rehearse()
+        seconds = time.monotonic() - started
+    return (plan.steps - trainer.step) * seconds / 3600
+
+
+def _free_memory() -> int | None:
+    """Bytes that are free where training happens; None where nothing says so."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,64 @@
+"""The forward process that UNets are trained on, and what they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.schedule import NoiseSchedule, noise_schedule
+from fewstep.engines.engine import Conditioning
+from fewstep.models.unet import UNet
+from fewstep.train.losses import target
+
+
+def predicted(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+    """What `unet` puts out for latents x (B, 4, h, w) at steps t (B,)."""
+    if told.channels is not None:
+        x = torch.cat([x, told.channels], dim=1)
+    output: Tensor = unet(x, t.float(), told.context, told.pooled, told.sizes)
+    return output
+
+
+def of_rows(told: Conditioning, rows: Tensor) -> Conditioning:
+    """The rows (B,) int64 of what a UNet is told: to shuffle them, or to repeat one."""
+    values = {name: value[rows] for name, value in vars(told).items() if value is not None}
+    return replace(told, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and what the UNet puts out for it."""
+
+    prediction: Prediction = "epsilon"
+    schedule: NoiseSchedule = field(default_factory=noise_schedule)
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are: t is below it."""
+        return len(self.schedule.alpha_bar)
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """(B, 1, 1, 1)."""
+        table = torch.as_tensor(self.schedule.alpha_bar, dtype=torch.float32, device=t.device)
+        return table[t][:, None, None, None]
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The latents at t."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the UNet should put out."""
+        return target(self.prediction, x0, eps, self.alpha_bar(t))
+
+    def x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that an output means."""
+        alpha_bar = self.alpha_bar(t)
+        if self.prediction == "sample":
+            return output
+        if self.prediction == "v_prediction":
+            return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * output
+        return (x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()

@@ -1,0 +1,39 @@
+"""What networks and optimizers hold, whole and on the CPU, however their weights are shared out over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+State = dict[str, Any]
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def network_state(network: nn.Module) -> State:
+    """Copies of all parameters and buffers by name; a call of all ranks together."""
+    state: State = get_model_state_dict(network, options=WHOLE)
+    return {name: value.clone() for name, value in state.items()}
+
+
+def load_network(network: nn.Module, state: State) -> None:
+    """Fill `network` with what `network_state` gave; every rank has the whole."""
+    set_model_state_dict(network, state, options=WHOLE)
+
+
+def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The optimizer's state by the parameters' names; a call of all ranks together."""
+    return get_optimizer_state_dict(network, optimizer, options=WHOLE)
+
+
+def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Give `optimizer` what `optimizer_state` gave."""
+    set_optimizer_state_dict(network, optimizer, state, options=WHOLE)
