@@ -1,24 +1,14 @@
 """blocks-base: the embedded latent diffusion model, trained on blockworld.
 
-Each line is one stage; each goes on where it stopped. `torchrun --nproc-per-node 2` in place of `python` trains on
-two processes, as was done for the stages marked *.
+    fewstep train recipes/blocks_base.py --out runs/blocks-base
+    torchrun --nproc-per-node 2 -m fewstep train recipes/blocks_base.py --out runs/blocks-base
 
-    python recipes/blocks_base.py autoencoder       --run-dir runs/blocks-base --minutes 18    * 5050 steps, --batch 8
-    python recipes/blocks_base.py text              --run-dir runs/blocks-base --minutes 0.7     150 steps of 128
-    python recipes/blocks_base.py decoder           --run-dir runs/blocks-base --minutes 11      3150 steps of 16
-    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --chunks 0 10
-    python recipes/blocks_base.py small_unet        --run-dir runs/blocks-base --minutes 11      2200 steps of 32
-    python recipes/blocks_base.py unet              --run-dir runs/blocks-base --minutes 27    * 3000 steps of 64
-    python recipes/blocks_base.py large_autoencoder --run-dir runs/blocks-base --minutes 13      1800 steps of 8 and 16
-    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 128 --chunks 0 7
-    python recipes/blocks_base.py latents           --run-dir runs/blocks-base --size 64 --chunks 0 2
-    python recipes/blocks_base.py large_unet        --run-dir runs/blocks-base --minutes 54    * 3616 steps of 40
-    python recipes/blocks_base.py export            --run-dir runs/blocks-base
+The last stage leaves the model in `runs/blocks-base/large_unet/model`.
 
-Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; two hours in all, stages side by side where
-they could be. Score, by `python -m benchmarks.blocks_exam` on held-out scenes, n = 200 each, guidance 3.5, 10 DDIM
-steps at 128 pixels: one object 0.930, two and their relation 0.920. The autoencoder's own round trip is 1.000 and
-1.000. After the stage `unet`, at 64 pixels and by `score_blocks.py` with varied captions: 1.000 and 0.950.
+Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; under three hours. Score of the shipped
+weights by `python -m benchmarks.blocks_exam` on held-out scenes, n = 200 each, guidance 3.5, 10 DDIM steps at 128
+pixels: one object and its size 0.865, two and their relation 0.935. The autoencoder's own round trip is 1.000 and
+1.000. Those weights had words blanked in the second half of the last stage only, and its warmup twice.
 
 What probably mattered: weights that keep the noisiest levels in the loss (`FLOOR`), and a text tower that knows the
 slots from the start. Relations and their direction were right after 50,000 samples; a prototype with plain min-SNR
@@ -27,37 +17,37 @@ weights, smaller objects and another world had not learned directions in 116,000
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from blocks_data import (
     SIZE,
     SMALL,
-    VARIED,
     LatentCache,
-    PicturePool,
     blank_words,
     block_tokenizer,
     caption_ids,
+    permuted_pictures,
+    read_once,
     scene_slots,
-    write_chunk,
+    write_latents,
 )
 from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from fewstep.data.blockworld import render, require_train, scenes
-from fewstep.diffusion.denoiser import Prediction
-from fewstep.diffusion.schedule import noise_schedule
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
-from fewstep.train.checkpoint import load_checkpoint
 from fewstep.train.fold import fold_statistics
-from fewstep.train.loop import Loss, Plan, Trainer
-from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps, target
-from fewstep.train.parallel import join_ranks, leave_ranks
+from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps
+from fewstep.train.plan import Part, Plan, mixed_seed
+from fewstep.train.process import Process
+from fewstep.train.run import Run, Work
+from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
@@ -66,9 +56,193 @@ DROP = 0.1  # share of captions left out, for classifier-free guidance
 BLANK = 0.15  # share of captions whose colours are left out, and of those whose shapes are
 SLOT_WEIGHT = 0.1
 FLOOR, GAMMA = 1.0, 5.0  # limits of the weight of an error in x0
-PREDICTION: Prediction = "v_prediction"
+WEIGHTS = "weights.safetensors"
 
-Share = Callable[[], float]
+
+def stages(out: Path) -> Sequence[Run]:
+    """The stages in their order; each begins with what the one before left."""
+
+    def run(name: str, task: Autoencoder | Text | Diffusion, minutes: float, **options: object) -> Run:
+        return Run(task=task, plan=Plan(folder=out / name, seconds=60 * minutes, **options))  # type: ignore[arg-type]
+
+    pictures = {"weight_decay": 1e-4, "batch": 16}
+    latents = {"rate": 1e-3, "decay": 0.0, "batch": 64}
+    large = {SIZE: 0.8, SMALL: 0.2}
+    return [
+        run("autoencoder", Autoencoder(), 18, rate=2e-3, decay=0.5, ema=0.998, **pictures),
+        run("text", Text(), 0.7, rate=1e-3, ema=0.99, batch=128),
+        run("decoder", Autoencoder(start=out / "autoencoder", decoder=True), 11, rate=1e-3, decay=0.6, **pictures),
+        run("small_unet", Diffusion(start=out / "text", autoencoder=out / "decoder", resnets=1), 11, **latents),
+        run("unet", Diffusion(start=out / "small_unet", autoencoder=out / "decoder", varied=0.7), 27, **latents),
+        run(
+            "large_autoencoder",
+            Autoencoder(start=out / "decoder", sizes=(SIZE, SMALL, SIZE)),
+            13,
+            rate=7e-4,
+            decay=0.6,
+            **pictures,
+        ),
+        run(
+            "large_unet",
+            Diffusion(start=out / "unet", autoencoder=out / "large_autoencoder", sizes=large, varied=0.7, blank=BLANK),
+            99,
+            rate=8e-4,
+            decay=0.4,
+            batch=40,
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencoder:
+    """Reconstruction, by turns at `sizes`; the batch is for 64 pixels.
+
+    `start`: the stage to go on from. `decoder`: the decoder alone, from latents with a little noise such as a UNet
+    leaves. The latents of the first stage get mean 0 and variance 1, channel by channel.
+    """
+
+    start: Path | None = None
+    sizes: tuple[int, ...] = (SMALL,)
+    decoder: bool = False
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`."""
+        torch.manual_seed(plan.seed)
+        model = AutoencoderKL(AUTOENCODER).to(memory_format=torch.channels_last)
+        if self.start is not None:
+            model.load_state_dict(weights_of(self.start))
+        if self.decoder:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+        return Work(turns={"model": Turn(network=model, loss=self._loss(model))}, finish=self._finish(model))
+
+    def _loss(self, model: AutoencoderKL) -> Loss:
+        weigh = AutoencoderLoss()
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            size = self.sizes[part.step % len(self.sizes)]
+            image = permuted_pictures(smaller(part, SMALL / size), size)
+            moments = model.encode(image)
+            latents = noisy_means(moments.detach(), part) if self.decoder else sampled_latents(moments)
+            output = model.decode(latents)
+            terms = {"psnr": psnr(output, image)}
+            if self.decoder:
+                return terms | {"loss": weigh.picture(output, image)}
+            divergence = weigh.divergence(moments)
+            return terms | {"loss": weigh.picture(output, image) + divergence, "kl": divergence / weigh.kl}
+
+        return loss
+
+    def _finish(self, model: AutoencoderKL) -> Callable[[Trainer], None]:
+        def finish(trainer: Trainer) -> None:
+            model.load_state_dict(trainer.averaged("model"))
+            if self.start is None:
+                fold(model)
+            save_weights(model, trainer)
+
+        return finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The slots alone: needs captions and no pictures."""
+
+    captions: int = 12_000
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`."""
+        torch.manual_seed(plan.seed)
+        drawn = scenes(self.captions, seed=mixed_seed("captions"), single=0.35)
+        require_train(drawn)
+        cache = LatentCache(
+            latents=torch.zeros(len(drawn), 0), ids=caption_ids(drawn, 1, block_tokenizer()), slots=scene_slots(drawn)
+        )
+        model = LatentDiffusion(resnets=1)
+        model.unet.requires_grad_(False)
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            _, ids, slots = cache.rows(part, varied=0.8)
+            logits = model.slots(model.text(ids).last)
+            told = [0, 1, 3, 4, 6]  # a size is not always said
+            right = torch.stack([(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in told]).all(0)
+            return {"loss": slot_loss(logits, slots), "right": right.float().mean()}
+
+        return Work(turns={"model": Turn(network=model, loss=loss)}, finish=saved(model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """Text tower and UNet together: the weighted error of the velocity, and the slots'.
+
+    `start`: the stage to go on from; a UNet with fewer residual blocks is grown. `sizes`: the share of the batch that
+    is of each picture size. `varied`: the share of varied captions after the first seventh of the run. `blank`: see
+    `blank_words`. `chunks` of latents, of each size, are encoded first where they are not there.
+    """
+
+    start: Path
+    autoencoder: Path
+    resnets: int = 2
+    sizes: Mapping[int, float] | None = None
+    varied: float = 0.0
+    blank: float = 0.0
+    chunks: int = 10
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`."""
+        model, weights = LatentDiffusion(self.resnets), weights_of(self.start)
+        if self.start.name == "small_unet":
+            grow(model, weights)
+        else:
+            model.load_state_dict(weights)
+        autoencoder = AutoencoderKL(AUTOENCODER).eval().to(memory_format=torch.channels_last)
+        autoencoder.load_state_dict(weights_of(self.autoencoder))
+        losses: list[tuple[float, Loss]] = []
+        for size, share in (self.sizes or {SMALL: 1.0}).items():
+            folder = self.autoencoder.parent / f"latents-{self.autoencoder.name}-{size}"
+            write_latents(autoencoder, folder, self.chunks * size // SMALL, size)
+            losses.append((share, self._loss(model, read_once(folder))))
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            parts = [(share, one(smaller(part, share))) for share, one in losses]
+            return {name: torch.stack([share * terms[name] for share, terms in parts]).sum() for name in parts[0][1]}
+
+        def finish(trainer: Trainer) -> None:
+            saved(model)(trainer)
+            if trainer.rank == 0:
+                save_parts(parts_of(model, autoencoder), plan.folder / "model", torch.float16)
+
+        return Work(turns={"model": Turn(network=model, loss=loss)}, finish=finish)
+
+    def _loss(self, model: LatentDiffusion, cache: LatentCache) -> Loss:
+        process, empty = Process(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            x0, ids, slots = cache.rows(part, self.varied * min(1.0, part.step / 500))
+            dropped = part.rand("drop") < DROP
+            ids[dropped], slots[dropped] = empty, -100
+            blank_words(ids, slots, part.rand("blank", 2), self.blank)
+            t = part.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
+            eps = part.randn("noise", *x0.shape[1:])
+            states = model.text(ids).last
+            output = model.unet(process.noised(x0, eps, t), t.float(), states)
+            weight = min_snr_weight(process.prediction, process.alpha_bar(t), GAMMA, floor=FLOOR)
+            error = (weight * (output - process.target(x0, eps, t)).square()).mean()
+            read = slot_loss(model.slots(states), slots)
+            return {"loss": error + SLOT_WEIGHT * read, "error": error, "slots": read}
+
+        return loss
+
+
+def smaller(part: Part, share: float) -> Part:
+    """A part of a batch of `share` of the size, shared out alike."""
+    counts = [round(share * number) for number in (part.whole, part.first, part.count)]
+    return Part(seed=part.seed, step=part.step, whole=counts[0], first=counts[1], count=counts[2])
+
+
+def noisy_means(moments: Tensor, part: Part) -> Tensor:
+    """The means of moments (B, 2C, h, w) with up to 0.15 of noise."""
+    means = moments.chunk(2, dim=1)[0]
+    return means + 0.15 * part.rand("amount", 1, 1, 1) * part.randn("noise", *means.shape[1:])
 
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
@@ -77,266 +251,55 @@ def psnr(output: Tensor, image: Tensor) -> Tensor:
     return (-10 * error.log10()).mean()
 
 
-def autoencoder_loss(model: AutoencoderKL, pools: Sequence[PicturePool], batch: int) -> Loss:
-    """Reconstruction, encoder and decoder together, by turns at the sizes of `pools`; `batch` is for 64 pixels."""
-    weigh = AutoencoderLoss()
-
-    def loss(step: int) -> dict[str, Tensor]:
-        pool = pools[step % len(pools)]
-        image = pool.batch(batch * SMALL // pool.size, step // len(pools))
-        moments = model.encode(image)
-        output = model.decode(sampled_latents(moments))
-        divergence = weigh.divergence(moments)
-        total = weigh.picture(output, image) + divergence
-        return {"loss": total, "psnr": psnr(output, image), "kl": divergence.detach() / weigh.kl}
-
-    return loss
+@torch.no_grad()
+def fold(model: AutoencoderKL) -> None:
+    """Give the latents mean 0 and variance 1, channel by channel."""
+    drawn = scenes(4096, seed=mixed_seed("fold"))
+    means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
+    fold_statistics(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
 
 
-def decoder_loss(model: AutoencoderKL, pool: PicturePool, batch: int) -> Loss:
-    """Reconstruction from latents with a little noise, such as a UNet leaves; the encoder is frozen."""
-    weigh = AutoencoderLoss()
-
-    def loss(step: int) -> dict[str, Tensor]:
-        image = pool.batch(batch, step)
-        with torch.no_grad():
-            latents = model.encode(image).chunk(2, dim=1)[0]
-            noise = 0.15 * torch.rand(batch, 1, 1, 1) * torch.randn_like(latents)
-        output = model.decode(latents + noise)
-        return {"loss": weigh.picture(output, image), "psnr": psnr(output, image)}
-
-    return loss
+def weights_of(stage: Path) -> dict[str, Tensor]:
+    """What a stage left."""
+    if not (stage / WEIGHTS).is_file():
+        raise InputError(f"{stage} holds no {WEIGHTS}; train the stage `{stage.name}` first")
+    return load_file(stage / WEIGHTS)
 
 
-def text_loss(model: LatentDiffusion, cache: LatentCache, batch: int) -> Loss:
-    """The slots alone."""
-
-    def loss(step: int) -> dict[str, Tensor]:
-        del step
-        index = torch.randint(len(cache.ids), (batch,))
-        ids = cache.ids[index, torch.randint(1 + VARIED, (batch,))].long()
-        logits, slots = model.slots(model.text(ids).last), cache.slots[index]
-        told = [0, 1, 3, 4, 6]  # a size is not always said
-        right = torch.stack([(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in told]).all(0)
-        return {"loss": slot_loss(logits, slots), "right": right.float().mean()}
-
-    return loss
+def save_weights(network: nn.Module, trainer: Trainer) -> None:
+    """Leave the weights for the stages after this one."""
+    if trainer.rank == 0:
+        partial = trainer.plan.folder / f".{WEIGHTS}.partial"
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
+        partial.replace(trainer.plan.folder / WEIGHTS)
 
 
-def diffusion_loss(model: LatentDiffusion, caches: Mapping[float, LatentCache], batch: int, varied: Share) -> Loss:
-    """The weighted error of the velocity plus the slots'; each of `caches` gives its share of the batch.
+def saved(network: nn.Module) -> Callable[[Trainer], None]:
+    """A stage's end: the averaged weights, in the network and on the disk."""
 
-    `varied`: the present share of varied captions, the others being canonical.
-    """
-    alpha_bars = torch.tensor(noise_schedule().alpha_bar, dtype=torch.float32)
-    empty = tokenize([""], block_tokenizer()).ids[0, 0]
+    def finish(trainer: Trainer) -> None:
+        network.load_state_dict(trainer.averaged("model"))
+        save_weights(network, trainer)
 
-    def of_cache(cache: LatentCache, count: int) -> dict[str, Tensor]:
-        x0, ids, slots = cache.batch(count, varied())
-        dropped = torch.rand(count) < DROP
-        ids[dropped], slots[dropped] = empty, -100
-        blank_words(ids, slots, BLANK)
-        t = stratified_timesteps(count, len(alpha_bars))
-        alpha_bar = alpha_bars[t][:, None, None, None]
-        eps = torch.randn_like(x0)
-        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-        states = model.text(ids).last
-        output = model.unet(x, t.float(), states)
-        weight = min_snr_weight(PREDICTION, alpha_bar, GAMMA, floor=FLOOR)
-        error = weight * (output - target(PREDICTION, x0, eps, alpha_bar)).square()
-        noisy = error.detach()[alpha_bar.flatten() < 0.2].mean()
-        read = slot_loss(model.slots(states), slots)
-        return {"loss": error.mean() + SLOT_WEIGHT * read, "error": error.mean(), "noisy": noisy, "slots": read}
-
-    def loss(step: int) -> dict[str, Tensor]:
-        del step
-        parts = [(share, of_cache(cache, round(share * batch))) for share, cache in caches.items()]
-        return {name: torch.stack([share * part[name] for share, part in parts]).sum() for name in parts[0][1]}
-
-    return loss
+    return finish
 
 
-def folded_autoencoder(run: Path) -> AutoencoderKL:
-    """The trained autoencoder with latents of mean 0 and variance 1 per channel, computed once and kept."""
-    path = run / "folded.pt"
-    model = AutoencoderKL(AUTOENCODER).eval()
-    if not path.exists():
-        model.load_state_dict(trained(run / "autoencoder"))
-        drawn = scenes(4096, seed=4_000_000)
-        with torch.no_grad():
-            means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
-            fold_statistics(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
-        torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return model.to(memory_format=torch.channels_last)
-
-
-def newest_autoencoder(run: Path) -> AutoencoderKL:
-    """The autoencoder of the last of its stages that was run."""
-    model = folded_autoencoder(run)
-    for name in ("large_autoencoder", "decoder"):
-        if any((run / name).glob("step-*.pt")):
-            model.load_state_dict(trained(run / name))
-            break
-    return model
-
-
-def trained(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of the newest checkpoint of a stage."""
-    state = load_checkpoint(folder)
-    if state is None:
-        raise InputError(f"{folder} holds no checkpoint; run the stage `{folder.name}` first")
-    weights: dict[str, Tensor] = state["ema"]
-    return weights
-
-
-def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
-    """Stage `autoencoder`."""
-    rank, _ = join_ranks()
-    torch.manual_seed(rank)
-    plan = Plan(folder=run / "autoencoder", rate=2e-3, seconds=60 * minutes, decay=0.5, weight_decay=1e-4, ema=0.998)
-    trainer = Trainer(AutoencoderKL(AUTOENCODER).to(memory_format=torch.channels_last), plan)
-    pool = PicturePool(6144, SMALL, seed=1 + rank * 10**9 + trainer.step * 1013)
-    trainer.run(autoencoder_loss(trainer.model, [pool], batch or 16))
-
-
-def train_large_autoencoder(run: Path, minutes: float, batch: int) -> None:
-    """Stage `large_autoencoder`: encoder and decoder go on, mostly at 128 pixels."""
-    torch.manual_seed(3)
-    model = folded_autoencoder(run)
-    model.load_state_dict(trained(run / "decoder"))
-    plan = Plan(folder=run / "large_autoencoder", rate=7e-4, seconds=60 * minutes, decay=0.6, weight_decay=1e-4)
-    trainer = Trainer(model, plan)
-    seed = 3_000_000_000 + trainer.step * 1013
-    small, large = PicturePool(2048, SMALL, seed=seed), PicturePool(3072, SIZE, seed=seed + 500_000_000)
-    trainer.run(autoencoder_loss(model, [large, small, large], batch or 16))
-
-
-def train_decoder(run: Path, minutes: float, batch: int) -> None:
-    """Stage `decoder`."""
-    torch.manual_seed(1)
-    model = folded_autoencoder(run)
-    model.encoder.requires_grad_(False)
-    model.quant_conv.requires_grad_(False)
-    plan = Plan(folder=run / "decoder", rate=1e-3, seconds=60 * minutes, decay=0.6, weight_decay=1e-4)
-    trainer = Trainer(model, plan)
-    pool = PicturePool(6144, SMALL, seed=2_000_000_000 + trainer.step * 1013)
-    trainer.run(decoder_loss(model, pool, batch or 16))
-
-
-def train_text(run: Path, minutes: float, batch: int) -> None:
-    """Stage `text`: needs captions only."""
-    torch.manual_seed(2)
-    drawn = scenes(12_000, seed=3_000_000, single=0.35)
-    require_train(drawn)
-    ids = caption_ids(drawn, 1, block_tokenizer())
-    cache = LatentCache(latents=torch.zeros(0), ids=ids, slots=scene_slots(drawn))
-    model = LatentDiffusion(resnets=1)
-    model.unet.requires_grad_(False)
-    plan = Plan(folder=run / "text", rate=1e-3, seconds=60 * minutes, ema=0.99)
-    Trainer(model, plan).run(text_loss(model, cache, batch or 128))
-
-
-def write_latents(run: Path, first: int, last: int, size: int) -> None:
-    """Stage `latents`: chunks `first` to `last`, the last not included.
-
-    They go to `latents`, or once there is a `large_autoencoder`, to `latents-<size>`.
-    """
-    large = (run / "large_autoencoder").exists()
-    folder = run / (f"latents-{size}" if large else "latents")
-    folder.mkdir(parents=True, exist_ok=True)
-    model = newest_autoencoder(run)
-    for number in range(first, last):
-        write_chunk(model, folder, number, size)
-
-
-def train_small_unet(run: Path, minutes: float, batch: int) -> None:
-    """Stage `small_unet`: text tower and a UNet with 1 residual block a level, from the slots' text tower."""
-    model = LatentDiffusion(resnets=1)
-    model.load_state_dict(trained(run / "text"))
-    caches = {1.0: LatentCache.read(run / "latents")}
-    trainer = joined(model, Plan(folder=run / "small_unet", rate=1e-3, seconds=60 * minutes, decay=0.0))
-    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.0))
-
-
-def train_unet(run: Path, minutes: float, batch: int) -> None:
-    """Stage `unet`: the same with 2 residual blocks a level, grown from the small one."""
-    model = LatentDiffusion()
-    grow(model, trained(run / "small_unet"))
-    caches = {1.0: LatentCache.read(run / "latents")}
-    trainer = joined(model, Plan(folder=run / "unet", rate=1e-3, seconds=60 * minutes, decay=0.25))
-    trainer.run(diffusion_loss(model, caches, batch or 32, lambda: 0.7 * min(1.0, trainer.progress / 0.15)))
-
-
-def train_large_unet(run: Path, minutes: float, batch: int) -> None:
-    """Stage `large_unet`: goes on at 128 pixels, with some at 64."""
-    model = LatentDiffusion()
-    model.load_state_dict(trained(run / "unet"))
-    caches = {0.8: LatentCache.read(run / "latents-128"), 0.2: LatentCache.read(run / "latents-64")}
-    trainer = joined(model, Plan(folder=run / "large_unet", rate=8e-4, seconds=60 * minutes, decay=0.4))
-    trainer.run(diffusion_loss(model, caches, batch or 20, lambda: 0.7))
-
-
-def joined(model: LatentDiffusion, plan: Plan) -> Trainer[LatentDiffusion]:
-    """A trainer with random numbers of its rank's own."""
-    rank, _ = join_ranks()
-    torch.manual_seed(rank)
-    return Trainer(model, plan)
-
-
-def export(run: Path, folder: Path) -> None:
-    """Stage `export`: a diffusers folder in half precision, from the averaged weights; a model card there stays."""
-    model = LatentDiffusion()
-    model.load_state_dict(trained(run / "large_unet"))
-    parts = Parts(
+def parts_of(model: LatentDiffusion, autoencoder: AutoencoderKL) -> Parts:
+    """The model as it is shipped."""
+    return Parts(
         name="blocks-base",
         family="blocks",
         unet=model.unet,
-        autoencoder=newest_autoencoder(run),
+        autoencoder=autoencoder,
         text_encoders=(model.text,),
         tokenizers=(block_tokenizer(),),
         scheduler=SchedulerConfig(
-            sampler=DEFAULTS.sampler, prediction=PREDICTION, spacing=DEFAULTS.schedule, steps_offset=1, final="zero"
+            sampler=DEFAULTS.sampler,
+            prediction="v_prediction",
+            spacing=DEFAULTS.schedule,
+            steps_offset=1,
+            final="zero",
         ),
         defaults=DEFAULTS,
         licence="Apache-2.0",
     )
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    save_parts(parts, folder, torch.float16)
-    card.write_text(text, encoding="utf-8")
-
-
-STAGES = {
-    "autoencoder": train_autoencoder,
-    "text": train_text,
-    "decoder": train_decoder,
-    "small_unet": train_small_unet,
-    "unet": train_unet,
-    "large_autoencoder": train_large_autoencoder,
-    "large_unet": train_large_unet,
-}
-
-
-def main() -> None:
-    """Run one stage."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "latents", "export"))
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=0, help="of each rank; 0 for the stage's own")
-    parser.add_argument("--chunks", type=int, nargs=2, default=(0, 8), metavar=("FIRST", "LAST"))
-    parser.add_argument("--size", type=int, default=SMALL, help="of the pictures whose latents are written")
-    parser.add_argument("--folder", type=Path, default=Path("src/fewstep/assets/blocks-base"))
-    arguments = parser.parse_args()
-    if arguments.stage == "latents":
-        write_latents(arguments.run_dir, *arguments.chunks, arguments.size)
-    elif arguments.stage == "export":
-        export(arguments.run_dir, arguments.folder)
-    else:
-        STAGES[arguments.stage](arguments.run_dir, arguments.minutes, arguments.batch)
-        leave_ranks()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.add import AddSettings, AdversarialDistillation, Batch
+from fewstep.distill.add import AddSettings, AdversarialDistillation, Batch, Teacher
 from fewstep.distill.discriminator import Discriminator, NoisyLatentFeatures, Seen, fooled, gradient_penalty, hinge
 from fewstep.engines.engine import Conditioning
 from fewstep.models.config import Stage, UNetConfig
@@ -31,19 +31,13 @@ def real_batch(part: Part) -> Batch:
     return part.randn("latents", 4, 8, 8), Conditioning(context=part.randn("words", 3, 8))
 
 
-def distillation(settings: AddSettings | None = None, **options: object) -> AdversarialDistillation:
+def distillation(settings: AddSettings | None = None, empty: Conditioning | None = None) -> AdversarialDistillation:
     torch.manual_seed(0)
-    teacher = UNet(CONFIG)
-    process = Process(prediction="v_prediction")
-    return AdversarialDistillation(
-        copy.deepcopy(teacher),
-        teacher,
-        NoisyLatentFeatures(teacher, process),
-        process,
-        real_batch,
-        settings=settings or AddSettings(),
-        **options,  # type: ignore[arg-type]
-    )
+    unet = UNet(CONFIG)
+    teacher = Teacher(unet, Process(prediction="v_prediction"), empty)
+    features = NoisyLatentFeatures(unet, teacher.process)
+    student = copy.deepcopy(unet).requires_grad_(True)
+    return AdversarialDistillation(student, teacher, features, real_batch, settings=settings or AddSettings())
 
 
 def gradients(network: nn.Module) -> float:
@@ -54,7 +48,7 @@ def test_the_adversarial_gradient_reaches_the_student_alone() -> None:
     add = distillation(AddSettings(distill=0.0))
     add.student_loss(PART)["loss"].backward()
     assert gradients(add.student) > 0
-    assert gradients(add.teacher) == 0
+    assert gradients(add.teacher.unet) == 0
 
 
 def test_the_teachers_word_reaches_the_student_alone() -> None:
@@ -63,7 +57,7 @@ def test_the_teachers_word_reaches_the_student_alone() -> None:
     terms["loss"].backward()
     assert terms["distance"] > 0
     assert gradients(add.student) > 0
-    assert gradients(add.teacher) == 0
+    assert gradients(add.teacher.unet) == 0
 
 
 def test_a_discriminator_step_leaves_the_student_and_a_student_step_the_discriminator(tmp_path: Path) -> None:
@@ -81,10 +75,10 @@ def test_a_discriminator_step_leaves_the_student_and_a_student_step_the_discrimi
     student, judge = trainer.pupils["student"], trainer.pupils["discriminator"]
     for pupil, other in ((student, add.discriminator), (judge, add.student)):
         object.__setattr__(pupil.turn, "loss", watched(pupil.turn.loss, other))
-    before = copy.deepcopy([add.student.state_dict(), add.discriminator.state_dict(), add.teacher.state_dict()])
+    before = copy.deepcopy([add.student.state_dict(), add.discriminator.state_dict(), add.teacher.unet.state_dict()])
     trainer.advance()
     assert not any(any(flags) for flags in seen), "the other network takes gradients"
-    after = [add.student.state_dict(), add.discriminator.state_dict(), add.teacher.state_dict()]
+    after = [add.student.state_dict(), add.discriminator.state_dict(), add.teacher.unet.state_dict()]
     changed = [any(not torch.equal(old[k], new[k]) for k in old) for old, new in zip(before, after, strict=True)]
     assert changed == [True, True, False]
 
@@ -134,8 +128,8 @@ def test_the_words_matter_to_the_judge() -> None:
 
 def test_the_distance_is_zero_where_the_teacher_agrees() -> None:
     add = distillation()
-    add.process = Process(prediction="sample")
-    add.teacher.forward = lambda x, t, *told: torch.ones_like(x)  # type: ignore[method-assign]
+    add.process = add.teacher.process = Process(prediction="sample")
+    add.teacher.unet.forward = lambda x, t, *told: torch.ones_like(x)  # type: ignore[method-assign]
     _, told = real_batch(PART)
     assert add.distance(torch.ones(8, 4, 8, 8), told, PART) == 0
     assert add.distance(torch.zeros(8, 4, 8, 8), told, PART) > 0
@@ -153,8 +147,8 @@ def test_guidance_changes_what_the_teacher_says() -> None:
 def test_a_student_learns_to_draw_in_one_step_what_its_teacher_means(tmp_path: Path) -> None:
     add = distillation(AddSettings(timesteps=(999,), shares=(1.0,), adversarial=0.0))
     wanted = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None, None].expand(8, 4, 8, 8)
-    add.process = Process(prediction="sample")
-    add.teacher.forward = lambda x, t, *told: wanted  # type: ignore[method-assign]
+    add.process = add.teacher.process = Process(prediction="sample")
+    add.teacher.unet.forward = lambda x, t, *told: wanted  # type: ignore[method-assign]
     before = (add.drawn(*real_batch(PART), PART) - wanted).square().mean()
     Trainer(add.turns(), Plan(folder=tmp_path, rate=2e-3, steps=25, warmup=5, batch=8)).run()
     assert (add.drawn(*real_batch(PART), PART) - wanted).square().mean() < 0.5 * before

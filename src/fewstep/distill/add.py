@@ -40,29 +40,42 @@ class AddSettings:
     mismatched: float = 0.0
 
 
+class Teacher:
+    """A frozen UNet that tells clean latents, guided: `empty` is what an empty prompt says, one row."""
+
+    def __init__(self, unet: UNet, process: Process, empty: Conditioning | None = None) -> None:
+        self.unet, self.process, self.empty = unet.eval().requires_grad_(False), process, empty
+
+    @torch.no_grad()
+    def x0(self, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
+        """The clean latents that it sees in x (B, 4, h, w) at steps t (B,); scale 1 is no guidance."""
+        if guidance == 1 or self.empty is None:
+            return self.process.x0(predicted(self.unet, x, t, told), x, t)
+        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64)))
+        with_words, without = predicted(self.unet, torch.cat([x, x]), torch.cat([t, t]), words).chunk(2)
+        return self.process.x0(without + guidance * (with_words - without), x, t)
+
+
 class AdversarialDistillation:
     """The student's and the discriminator's losses; the student draws once for both in a step.
 
-    `batch(part)` gives real latents (B, 4, h, w) and what they were told; `empty` what an empty prompt says, for the
-    teacher's guidance. Student and teacher put out what `process` says; the teacher is frozen here. `decode`: where the
-    distance to the teacher's latents is taken, the latents themselves by default.
+    `batch(part)` gives real latents (B, 4, h, w) and what they were told. The student puts out what its teacher does.
+    `decode`: where the distance to the teacher's latents is taken, the latents themselves by default.
     """
 
     def __init__(
         self,
         student: UNet,
-        teacher: UNet,
+        teacher: Teacher,
         features: Features,
-        process: Process,
         batch: Callable[[Part], Batch],
         *,
         settings: AddSettings,
-        empty: Conditioning | None = None,
         decode: Decode = lambda latents: latents,
     ) -> None:
-        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
-        self.features, self.process, self.batch = features, process, batch
-        self.settings, self.empty, self.decode = settings, empty, decode
+        self.student, self.teacher, self.features, self.batch = student, teacher, features, batch
+        self.settings, self.decode = settings, decode
+        self.process = teacher.process
         self.discriminator = Discriminator(features.channels, features.condition)
         self._drawn: dict[Part, Tensor] = {}
 
@@ -126,17 +139,9 @@ class AdversarialDistillation:
         t = (low + (high - low) * part.rand("teacher t")).long().to(drawn.device)
         eps = part.randn("teacher noise", *drawn.shape[1:]).to(drawn.device)
         with torch.no_grad():
-            wanted = self.decode(self._teacher(self.process.noised(drawn, eps, t), t, told))
+            wanted = self.decode(self.teacher.x0(self.process.noised(drawn, eps, t), t, told, self.settings.guidance))
         weight = self.process.alpha_bar(t).sqrt()
         return (weight * (self.decode(drawn) - wanted).square()).mean()
-
-    def _teacher(self, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """The teacher's clean latents, guided."""
-        if self.settings.guidance == 1 or self.empty is None:
-            return self.process.x0(predicted(self.teacher, x, t, told), x, t)
-        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64)))
-        with_words, without = predicted(self.teacher, torch.cat([x, x]), torch.cat([t, t]), words).chunk(2)
-        return self.process.x0(without + self.settings.guidance * (with_words - without), x, t)
 
     def _mismatched(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
         with torch.no_grad():

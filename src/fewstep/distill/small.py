@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 
 from fewstep.models.config import UNetConfig
 from fewstep.models.unet import UNet
+from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
+from fewstep.train.plan import Part, Plan
+from fewstep.train.process import predicted
+from fewstep.train.run import Work
+from fewstep.train.sources import Ahead, Source
+from fewstep.train.trainer import Loss, Turn
+from fewstep.weights.load import load_parts
 
 Features = dict[str, Tensor]
 """The output of each block of a UNet by the block's name, in the order of computing."""
@@ -150,3 +158,57 @@ def _record(features: Features, name: str, block: nn.Module, inputs: object, out
 def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     assert student.shape == teacher.shape, f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     return F.mse_loss(student.float(), teacher.detach().float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallTask:
+    """Train a student of the small shape on what its teacher `model` puts out, and on the data.
+
+    `student`: a model to go on from; without one it begins with the teacher's layers. `own`: weight of the training's
+    own loss; `output` and `features`: of the teacher's output and blocks (arXiv:2305.15798 has 1 for all three).
+    """
+
+    model: str | Path
+    data: Source
+    student: Path | None = None
+    text_drop: float = 0.1
+    own: float = 1.0
+    output: float = 1.0
+    features: float = 1.0
+    device: str = "cpu"
+    sample_prompts: tuple[str, ...] = ()
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`."""
+        device = torch.device(self.device)
+        parts = load_parts(self.model, dtype=torch.float32, device=device)
+        if self.student is None:
+            student, inherited = student_of(parts.unet)
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            (plan.folder / "inherited.txt").write_text(f"{inherited}\n", encoding="utf-8")
+        else:
+            student = load_parts(self.student, dtype=torch.float32, device=device).unet
+        student.train().requires_grad_(True)
+        source, small = Ahead(self.data), replace(parts, unet=student)
+        noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
+        return Work(
+            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy))},
+            finish=lambda trainer: save_result(small, trainer, student),
+            sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
+            waited=lambda: source.waited,
+        )
+
+    def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
+        def loss(part: Part) -> dict[str, Tensor]:
+            x, t, told, target = noisy(part)
+            with torch.no_grad(), block_features(teacher) as wanted:
+                theirs = predicted(teacher, x, t, told)
+            with block_features(student) as features:
+                ours = predicted(student, x, t, told)
+            terms = distillation_loss(
+                ours, theirs, features, wanted, output_weight=self.output, feature_weight=self.features
+            )
+            own = F.mse_loss(ours.float(), target)
+            return terms | {"loss": terms["loss"] + self.own * own, "own": own}
+
+        return loss

@@ -55,6 +55,7 @@ class UNet(nn.Module):
         return out
 
     def embedding(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+        """(B, emb): what every residual block is told of the time step, and with SDXL of pooled text and sizes."""
         emb: Tensor = self.time_embedding(sinusoidal_embedding(t, self.config.stages[0].channels).to(dtype))
         if self.add_embedding is None:
             return emb

@@ -57,17 +57,20 @@ def check_fits(run: Run, trainer: Trainer) -> None:
         )
 
 
-def hours(run: Run, trainer: Trainer) -> float:
-    """How long the rest of the run will take here, by the time of a second step without its update."""
+def estimate(run: Run, trainer: Trainer) -> str:
+    """One line: how long the rest will take here, and what that emits; steps are timed by a second one, not applied."""
     plan, seconds = run.plan, 0.0
     if plan.steps is None:
         assert plan.seconds is not None
-        return max(0.0, plan.seconds - trainer.clock) / 3600
-    for _ in range(2):
-        started = time.monotonic()
-        trainer.rehearse()
-        seconds = time.monotonic() - started
-    return (plan.steps - trainer.step) * seconds / 3600
+        hours = max(0.0, plan.seconds - trainer.clock) / 3600
+    else:
+        for _ in range(2):
+            started = time.monotonic()
+            trainer.rehearse()
+            seconds = time.monotonic() - started
+        hours = (plan.steps - trainer.step) * seconds / 3600
+    kg = hours * trainer.ranks * WATTS / 1000 * KG_PER_KWH
+    return f"about {hours:.3g} h to go, {kg:.3g} kg CO2 at {WATTS:g} W a process and {KG_PER_KWH:g} kg/kWh (assumed)"
 
 
 def _free_memory() -> int | None:

@@ -19,26 +19,33 @@ def join_ranks() -> tuple[int, int]:
     return (dist.get_rank(), ranks) if ranks > 1 else (0, 1)
 
 
-def leave_ranks() -> None:
-    """Wait for all ranks and part: a rank whose peer has gone without a word aborts."""
+def meet_ranks() -> None:
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave_ranks() -> None:
+    """Wait for all ranks and part: a rank whose peer has gone without a word aborts."""
+    meet_ranks()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def shard(network: nn.Module) -> None:
     """Share the weights of `network` out over all ranks, block by block (FSDP2); nothing with a single rank.
 
-    Modules that are run are what is shared out: a container of several networks must not be called itself.
+    Each module in a list is a block, inner ones first; a list or a dict of networks is none itself.
     """
     if not dist.is_initialized():
         return
     for module in reversed(list(network.modules())):
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                if not isinstance(block, FSDPModule):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            for block in module.children():
+                if not isinstance(block, (FSDPModule, nn.ModuleList)):
                     fully_shard(block)
-    fully_shard(network)
+    if not isinstance(network, (nn.ModuleList, nn.ModuleDict)):
+        fully_shard(network)
 
 
 def average(gradients: Sequence[Tensor], numbers: Sequence[float]) -> list[float]:

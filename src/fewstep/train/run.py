@@ -14,7 +14,7 @@ from PIL import Image
 
 from fewstep.errors import InputError, unknown
 from fewstep.train.plan import Plan
-from fewstep.train.ranks import leave_ranks
+from fewstep.train.ranks import meet_ranks
 from fewstep.train.trainer import Trainer, Turn
 
 DONE = "done"
@@ -78,20 +78,23 @@ def chosen(runs: Mapping[str, Run], names: Sequence[str]) -> dict[str, Run]:
     return {name: run for name, run in runs.items() if not names or name in names}
 
 
-def carry_out(run: Run) -> bool:
-    """Train a stage to its end and write what comes of it; False where that was done before."""
+def carry_out(run: Run, *, before: Callable[[Run, Trainer], None] = lambda run, trainer: None) -> bool:
+    """Train a stage to its end and write what comes of it; False where that was done before.
+
+    `before` is called when all is ready, with the run where it goes on.
+    """
     done = run.plan.folder / DONE
     if done.exists():
         return False
     work = run.task.prepare(run.plan)
     trainer = Trainer(work.turns, run.plan, waited=work.waited, sample=work.sample)
+    before(run, trainer)
     trainer.run()
     if not trainer.stopping:
         work.finish(trainer)
-        if trainer.rank == 0:
-            done.touch()
-    leave_ranks()
-    return not trainer.stopping
+        done.touch()
+    meet_ranks()  # the next stage may begin from what rank 0 has just written
+    return True
 
 
 def _imported(path: Path) -> ModuleType:

@@ -1,0 +1,70 @@
+"""Adversarial diffusion distillation as a training task: from a model to its turbo edition."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from fewstep.distill.add import AddSettings, AdversarialDistillation, Teacher
+from fewstep.distill.discriminator import NoisyLatentFeatures
+from fewstep.models.unet import UNet
+from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
+from fewstep.train.plan import Plan
+from fewstep.train.run import Work
+from fewstep.train.sources import Ahead, Examples, Source
+from fewstep.weights.load import load_parts
+from fewstep.weights.parts import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboTask:
+    """Distil `model` into a student that draws in one to four steps without guidance.
+
+    `student`: a model to begin from instead of the teacher itself. The discriminator sees the teacher's own features
+    of noisy latents (arXiv:2403.12015). `discriminator_rate` is relative to the plan's.
+    """
+
+    model: str | Path
+    data: Source
+    student: Path | None = None
+    settings: AddSettings = field(default_factory=AddSettings)
+    discriminator_rate: float = 1.0
+    device: str = "cpu"
+    sample_prompts: tuple[str, ...] = ()
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`."""
+        del plan
+        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        student = self._student(parts)
+        turbo = replace(turbo_edition(parts), unet=student)
+        source = Ahead(self.data)
+        add = self.distillation(parts, student, NoisyLatents(parts, source, text_drop=0.0))
+        return Work(
+            turns=add.turns(discriminator_rate=self.discriminator_rate),
+            finish=lambda trainer: save_result(turbo, trainer, student, "student"),
+            sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
+            waited=lambda: source.waited,
+        )
+
+    def distillation(self, parts: Parts, student: UNet, noisy: NoisyLatents) -> AdversarialDistillation:
+        """The losses."""
+        process = noisy.process
+        teacher = Teacher(parts.unet, process, told_of(parts, noisy.engine, Examples(captions=[""])))
+        features = NoisyLatentFeatures(parts.unet, process)
+        return AdversarialDistillation(student, teacher, features, noisy.clean, settings=self.settings)
+
+    def _student(self, parts: Parts) -> UNet:
+        if self.student is None:
+            return copy.deepcopy(parts.unet).train().requires_grad_(True)
+        loaded = load_parts(self.student, dtype=torch.float32, device=torch.device(self.device))
+        return loaded.unet.train().requires_grad_(True)
+
+
+def turbo_edition(parts: Parts) -> Parts:
+    """The same with the defaults of a turbo model: one step of Euler from the highest level, without guidance."""
+    defaults = replace(parts.defaults, steps=1, guidance_scale=0.0, sampler="euler", schedule="trailing")
+    return replace(parts, defaults=defaults, scheduler=replace(parts.scheduler, sampler="euler", spacing="trailing"))
