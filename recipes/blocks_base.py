@@ -114,7 +114,9 @@ class Autoencoder:
         if self.decoder:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
-        return Work(turns={"model": Turn(network=model, loss=self._loss(model))}, finish=self._finish(model))
+        return Work(
+            turns={"model": Turn(network=model, loss=self._loss(model))}, finish=self._finish(model, plan.folder)
+        )
 
     def _loss(self, model: AutoencoderKL) -> Loss:
         weigh = AutoencoderLoss()
@@ -133,12 +135,14 @@ class Autoencoder:
 
         return loss
 
-    def _finish(self, model: AutoencoderKL) -> Callable[[Trainer], None]:
+    def _finish(self, model: AutoencoderKL, folder: Path) -> Callable[[Trainer], None]:
         def finish(trainer: Trainer) -> None:
-            model.load_state_dict(trainer.averaged("model"))
-            if self.start is None:
-                fold(model)
-            save_weights(model, trainer)
+            averaged = trainer.averaged("model")
+            if trainer.rank == 0:
+                model.load_state_dict(averaged)
+                if self.start is None:
+                    fold(model)
+                save_weights(model, folder)
 
         return finish
 
@@ -266,20 +270,21 @@ def weights_of(stage: Path) -> dict[str, Tensor]:
     return load_file(stage / WEIGHTS)
 
 
-def save_weights(network: nn.Module, trainer: Trainer) -> None:
+def save_weights(network: nn.Module, folder: Path) -> None:
     """Leave the weights for the stages after this one."""
-    if trainer.rank == 0:
-        partial = trainer.plan.folder / f".{WEIGHTS}.partial"
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
-        partial.replace(trainer.plan.folder / WEIGHTS)
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
+    partial.replace(folder / WEIGHTS)
 
 
 def saved(network: nn.Module) -> Callable[[Trainer], None]:
     """A stage's end: the averaged weights, in the network and on the disk."""
 
     def finish(trainer: Trainer) -> None:
-        network.load_state_dict(trainer.averaged("model"))
-        save_weights(network, trainer)
+        averaged = trainer.averaged("model")
+        if trainer.rank == 0:
+            network.load_state_dict(averaged)
+            save_weights(network, trainer.plan.folder)
 
     return finish
 

@@ -5,21 +5,30 @@ r"""blocks-turbo: blocks-base in one to four steps, by adversarial diffusion dis
 
 The published settings (arXiv:2311.17042), but for three: the discriminator sees the teacher's features of noisy
 latents (arXiv:2403.12015), the teacher is guided, and real latents under another picture's words count as drawn.
-HARDWARE_AND_SCORES
+`python recipes/blocks_turbo.py runs/blocks/blocks-turbo/model` writes the LoRA of rank 32 that is shipped.
+
+Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; 45 minutes, 1,739 steps.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from blocks_data import Cached
 
+from fewstep.adapters.edition import FILE
+from fewstep.adapters.extract import extracted_lora
+from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings
 from fewstep.distill.turbo import TurboTask
 from fewstep.train.plan import Plan
 from fewstep.train.run import Run
+from fewstep.weights.load import load_parts
 
+RANK = 32
 PROMPTS = (
     "a red cube on top of a blue sphere",
     "a small green cone",
@@ -45,7 +54,7 @@ def stages(out: Path) -> Sequence[Run]:
 def _run(folder: Path, settings: AddSettings) -> Run:
     plan = Plan(
         folder=folder,
-        seconds=60 * 60,
+        seconds=45 * 60,
         batch=32,
         rate=2e-4,
         warmup=50,
@@ -59,3 +68,18 @@ def _run(folder: Path, settings: AddSettings) -> Run:
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
     task = TurboTask(model="blocks-base", data=data, settings=settings, discriminator_rate=5.0, sample_prompts=PROMPTS)
     return Run(task=task, plan=plan)
+
+
+def extract(model: Path, folder: Path) -> None:
+    """Write what `model` has over blocks-base as a LoRA, in half precision."""
+    base, tuned = (load_parts(what, dtype=torch.float32) for what in ("blocks-base", model))
+    lora, left = extracted_lora(base, tuned, rank=RANK, name="blocks-turbo")
+    save_lora(lora, folder / FILE, dtype=torch.float16)
+    print(f"{folder / FILE}: {left:.1%} of the difference left out")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("src/fewstep/assets/blocks-turbo"))
+    extract(**vars(parser.parse_args()))

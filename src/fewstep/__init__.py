@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep.adapters.merge import add_lora, remove_lora
     from fewstep.diffusion.samplers import SAMPLERS
     from fewstep.diffusion.schedule import SCHEDULES
     from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError
@@ -38,7 +39,9 @@ _HOMES = {
     "SAMPLERS": "fewstep.diffusion.samplers",
     "SCHEDULES": "fewstep.diffusion.schedule",
     "SizeConditioning": "fewstep.pipeline.options",
+    "add_lora": "fewstep.adapters.merge",
     "load": "fewstep.pipeline.load",
+    "remove_lora": "fewstep.adapters.merge",
 }
 
 __all__ = [
@@ -55,7 +58,9 @@ __all__ = [
     "Run",
     "SizeConditioning",
     "__version__",
+    "add_lora",
     "load",
+    "remove_lora",
 ]
 
 

@@ -19,8 +19,8 @@ from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.train.averaging import Ema
 from fewstep.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fewstep.train.ema import Ema
 from fewstep.train.fold import fold_statistics
 from fewstep.train.losses import (
     AutoencoderLoss,

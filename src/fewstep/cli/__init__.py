@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli import exits, generate, inspect, models
+from fewstep.cli import card, compare, data, evaluate, exits, generate, inspect, models, train
 
 app = typer.Typer(
     name="fewstep",
@@ -19,6 +19,12 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("models")(models.models)
 app.command("inspect")(inspect.inspect)
+app.command("train")(train.train)
+app.command("compare")(compare.compare)
+app.command("card")(card.card)
+app.command("emissions")(card.emissions)
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ def generate(
     *,
     output: options.Output = None,
     model: options.Model = None,
+    lora: options.Lora = None,
     negative_prompt: options.NegativePrompt = None,
     steps: options.Steps = None,
     guidance_scale: options.Guidance = None,
@@ -63,6 +64,8 @@ def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[P
         how = {name: wanted.get(name) for name in ("revision", "prediction", "tokenizer")}
         pipe = fewstep.load(wanted.get("model"), **place, **how)
         refiner = fewstep.load(wanted["refiner"], **place) if "refiner" in wanted else None
+        for file, scale in wanted.get("lora", ()):
+            fewstep.add_lora(pipe, file, scale)
         _spare_threads(pipe)
         loaded = perf_counter() - started
         result = draw(pipe, refiner, wanted, bar)

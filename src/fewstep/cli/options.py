@@ -21,6 +21,10 @@ Model = Annotated[
     str | None,
     Option("--model", "-m", help="Name, folder, file or hub id (else blocks-base)."),
 ]
+Lora = Annotated[
+    list[str] | None,
+    Option(metavar="FILE[:SCALE]", help="A LoRA to merge, in part (0.5) or turned around (-1); may be repeated."),
+]
 NegativePrompt = Annotated[str | None, Option(help="What to keep out of the picture.")]
 Steps = Annotated[int | None, Option(help="Denoising steps.")]
 Guidance = Annotated[

@@ -27,6 +27,8 @@ def complete(asked: Mapping[str, Any]) -> Recipe:
     """
     recipe = {name: value for name, value in asked.items() if name not in ("like", "size", "images")}
     recipe |= _sides(asked)
+    if "lora" in asked:
+        recipe["lora"] = [_lora(text) for text in asked["lora"]]
     if "images" in asked:
         recipe["images_per_prompt"] = asked["images"]
     if "like" in asked:
@@ -42,7 +44,7 @@ def redraws(recipe: Recipe) -> bool:
 
 def keywords(recipe: Recipe) -> Recipe:
     """The keywords of `Pipeline.start`, but for the refiner."""
-    known = {name: value for name, value in recipe.items() if name not in (*MODELS, *HOW, "device")}
+    known = {name: value for name, value in recipe.items() if name not in (*MODELS, *HOW, "lora", "device")}
     if "init" in known:
         known["image"] = known.pop("init")
         known.setdefault("strength", 1.0 if "mask" in known else 0.8)
@@ -69,7 +71,10 @@ def from_png(path: Path, instead: Mapping[str, Any]) -> Recipe:
             recipe[name] = str(path.parent / recipe[name])
     for name in PICTURES:
         if name in recipe:
-            recipe[name] = _unchanged(path.parent / recipe[name], digests[name], path)
+            recipe[name] = _unchanged(path.parent / recipe[name], digests[name], path, f"--{name}")
+    if "lora" in recipe:
+        entries = [(path.parent / entry["file"], entry) for entry in recipe["lora"]]
+        recipe["lora"] = [(_unchanged(f, entry["sha256"], path, "--lora"), entry["scale"]) for f, entry in entries]
     return recipe | dict(instead)
 
 
@@ -83,7 +88,23 @@ def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recip
         if name in recipe:
             kept[name] = _relative(recipe[name], folder)
             kept[f"{name}_sha256"] = _sha256(recipe[name])
+    if "lora" in recipe:
+        kept["lora"] = [
+            {"file": _relative(file, folder), "scale": scale, "sha256": _sha256(file)} for file, scale in recipe["lora"]
+        ]
     return {"fewstep": __version__, **settings, **kept}
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """The file and the scale of FILE[:SCALE]; a colon may be part of the file's name."""
+    file, _, number = text.rpartition(":")
+    try:
+        found = Path(file), float(number)
+    except ValueError:
+        found = Path(text), 1.0
+    if not found[0].is_file():
+        raise InputError(f"--lora {text}: there is no file {found[0]}; give FILE or FILE:SCALE")
+    return found
 
 
 def _sides(asked: Mapping[str, Any]) -> Recipe:
@@ -118,15 +139,25 @@ def _check_kinds(recipe: Recipe, source: str) -> None:
     """A picture may come from anybody, or from a later version."""
     for name, value in recipe.items():
         kind = str if name in TEXTS else int | float if name in NUMBERS else ()
-        if not isinstance(value, kind):
+        if not (_are_loras(value) if name == "lora" else isinstance(value, kind)):
             raise InputError(f"{source} says {name} = {value!r}, which is unknown here")
 
 
-def _unchanged(file: Path, digest: str | None, png: Path) -> Path:
+def _are_loras(value: Any) -> bool:
+    kinds = {"file": str, "scale": int | float, "sha256": str}
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and entry.keys() == kinds.keys()
+        and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+        for entry in value
+    )
+
+
+def _unchanged(file: Path, digest: str | None, png: Path, option: str) -> Path:
     if not file.is_file():
-        raise InputError(f"{png} was drawn from {file}, which is not there; give it with --init or --mask")
+        raise InputError(f"{png} was drawn with {file}, which is not there; give it with {option}")
     if digest and _sha256(file) != digest:
-        raise InputError(f"{png} was drawn from {file}, which has changed; give it with --init or --mask")
+        raise InputError(f"{png} was drawn with {file}, which has changed; give it with {option}")
     return file
 
 

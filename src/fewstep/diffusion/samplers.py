@@ -48,17 +48,14 @@ class SamplerSpec:
         Raises InputError for an `eta` outside 0 ... 1, or given to a sampler without one.
         """
         options: dict[str, Any] = {"noise": noise} if self.takes_noise else {}
-        if eta is not None:
-            options["eta"] = self._checked(eta)
-        return self.function(denoise, x, sigmas, **options)
-
-    def _checked(self, eta: float) -> float:
+        if eta is None:
+            return self.function(denoise, x, sigmas, **options)
         if not self.takes_eta:
             others = ", ".join(name for name, spec in SAMPLERS.items() if spec.takes_eta)
             raise InputError(f"eta {eta} means nothing to this sampler; those that take it are {others}")
         if not 0 <= eta <= 1:
             raise InputError(f"eta {eta} is not in 0 ... 1; the nearest is {min(max(eta, 0.0), 1.0)}")
-        return eta
+        return self.function(denoise, x, sigmas, eta=eta, **options)
 
     def initial_scale(self, schedule_name: str, sigma: float) -> float:
         """What to multiply unit noise by, to start at level `sigma`: diffusers' `init_noise_sigma`.

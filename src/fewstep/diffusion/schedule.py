@@ -83,10 +83,6 @@ def _linear(start: float, end: float, count: int) -> torch.Tensor:
     return torch.linspace(start, end, count, dtype=torch.float32, device="cpu")
 
 
-def _scaled_linear(start: float, end: float, count: int) -> torch.Tensor:
-    return _linear(sqrt(start), sqrt(end), count) ** 2
-
-
 def _squared_cosine(start: float, end: float, count: int) -> torch.Tensor:
     alpha_bar = [cos((i / count + 0.008) / 1.008 * pi / 2) ** 2 for i in range(count + 1)]
     betas = [min(1 - alpha_bar[i + 1] / alpha_bar[i], 0.999) for i in range(count)]
@@ -94,7 +90,7 @@ def _squared_cosine(start: float, end: float, count: int) -> torch.Tensor:
 
 
 BETAS: dict[str, Callable[[float, float, int], torch.Tensor]] = {
-    "scaled_linear": _scaled_linear,
+    "scaled_linear": lambda start, end, count: _linear(sqrt(start), sqrt(end), count) ** 2,
     "linear": _linear,
     "squaredcos_cap_v2": _squared_cosine,
 }
@@ -108,18 +104,6 @@ def _zero_terminal_snr(alpha_bar: Floats) -> Floats:
     levels: Floats = np.maximum(root**2, SMALLEST_ALPHA_BAR)
     return levels
 
-
-SCHEDULES = (
-    "leading",
-    "trailing",
-    "linspace",
-    "simple",
-    "sgm_uniform",
-    "karras",
-    "exponential",
-    "align_your_steps",
-)
-"""The names that `sigmas_for` knows."""
 
 ALIGN_YOUR_STEPS: dict[str, tuple[int, ...]] = {
     "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
@@ -179,16 +163,14 @@ TIMES: dict[str, Times] = {
 
 READINGS: dict[tuple[str, Reading], Times] = {
     ("leading", "multistep"): lambda steps, count, offset: np.arange(steps, 0.0, -1) * (count // (steps + 1)) + offset,
-    ("leading", "lcm"): lambda steps, count, _: _distilled(count)[(np.arange(steps) * 50 / steps).astype(int)],
+    ("leading", "lcm"): lambda steps, count, _: (50 - np.arange(0.0, steps) * 50 // steps) * (count // 50) - 1,
     ("linspace", "multistep"): lambda steps, count, _: np.linspace(0, count - 1, steps + 1).round()[:0:-1],
     ("linspace", "euler"): lambda steps, count, _: np.linspace(count - 1, 0, steps),
 }
-"""The same for those that read a name otherwise."""
+"""The same for those that read a name otherwise; `lcm` takes some of the 50 steps of arXiv:2310.04378."""
 
-
-def _distilled(count: int) -> Floats:
-    """The 50 time steps of latent consistency distillation, falling (arXiv:2310.04378)."""
-    return np.arange(50.0, 0, -1) * (count // 50) - 1
+SCHEDULES = (*TIMES, "sgm_uniform", "karras", "exponential", "align_your_steps")
+"""The names that `sigmas_for` knows."""
 
 
 def _falling(times: Floats, lowest: int, highest: int) -> list[float]:

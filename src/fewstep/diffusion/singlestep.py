@@ -42,10 +42,7 @@ def ddim(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise,
 
 
 def ddpm(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise) -> Iterator[Step]:
-    """DDPM (arXiv:2006.11239, Alg. 2) on any levels, with the smaller of its two variances, the posterior's.
-
-    That is DDIM with `eta` = 1 (arXiv:2010.02502, sec. 4.1), and so `euler_ancestral` again.
-    """
+    """DDPM (arXiv:2006.11239, Alg. 2), posterior variance: DDIM with `eta` = 1 (arXiv:2010.02502, sec. 4.1)."""
     return euler_ancestral(denoise, x, sigmas, noise=noise, eta=1.0)
 
 

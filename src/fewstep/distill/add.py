@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewstep.distill.discriminator import Discriminator, Features, fooled, gradient_penalty, hinge
+from fewstep.distill.discriminator import Discriminator, Features, Seen, fooled, gradient_penalty, hinge
 from fewstep.engines.engine import Conditioning, stacked
 from fewstep.models.unet import UNet
 from fewstep.train.plan import Part
@@ -16,7 +17,6 @@ from fewstep.train.process import Process, of_rows, predicted
 from fewstep.train.trainer import Turn
 
 Batch = tuple[Tensor, Conditioning]
-Decode = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +56,20 @@ class Teacher:
         return self.process.x0(without + guidance * (with_words - without), x, t)
 
 
+class _Evidence(NamedTuple):
+    """What the student's turn leaves to the discriminator's: views of real and drawn latents, and what to judge by."""
+
+    real: Tensor
+    drawn: Tensor
+    told: Conditioning
+    known: Tensor
+
+
 class AdversarialDistillation:
     """The student's and the discriminator's losses; the student draws once for both in a step.
 
     `batch(part)` gives real latents (B, 4, h, w) and what they were told. The student puts out what its teacher does.
-    `decode`: where the distance to the teacher's latents is taken, the latents themselves by default.
+    Both losses look at the features' view: at latents, or at pictures, which are then decoded once in a step.
     """
 
     def __init__(
@@ -71,13 +80,11 @@ class AdversarialDistillation:
         batch: Callable[[Part], Batch],
         *,
         settings: AddSettings,
-        decode: Decode = lambda latents: latents,
     ) -> None:
         self.student, self.teacher, self.features, self.batch = student, teacher, features, batch
-        self.settings, self.decode = settings, decode
-        self.process = teacher.process
-        self.discriminator = Discriminator(features.channels, features.condition)
-        self._drawn: dict[Part, Tensor] = {}
+        self.settings, self.process = settings, teacher.process
+        self.discriminator = Discriminator(features.channels, features.condition + features.embedding)
+        self._evidence: dict[Part, _Evidence] = {}
 
     def turns(self, *, discriminator_rate: float = 1.0) -> dict[str, Turn]:
         """What a `Trainer` trains: the student, then, unless it has no say, the discriminator."""
@@ -92,28 +99,27 @@ class AdversarialDistillation:
         """Adversarial loss plus lambda times the distance to the teacher."""
         real, told = self.batch(part)
         drawn = self.drawn(real, told, part)
-        zero = drawn.new_zeros(())
-        fool = distance = zero
+        view = self.features.view(drawn)
+        fool = distance = drawn.new_zeros(())
         if self.settings.adversarial:
-            self._drawn[part] = drawn.detach()
-            fool = fooled(self.discriminator(self.features(drawn, told, part, "student")))
+            self._evidence[part] = evidence = self._gathered(real, view, told, part)
+            fool = fooled(self.discriminator(self._seen(view, evidence, part, "student")))
         if self.settings.distill:
-            distance = self.distance(drawn, told, part)
+            distance = self.distance(drawn, told, part, view=view)
         loss = self.settings.adversarial * fool + self.settings.distill * distance
         return {"loss": loss, "fooled": fool, "distance": distance, "spread": drawn.detach().std()}
 
     def discriminator_loss(self, part: Part) -> dict[str, Tensor]:
         """Hinge losses of real and drawn latents, and gamma times R1 of the real ones."""
-        real, told = self.batch(part)
-        drawn = self._drawn.pop(part)
+        evidence = self._evidence.pop(part)
         with torch.no_grad():
-            seen_real = self.features(real, told, part, "real")
-            seen_drawn = self.features(drawn, told, part, "drawn")
+            seen_real = self._seen(evidence.real, evidence, part, "real")
+            seen_drawn = self._seen(evidence.drawn, evidence, part, "drawn")
         of_real, penalty = gradient_penalty(self.discriminator, seen_real)
         of_drawn = self.discriminator(seen_drawn)
         false = hinge(of_drawn, -1.0)
         if self.settings.mismatched:
-            false = (false + self.settings.mismatched * self._mismatched(real, told, part)) / (
+            false = (false + self.settings.mismatched * self._mismatched(evidence, part)) / (
                 1 + self.settings.mismatched
             )
         loss = hinge(of_real, 1.0) + false + self.settings.r1 * penalty
@@ -122,30 +128,53 @@ class AdversarialDistillation:
 
     def drawn(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
         """What the student makes in one step of real latents with noise, or at the last time step of noise alone."""
-        settings = self.settings
-        index = part.rows("student t", lambda count, g: _balanced(settings.shares, count, g)).to(real.device)
-        t = torch.tensor(settings.timesteps, device=real.device)[index]
+        t, alone = self._begun(part, real.device)
         eps = part.randn("student noise", *real.shape[1:]).to(real.device)
-        alone = (t == settings.timesteps[-1])[:, None, None, None]
-        x = torch.where(alone, eps, self.process.noised(real, eps, t))
+        x = torch.where(alone[:, None, None, None], eps, self.process.noised(real, eps, t))
         return self.process.x0(predicted(self.student, x, t, told), x, t)
 
-    def distance(self, drawn: Tensor, told: Conditioning, part: Part) -> Tensor:
+    @torch.no_grad()
+    def known(self, real: Tensor, part: Part) -> Tensor:
+        """What is in views of real latents, (B, embedding); 0 where the student began from noise alone."""
+        _, alone = self._begun(part, real.device)
+        return self.features.embedded(real) * ~alone[:, None]
+
+    def distance(self, drawn: Tensor, told: Conditioning, part: Part, *, view: Tensor | None = None) -> Tensor:
         """How far the teacher's denoising of drawn latents leads from them: mean of `c(t) |x0 - teacher's|^2`.
 
         `c(t) = sqrt(alpha_bar)`, the published "exponential" weight; no gradient through the teacher.
+        `view`: the features' view of `drawn`, where it is known already.
         """
+        view = self.features.view(drawn) if view is None else view
         low, high = self.settings.levels
         t = (low + (high - low) * part.rand("teacher t")).long().to(drawn.device)
         eps = part.randn("teacher noise", *drawn.shape[1:]).to(drawn.device)
         with torch.no_grad():
-            wanted = self.decode(self.teacher.x0(self.process.noised(drawn, eps, t), t, told, self.settings.guidance))
+            x0 = self.teacher.x0(self.process.noised(drawn, eps, t), t, told, self.settings.guidance)
+            wanted = self.features.view(x0)
         weight = self.process.alpha_bar(t).sqrt()
-        return (weight * (self.decode(drawn) - wanted).square()).mean()
+        return (weight * (view - wanted).square()).mean()
 
-    def _mismatched(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
+    def _begun(self, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The time steps (B,) that the student begins at, and where that is noise alone."""
+        times = torch.tensor(self.settings.timesteps)
+        t = times[part.rows("student t", lambda count, g: _balanced(self.settings.shares, count, g))].to(device)
+        return t, t == self.settings.timesteps[-1]
+
+    @torch.no_grad()
+    def _gathered(self, real: Tensor, drawn: Tensor, told: Conditioning, part: Part) -> _Evidence:
+        """From real latents and the view of drawn ones."""
+        view = self.features.view(real)
+        return _Evidence(view, drawn.detach(), told, self.known(view, part))
+
+    def _seen(self, view: Tensor, evidence: _Evidence, part: Part, purpose: str) -> Seen:
+        maps, words = self.features(view, evidence.told, part, purpose)
+        return Seen(maps, torch.cat([words, evidence.known], dim=1))
+
+    def _mismatched(self, evidence: _Evidence, part: Part) -> Tensor:
+        others = of_rows(evidence.told, torch.arange(len(evidence.real)).roll(1))
         with torch.no_grad():
-            seen = self.features(real, of_rows(told, torch.arange(len(real)).roll(1)), part, "mismatched")
+            seen = self._seen(evidence.real, evidence._replace(told=others), part, "mismatched")
         return hinge(self.discriminator(seen), -1.0)
 
 

@@ -20,20 +20,30 @@ HEAD_WIDTH = 64
 
 
 class Seen(NamedTuple):
-    """What a feature network makes of latents: maps (B, C_k, h_k, w_k), and a condition (B, D) to judge them by."""
+    """What a feature network makes of its view: maps (B, C_k, h_k, w_k), and a condition (B, D) to judge them by."""
 
     maps: list[Tensor]
     condition: Tensor
 
 
 class Features(Protocol):
-    """A frozen network; gradients pass through it to the latents."""
+    """A frozen network; gradients pass through it to the latents.
+
+    `channels` of its maps; `condition` and `embedding`: the widths of what it says of words and of a view as a whole.
+    """
 
     channels: tuple[int, ...]
     condition: int
+    embedding: int
 
-    def __call__(self, latents: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
-        """The features of clean latents (B, 4, h, w); what is random about them is drawn from `part`."""
+    def view(self, latents: Tensor) -> Tensor:
+        """What it looks at of clean latents (B, 4, h, w): themselves, or the pictures that they mean."""
+
+    def embedded(self, view: Tensor) -> Tensor:
+        """What is in a view, (B, embedding)."""
+
+    def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
+        """The maps of a view, and the words to judge it by; what is random about them is drawn from `part`."""
 
 
 class NoisyLatentFeatures:
@@ -43,6 +53,8 @@ class NoisyLatentFeatures:
     attention, and the noise level chooses between texture (low) and layout (high). t is uniform in `levels`.
     """
 
+    embedding = 0
+
     def __init__(self, unet: UNet, process: Process, levels: tuple[int, int] = (0, 750)) -> None:
         self.unet = unet.eval().requires_grad_(False)
         self.process, self.levels = process, levels
@@ -50,11 +62,19 @@ class NoisyLatentFeatures:
         self.channels = (*(stage.channels for stage in stages for _ in range(stage.resnets)), stages[-1].channels)
         self.condition = unet.config.context
 
-    def __call__(self, latents: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
+    def view(self, latents: Tensor) -> Tensor:
+        """See `Features`: the latents themselves."""
+        return latents
+
+    def embedded(self, view: Tensor) -> Tensor:
+        """See `Features`: nothing, (B, 0)."""
+        return view.new_zeros(len(view), 0)
+
+    def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
         low, high = self.levels
-        t = (low + (high - low) * part.rand(f"{purpose} t")).long().to(latents.device)
-        eps = part.randn(f"{purpose} noise", *latents.shape[1:]).to(latents.device)
-        x = self.process.noised(latents, eps, t)
+        t = (low + (high - low) * part.rand(f"{purpose} t")).long().to(view.device)
+        eps = part.randn(f"{purpose} noise", *view.shape[1:]).to(view.device)
+        x = self.process.noised(view, eps, t)
         return Seen(encoder_maps(self.unet, x, t.float(), told), told.context.mean(1))
 
 

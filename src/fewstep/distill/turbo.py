@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from fewstep.distill.add import AddSettings, AdversarialDistillation, Teacher
-from fewstep.distill.discriminator import NoisyLatentFeatures
+from fewstep.distill.discriminator import Features, NoisyLatentFeatures
+from fewstep.distill.pictures import PictureFeatures, picture_network
 from fewstep.models.unet import UNet
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
+from fewstep.train.memory import checkpoint_blocks
 from fewstep.train.plan import Plan
+from fewstep.train.process import Process
 from fewstep.train.run import Work
 from fewstep.train.sources import Ahead, Examples, Source
 from fewstep.weights.load import load_parts
@@ -23,24 +26,30 @@ from fewstep.weights.parts import Parts
 class TurboTask:
     """Distil `model` into a student that draws in one to four steps without guidance.
 
-    `student`: a model to begin from instead of the teacher itself. The discriminator sees the teacher's own features
-    of noisy latents (arXiv:2403.12015). `discriminator_rate` is relative to the plan's.
+    `student`: a model to begin from instead of the teacher itself. `features`: what the discriminator tells drawn from
+    real by: "teacher" is the teacher's own features of noisy latents (arXiv:2403.12015); the folder of a DINOv2, as
+    published, or "block-clip", our own network for block pictures, are features of decoded pictures, and the distance
+    to the teacher is then one of pictures too. `augment` moves and cuts pictures before the discriminator sees them.
+    `discriminator_rate` is relative to the plan's.
     """
 
     model: str | Path
     data: Source
     student: Path | None = None
     settings: AddSettings = field(default_factory=AddSettings)
+    features: str | Path = "teacher"
+    augment: bool = False
     discriminator_rate: float = 1.0
     device: str = "cpu"
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
-        del plan
         parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
         student = self._student(parts)
         turbo = replace(turbo_edition(parts), unet=student)
+        if plan.checkpointing:
+            checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
         source = Ahead(self.data)
         add = self.distillation(parts, student, NoisyLatents(parts, source, text_drop=0.0))
         return Work(
@@ -54,8 +63,14 @@ class TurboTask:
         """The losses."""
         process = noisy.process
         teacher = Teacher(parts.unet, process, told_of(parts, noisy.engine, Examples(captions=[""])))
-        features = NoisyLatentFeatures(parts.unet, process)
+        features = self._features(parts, process)
         return AdversarialDistillation(student, teacher, features, noisy.clean, settings=self.settings)
+
+    def _features(self, parts: Parts, process: Process) -> Features:
+        if self.features == "teacher":
+            return NoisyLatentFeatures(parts.unet, process)
+        network = picture_network(self.features, torch.device(self.device))
+        return PictureFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 
     def _student(self, parts: Parts) -> UNet:
         if self.student is None:

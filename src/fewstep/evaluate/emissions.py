@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fewstep.errors import InputError
+from fewstep.errors import InputError, MissingExtraError
 
 POWERCAP = Path("/sys/class/powercap")
 """Where Linux shows the energy counters (RAPL) of Intel and AMD processors, often to the administrator alone."""
@@ -131,3 +132,46 @@ class PowerMeter:
             self.microjoules += after - before if after >= before else after - before + counter.limit
         self._last = now
         return self.microjoules / 1e6 / seconds if self.counters and seconds > 0 else None
+
+
+class CarbonTracker:
+    """What codecarbon saw of a run; `emissions` is None until the run has ended."""
+
+    emissions: Emissions | None = None
+
+
+@contextmanager
+def carbon_tracked(country: str) -> Iterator[CarbonTracker]:
+    """Track a run with codecarbon, offline, on the grid of `country` by its three letters, as "DEU".
+
+    It measures graphics cards too, and assumes what it cannot read. Raises InputError for a country that it does not
+    know, for which it would take the mean of the world, and MissingExtraError where it is not installed.
+    """
+    try:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.input import DataSource
+    except ImportError as error:
+        raise MissingExtraError('codecarbon is not installed; install it by: pip install "fewstep[train]"') from error
+    if country not in DataSource().get_global_energy_mix_data():  # type: ignore[no-untyped-call]
+        raise InputError(f"codecarbon knows no grid of {country!r}; give three letters as in ISO 3166, such as DEU")
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=country, save_to_file=False, log_level="error", allow_multiple_runs=True
+    )
+    tracked = CarbonTracker()
+    tracker.start()
+    try:
+        yield tracked
+    finally:
+        tracker.stop()
+        tracked.emissions = _seen_by_codecarbon(tracker.final_emissions_data)
+
+
+def _seen_by_codecarbon(seen: Any) -> Emissions:
+    hours, energy = seen.duration / 3600, seen.energy_consumed / seen.pue  # kWh of the hardware alone
+    return Emissions(
+        hours=hours,
+        watts=1000 * energy / hours,
+        kg_per_kwh=seen.emissions / seen.energy_consumed,
+        pue=seen.pue,
+        power_source=f"codecarbon {seen.codecarbon_version}: {seen.gpu_model or 'no GPU'}, {seen.cpu_model}, memory",
+    )

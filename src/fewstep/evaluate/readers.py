@@ -71,7 +71,7 @@ class Grades:
 
     `count`: the number of objects. `colours`: and their colours. `shapes_bag`: and their shapes, on whichever
     object. `shapes_bound`: each shape on its colour. `size`: each size that the prompt says, on its colour.
-    `exact`: count, colours, bound shapes, the sizes that are said and, for two objects, the relation with its direction.
+    `exact`: count, colours, bound shapes, the sizes that are said and, of two objects, the directed relation.
     `relation_kind`: of the scenes with two objects, those with the right colours and a relation of the same
     kind, left and right being one. `direction`: of these, those with the right object first.
     A share of nothing is 0.

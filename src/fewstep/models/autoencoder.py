@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -49,16 +50,8 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels, groups = config.channels, config.groups
-        last = len(channels) - 1
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(
-                [channels[max(i - 1, 0)], *[width] * config.resnets],
-                groups,
-                Downsample(width, padding=0) if i < last else None,
-            )
-            for i, width in enumerate(channels)
-        )
+        self.down_blocks = _levels(channels, config.resnets, groups, partial(Downsample, padding=0))
         self.mid_block = MiddleBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
@@ -77,17 +70,9 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels, groups = config.channels, config.groups
-        last = len(channels) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid_block = MiddleBlock(channels[-1], groups)
-        self.up_blocks = nn.ModuleList(
-            Level(
-                [channels[min(i + 1, last)], *[channels[i]] * (config.resnets + 1)],
-                groups,
-                Upsample(channels[i]) if i > 0 else None,
-            )
-            for i in reversed(range(len(channels)))
-        )
+        self.up_blocks = _levels(channels[::-1], config.resnets + 1, groups, Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], EPS)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
@@ -128,6 +113,17 @@ class MiddleBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](x)))
         return out
+
+
+def _levels(
+    channels: Sequence[int], resnets: int, groups: int, change: Callable[[int], Downsample | Upsample]
+) -> nn.ModuleList:
+    """A level for each of `channels` in their order; all but the last end with a `change`."""
+    steps = enumerate(pairwise((channels[0], *channels)), start=1)
+    return nn.ModuleList(
+        Level([before, *[after] * resnets], groups, change(after) if i < len(channels) else None)
+        for i, (before, after) in steps
+    )
 
 
 def _resblocks(widths: Sequence[int], groups: int) -> nn.ModuleList:

@@ -188,9 +188,8 @@ class TextConfig:
 
     def to_transformers(self) -> dict[str, Any]:
         """A config.json from which transformers builds this text tower."""
-        name = "CLIPTextModelWithProjection" if self.projection else "CLIPTextModel"
         return {
-            "architectures": [name],
+            "architectures": ["CLIPTextModelWithProjection" if self.projection else "CLIPTextModel"],
             "model_type": "clip_text_model",
             "projection_dim": self.projection or self.width,
             "bos_token_id": self.eos - 1,

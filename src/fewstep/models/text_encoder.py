@@ -62,9 +62,7 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         places = torch.arange(ids.shape[1], device=ids.device)
         x = before = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"](places)
-        layers = self.encoder["layers"]
-        assert isinstance(layers, nn.ModuleList)
-        for layer in layers:
+        for layer in self.encoder["layers"].children():
             before, x = x, layer(x)
         return self.final_layer_norm(x), before
 

@@ -32,7 +32,8 @@ class UNet(nn.Module):
             DownBlock(config, stages[max(i - 1, 0)].channels, stage, halve=i < last) for i, stage in enumerate(stages)
         )
         self.mid_block = MidBlock(config)
-        skips = _skip_channels(config)
+        # channels of each feature map that the way down leaves for the way up; the last level is not halved
+        skips = [first, *(stage.channels for stage in stages for _ in range(stage.resnets + 1))][:-1]
         self.up_blocks = nn.ModuleList(
             UpBlock(config, stages[min(i + 1, last)].channels, stages[i], skips, double=i > 0)
             for i in reversed(range(len(stages)))
@@ -133,21 +134,11 @@ class UpBlock(nn.Module):
         return x
 
 
-def _skip_channels(config: UNetConfig) -> list[int]:
-    """Channels of each feature map that the way down leaves for the way up, in order."""
-    skips = [config.stages[0].channels]
-    for stage in config.stages:
-        skips += [stage.channels] * (stage.resnets + 1)
-    return skips[:-1]  # the last level is not halved
-
-
 def _resblock(config: UNetConfig, channels: int, out: int) -> ResBlock:
     return ResBlock(channels, out, emb=config.emb, groups=config.groups)
 
 
 def _transformers(config: UNetConfig, stage: Stage, count: int) -> nn.ModuleList:
-    if not stage.depth:
-        return nn.ModuleList()
     return nn.ModuleList(
         SpatialTransformer(
             stage.channels,
@@ -157,5 +148,5 @@ def _transformers(config: UNetConfig, stage: Stage, count: int) -> nn.ModuleList
             linear=config.linear_projection,
             groups=config.groups,
         )
-        for _ in range(count)
+        for _ in range(count if stage.depth else 0)
     )

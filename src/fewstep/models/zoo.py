@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fewstep.errors import InputError, unknown
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
@@ -30,7 +30,7 @@ class Entry:
 
     `source`: hub repository, None for a model that comes with fewstep and has its shapes in its own folder.
     `megabytes`: about what is downloaded, in half precision where that is published. `texts`: the text towers in
-    order. `terms`: what the licence forbids, in one line.
+    order. `terms`: what the licence forbids, in one line. `base`: the entry that this one is a LoRA of.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Entry:
     licence: str
     terms: str
     source: str | None = None
+    base: str | None = None
     megabytes: int = 0
     unet: UNetConfig | None = None
     autoencoder: AutoencoderConfig | None = None
@@ -74,10 +75,6 @@ OPENCLIP_H = TextConfig(width=1024, layers=23, heads=16, inner=4096, activation=
 OPENCLIP_G = TextConfig(width=1280, layers=32, heads=20, inner=5120, activation="gelu", projection=1280)
 
 
-_TURBO: dict[str, Any] = {
-    "licence": "stabilityai-nc-research-community",
-    "terms": "research and non-commercial use only; commercial use needs an agreement with Stability AI",
-}
 _BLOCKS = Entry(
     name="blocks-base",
     family="blocks",
@@ -124,13 +121,25 @@ _SDXL = replace(
 
 def _turbo(name: str, teacher: Entry, sampler: str) -> Entry:
     """One step, no guidance, 512 pixels."""
-    defaults = Defaults(steps=1, guidance_scale=0.0, sampler=sampler, schedule="trailing", width=512, height=512)
-    source = f"stabilityai/{name}"
-    return replace(teacher, name=name, source=source, defaults=defaults, **_TURBO)
+    return replace(
+        teacher,
+        name=name,
+        source=f"stabilityai/{name}",
+        licence="stabilityai-nc-research-community",
+        terms="research and non-commercial use only; commercial use needs an agreement with Stability AI",
+        defaults=Defaults(steps=1, guidance_scale=0.0, sampler=sampler, schedule="trailing", width=512, height=512),
+    )
 
 
 _ENTRIES = (
     _BLOCKS,
+    replace(
+        _BLOCKS,
+        name="blocks-turbo",
+        base="blocks-base",
+        megabytes=21,
+        defaults=Defaults(steps=1, guidance_scale=0.0, sampler="euler", schedule="trailing", width=128, height=128),
+    ),
     _SD1,
     replace(_SD1, name="small-sd", source="OFA-Sys/small-stable-diffusion-v0", megabytes=3144, unet=SMALL_UNET),
     _SD2,

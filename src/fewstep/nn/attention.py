@@ -9,24 +9,21 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Multi-head attention of `x` to `context`, or to itself: (B, N, C), (B, M, D) -> (B, N, C)."""
 
-    def __init__(self, channels: int, heads: int, *, context: int | None = None, bias: bool = False) -> None:
+    def __init__(self, channels: int, heads: int, *, context: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=bias)
-        self.to_k = nn.Linear(context or channels, channels, bias=bias)
-        self.to_v = nn.Linear(context or channels, channels, bias=bias)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context or channels, channels, bias=False)
+        self.to_v = nn.Linear(context or channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # the published names say `to_out.0`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        q, k, v = (self._split(t) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        rows = (self.to_q(x), self.to_k(source), self.to_v(source))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in rows)  # (B, heads, N, C / heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        rows, count, width = tokens.shape
-        return tokens.view(rows, count, self.heads, width // self.heads).transpose(1, 2)  # (B, heads, N, C / heads)
 
 
 class PixelAttention(nn.Module):

@@ -23,8 +23,9 @@ ImageLike = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """The pictures a run starts from, (B or 1, 3, H, W) or latents (B or 1, 4, h, w); `mask` (1, 1, H, W) is 1 where
-    to paint anew.
+    """The pictures a run starts from, (B or 1, 3, H, W) or latents (B or 1, 4, h, w), and where to paint anew.
+
+    `mask` (1, 1, H, W) is 1 there.
     """
 
     image: Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.engines.engine import Conditioning, Engine
-from fewstep.pipeline.options import Job, SizeConditioning
+from fewstep.pipeline.options import Job
 from fewstep.text.prompt import Tokens, tokenize
 from fewstep.weights.parts import Parts
 
@@ -84,8 +84,7 @@ def _sizes(parts: Parts, job: Job, score: float) -> Tensor | None:
     count = parts.unet.config.size_numbers
     if not count:
         return None
-    size: SizeConditioning = job.size_conditioning
-    drawn = (job.height, job.width)
-    head = (*(size.original or drawn), *size.crop)
-    numbers = (*head, *(size.target or drawn)) if count == 6 else (*head, score)
+    size, drawn = job.size_conditioning, (job.height, job.width)
+    last = (size.target or drawn) if count == 6 else (score,)
+    numbers = (*(size.original or drawn), *size.crop, *last)
     return torch.tensor([numbers], dtype=torch.float32).repeat(len(job.prompts), 1)

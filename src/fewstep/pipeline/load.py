@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from fewstep.adapters.edition import edition
 from fewstep.engines.device import choose_device, choose_dtype
+from fewstep.models.zoo import CATALOGUE
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.weights.load import load_parts
 
@@ -31,13 +33,14 @@ def load(
 
     Raises InputError for an unknown name, CheckpointError for files that cannot be loaded.
     """
-    chosen = choose_device(device)
+    chosen, what = choose_device(device), EMBEDDED if what is None else what
+    known = CATALOGUE.get(str(what))
     parts = load_parts(
-        EMBEDDED if what is None else what,
+        what if known is None or known.base is None else known.base,
         dtype=choose_dtype(dtype, chosen),
         device=chosen,
         revision=revision,
         prediction=prediction,
         tokenizer=None if tokenizer is None else Path(tokenizer),
     )
-    return Pipeline(parts)
+    return Pipeline(parts if known is None or known.base is None else edition(parts, known))

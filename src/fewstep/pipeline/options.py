@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
@@ -130,14 +130,9 @@ def strength_steps(steps: int, strength: float) -> int:
     if count < 1:
         raise InputError(
             f"strength {strength:g} with {steps} steps runs no step, since int(steps * strength) is 0; "
-            f"the smallest strength that runs one is {_ceil(1 / steps)}"
+            f"the smallest strength that runs one is {ceil(1000 / steps) / 1000:g}"
         )
     return count
-
-
-def _ceil(value: float) -> str:
-    rounded = round(value, 3)
-    return f"{rounded if rounded >= value else rounded + 0.001:.3g}"
 
 
 def _guidance(given: Mapping[str, Any], scale: float) -> Guidance:

@@ -18,7 +18,7 @@ from fewstep.images import to_pil
 from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
 from fewstep.pipeline.options import Job, SizeConditioning, TaskOptions, make_job
 from fewstep.pipeline.result import Result
-from fewstep.pipeline.run import Handoff, Model, Run
+from fewstep.pipeline.run import Model, Run
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 
@@ -104,19 +104,17 @@ class Pipeline:
         **options: Unpack[TaskOptions],
     ) -> Run:
         """A task under way: iterate it for previews, cancelling and custom loops, then call `result()` on it."""
-        canvas = None
+        canvas, factor = None, self.parts.autoencoder.config.factor
+        if self.parts.unet.config.in_channels == 9 and (image is None or mask is None):
+            raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
         if image is not None:
             canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
-            options |= _size(canvas, self.parts.autoencoder.config.factor)
-        elif self.parts.unet.config.in_channels == 9:
-            raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
-        job = make_job(prompt, options, self.parts.defaults, multiple=self.parts.autoencoder.config.factor)
-        if mask is None and self.parts.unet.config.in_channels == 9:
-            raise InputError(f"{self.parts.name} is an inpainting model and needs a mask")
+            options |= _size(canvas, factor)
+        job = make_job(prompt, options, self.parts.defaults, multiple=factor)
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
-        taken = None
+        second = None
         if refiner is not None:
-            taken = Handoff(refiner=Model(parts=refiner.parts, engine=refiner.engine), at=handoff)
+            second = Model(parts=refiner.parts, engine=refiner.engine)
             extra |= {"refiner": refiner.parts.name, "handoff": handoff}
         task = "text_to_image" if canvas is None else "image_to_image" if mask is None else "inpaint"
         return Run(
@@ -124,7 +122,8 @@ class Pipeline:
             job,
             canvas=canvas,
             strength=strength if canvas else 1.0,
-            handoff=taken,
+            refiner=second,
+            handoff=handoff,
             settings={"task": task, "model": self.parts.name} | _settings(job) | extra,
         )
 

@@ -38,18 +38,11 @@ class Model:
     engine: Engine
 
 
-@dataclass(frozen=True, kw_only=True)
-class Handoff:
-    """Where the refiner takes over: after the fraction `at` of the noise levels (SDXL's ensemble of experts)."""
-
-    refiner: Model
-    at: float
-
-
 class Run:
     """One call of a task: iterate it for its steps, then take its `result()`. To cancel, stop iterating.
 
-    The rows of a run belong to its pictures alone: neither batch nor order changes them.
+    The rows of a run belong to its pictures alone: neither batch nor order changes them. A `refiner` takes over after
+    the fraction `handoff` of the noise levels (SDXL's ensemble of experts).
     """
 
     def __init__(
@@ -59,10 +52,11 @@ class Run:
         *,
         canvas: Canvas | None = None,
         strength: float = 1.0,
-        handoff: Handoff | None = None,
+        refiner: Model | None = None,
+        handoff: float = 1.0,
         settings: Mapping[str, Any],
     ) -> None:
-        self.model, self.job, self.canvas, self.handoff = model, job, canvas, handoff
+        self.model, self.job, self.canvas, self.refiner = model, job, canvas, refiner
         self.settings = settings
         self.seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
         self.sampler = SAMPLERS[job.sampler]
@@ -70,7 +64,7 @@ class Run:
         factor = model.parts.autoencoder.config.factor
         self.shape = (model.parts.autoencoder.config.latent_channels, job.height // factor, job.width // factor)
         self.noise = SeededNoise(job.seeds, self.shape)
-        self._handoff_step = _handoff_step(self.sigmas, model.parts, handoff)
+        self._own_steps = len(self) if refiner is None else _handoff_step(self.sigmas, model.parts, handoff)
         self._prompted: Prompted | None = None
         self._latents: Tensor | None = None  # of the finished run
 
@@ -115,7 +109,7 @@ class Run:
             tokens_used=prompted.used,
             tokens_dropped=prompted.dropped,
             chunks=prompted.chunks,
-            unknown_words=_unknown_words(self.model.parts, self.job),
+            unknown_words=self.model.parts.tokenizers[0].unknown(" ".join(dict.fromkeys(self.job.prompts))),
             seconds=dict(self.seconds),
             settings=self.settings,
         )
@@ -176,14 +170,13 @@ class Run:
 
     def _steps(self, x: Tensor, denoise: Denoiser) -> Iterator[Step]:
         step = None
-        for step in islice(self._walk(x, denoise, self.sigmas), self._handoff_step):
+        for step in islice(self._walk(x, denoise, self.sigmas), self._own_steps):
             yield step
-        if self.handoff is None:
+        if self.refiner is None:
             return
         assert step is not None
-        refiner = self.handoff.refiner
-        denoise = model_denoiser(refiner, self._checked_prompts(refiner), self.job)
-        yield from self._walk(step.x.to(refiner.engine.device), denoise, self.sigmas[self._handoff_step :])
+        denoise = model_denoiser(self.refiner, self._checked_prompts(self.refiner), self.job)
+        yield from self._walk(step.x.to(self.refiner.engine.device), denoise, self.sigmas[self._own_steps :])
 
     def _walk(self, x: Tensor, denoise: Denoiser, sigmas: tuple[float, ...]) -> Iterator[Step]:
         if self.sampler.consistency:
@@ -210,25 +203,17 @@ def model_denoiser(model: Model, prompted: Prompted, job: Job) -> Denoiser:
     return guided(cond, bound(stacked(prompted.uncond, prompted.cond)), job.guidance, scheduler.prediction)
 
 
-def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: Handoff | None) -> int:
-    """How many of the steps the first model does."""
-    steps = len(sigmas) - 1
-    if handoff is None:
-        return steps
-    schedule = parts.scheduler.noise_schedule
-    cutoff = round(len(schedule) * (1 - handoff.at))
+def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: float) -> int:
+    """How many of the steps the first model does before the refiner."""
+    steps, schedule = len(sigmas) - 1, parts.scheduler.noise_schedule
+    cutoff = round(len(schedule) * (1 - handoff))
     count: int = sum(schedule.sigma_to_t(sigma) > cutoff - 0.5 for sigma in sigmas[:-1])
     if not 0 < count < steps:
         who = "the refiner" if count else "the base model"
-        raise InputError(f"handoff {handoff.at:g} with {steps} steps leaves {who} none; move it or take more steps")
+        raise InputError(f"handoff {handoff:g} with {steps} steps leaves {who} none; move it or take more steps")
     return count
 
 
 def _finite(tensor: Tensor, stage: str, remedy: str) -> None:
     if not bool(tensor.isfinite().all()):
         raise NotFiniteError(f"{stage} gave NaN or infinity; try {remedy}")
-
-
-def _unknown_words(parts: Parts, job: Job) -> tuple[str, ...]:
-    words = (word for text in dict.fromkeys(job.prompts) for word in parts.tokenizers[0].unknown(text))
-    return tuple(dict.fromkeys(words))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.adapters.inject import eject, inject, trained_lora
+from fewstep.adapters.inject import ATTENTION, eject, inject, trained_lora
 from fewstep.adapters.lora import networks as networks_of
 from fewstep.adapters.save import save_lora
 from fewstep.engines.eager import EagerEngine
@@ -42,7 +42,8 @@ class DiffusionTask:
     `fresh`: begin from random weights of its shape. `text_drop`: share of captions left out, for classifier-free
     guidance. `weighting`: of squared errors over noise levels, "min_snr" with `gamma` and `floor` (see
     `min_snr_weight`). `offset_noise`: standard deviation of noise added to whole channels. `train_text`: train the
-    text towers too. `lora_rank`: above 0, train a LoRA of that rank instead of the weights.
+    text towers too. `lora_rank`: above 0, train a LoRA of that rank, beside the layers whose names end with
+    `lora_targets`, instead of the weights.
     """
 
     model: str | Path
@@ -55,11 +56,13 @@ class DiffusionTask:
     offset_noise: float = 0.0
     train_text: bool = False
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ATTENTION
     device: str = "cpu"
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `Task`."""
+        torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
         parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
         if self.fresh:
             parts = replace(parts, unet=UNet(parts.unet.config).to(self.device))
@@ -77,7 +80,7 @@ def trained_network(parts: Parts, task: DiffusionTask) -> nn.Module:
     """What is trained: the UNet, with the text towers beside it, or their LoRAs."""
     networks = networks_of(parts) if task.train_text else {"unet": parts.unet}
     if task.lora_rank:
-        return inject(networks, rank=task.lora_rank)
+        return inject(networks, rank=task.lora_rank, targets=task.lora_targets)
     for network in networks.values():
         network.train().requires_grad_(True)
     return parts.unet if len(networks) == 1 else nn.ModuleDict(networks)
@@ -188,10 +191,10 @@ def save_result(parts: Parts, trainer: Trainer, trained: nn.Module, name: str = 
     `trained`, which lies in `parts`, is what the pupil `name` trained.
     """
     folder = trainer.plan.folder
-    averaged = trainer.averaged(name)
-    trained.load_state_dict(averaged)
+    averaged = trainer.averaged(name)  # of all ranks together; the first has the whole
     if trainer.rank:
         return
+    trained.load_state_dict(averaged)
     if isinstance(trained, nn.ModuleList):
         save_lora(trained_lora(trained, folder.name), folder / "lora.safetensors")
         eject(networks_of(parts))

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
 
+class Ema:
+    """An exponential moving average of the parameters of `model`.
 
-class Ema(Generic[M]):
-    """A copy of `model` whose parameters follow it as an exponential moving average.
-
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten. Buffers are
-    copied as they are.
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
     """
 
-    def __init__(self, model: M, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
         self.updates = 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.averages = [parameter.detach().clone() for parameter in model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: M) -> None:
-        """Move towards the parameters of `model`, which must have the structure of the first one."""
+    def update(self) -> None:
+        """Move towards the present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [parameter.data for parameter in self.model.parameters()]
-        torch._foreach_lerp_(averages, [parameter.data for parameter in model.parameters()], 1 - decay)
-        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        torch._foreach_lerp_(self.averages, [parameter.data for parameter in self.model.parameters()], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with the averages for its parameters, until the context ends."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.model.parameters(), self.averages, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

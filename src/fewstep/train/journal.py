@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fewstep.errors import MissingExtraError
 from fewstep.train.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COLUMNS = ("[progress.description]{task.description}", "{task.fields[said]}")
 
@@ -26,6 +33,7 @@ class Journal:
         title, said = (TextColumn(column) for column in COLUMNS)
         self.bar = Progress(title, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
         self.task = self.bar.add_task(plan.folder.name, total=1.0, said="")
+        self.charts = Charts(plan.folder) if on and plan.tensorboard else None
 
     def wants(self, step: int) -> bool:
         """Whether there will be a line about the step that ends at `step`."""
@@ -39,6 +47,8 @@ class Journal:
         numbers = {"step": step, "seconds": seconds, **numbers, **self._speed(step, seconds), "skipped": self.skipped}
         with (self.plan.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
+        if self.charts is not None:
+            self.charts.write(step, numbers)
         shown = [f"{name} {numbers[name]:.4g}" for name in numbers if name.endswith(("loss", "images/s", "data wait"))]
         self.bar.update(self.task, said="  ".join(shown))
 
@@ -56,3 +66,24 @@ class Journal:
             return {}
         passed = seconds - last[1]
         return {"images/s": self.plan.batch * (step - last[0]) / passed, "data wait": (waited - last[2]) / passed}
+
+
+class Charts:
+    """Event files in `folder`, for `tensorboard --logdir`. Raises `MissingExtraError` where TensorBoard is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError('plan.tensorboard needs TensorBoard: pip install "fewstep[train]"') from error
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer: SummaryWriter | None = None
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A point on the curve of each number; those that a killed run drew from this step on are taken back."""
+        if self._writer is None:
+            self._writer = self._open(purge_step=step)
+        for name, value in numbers.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()

@@ -30,7 +30,7 @@ class Plan:
     of the run. `ema`: the decay of the moving average. Networks keep float32 weights; `precision` is what their
     forward passes compute in. `sharing`: every rank has all weights, or a part of them (FSDP2). `checkpointing`
     computes the blocks' insides twice to save memory. Checkpoints are written
-    every `save_seconds`, the `keep` last stay.
+    every `save_seconds`, the `keep` last stay. `tensorboard`: write the log's numbers for TensorBoard too.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Plan:
     log_steps: int = 50
     sample_steps: int = 0
     keep: int = 2
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:

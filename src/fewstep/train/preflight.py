@@ -17,8 +17,9 @@ BYTES_PER_TRAINED = 4 * 5
 """Weight, gradient, two moments of AdamW and the moving average, in float32."""
 CHECKPOINT_BYTES = 4 * 4
 """Weight, average and two moments, on the disk."""
-WATTS, KG_PER_KWH = 250.0, 0.3
-"""Assumed for the estimate: a graphics card of the kind that trained Stable Diffusion v1, and a usual grid."""
+WATTS = {"cpu": 100.0, "cuda": 250.0}
+KG_PER_KWH = 0.3
+"""Assumed: a desktop's processor whole, a graphics card as those that trained Stable Diffusion v1, a usual grid."""
 
 
 def settings(config: object, path: str = "") -> dict[str, str]:
@@ -69,8 +70,15 @@ def estimate(run: Run, trainer: Trainer) -> str:
             trainer.rehearse()
             seconds = time.monotonic() - started
         hours = (plan.steps - trainer.step) * seconds / 3600
-    kg = hours * trainer.ranks * WATTS / 1000 * KG_PER_KWH
-    return f"about {hours:.3g} h to go, {kg:.3g} kg CO2 at {WATTS:g} W a process and {KG_PER_KWH:g} kg/kWh (assumed)"
+    watts = assumed_watts(trainer)
+    kg = hours * watts / 1000 * KG_PER_KWH
+    return f"about {hours:.3g} h to go, {kg:.3g} kg CO2 at {watts:g} W and {KG_PER_KWH:g} kg/kWh (assumed)"
+
+
+def assumed_watts(trainer: Trainer) -> float:
+    """Of all the hardware: a card for each process, or one processor for all."""
+    kind = next(trainer.pupils[next(iter(trainer.pupils))].network.parameters()).device.type
+    return WATTS.get(kind, WATTS["cuda"]) * (1 if kind == "cpu" else trainer.ranks)
 
 
 def _free_memory() -> int | None:

@@ -78,14 +78,14 @@ def chosen(runs: Mapping[str, Run], names: Sequence[str]) -> dict[str, Run]:
     return {name: run for name, run in runs.items() if not names or name in names}
 
 
-def carry_out(run: Run, *, before: Callable[[Run, Trainer], None] = lambda run, trainer: None) -> bool:
-    """Train a stage to its end and write what comes of it; False where that was done before.
+def carry_out(run: Run, *, before: Callable[[Run, Trainer], None] = lambda run, trainer: None) -> Trainer | None:
+    """Train a stage to its end and write what comes of it; None where that was done before.
 
     `before` is called when all is ready, with the run where it goes on.
     """
     done = run.plan.folder / DONE
     if done.exists():
-        return False
+        return None
     work = run.task.prepare(run.plan)
     trainer = Trainer(work.turns, run.plan, waited=work.waited, sample=work.sample)
     before(run, trainer)
@@ -94,7 +94,7 @@ def carry_out(run: Run, *, before: Callable[[Run, Trainer], None] = lambda run, 
         work.finish(trainer)
         done.touch()
     meet_ranks()  # the next stage may begin from what rank 0 has just written
-    return True
+    return trainer
 
 
 def _imported(path: Path) -> ModuleType:

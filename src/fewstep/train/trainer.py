@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.errors import NotFiniteError
-from fewstep.train.averaging import Ema
 from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.train.ema import Ema
 from fewstep.train.journal import Journal
 from fewstep.train.memory import checkpoint_blocks
 from fewstep.train.plan import Part, Plan, mixed_seed
@@ -162,7 +162,7 @@ class Trainer:
         return self.plan.progress(self.step, self.elapsed)
 
     def averaged(self, name: str) -> State:
-        """The averaged weights of a network, whole and on the CPU."""
+        """The averaged weights of a network, whole and on the CPU, for rank 0; a call of all ranks together."""
         with self.pupils[name].ema.in_place():
             return network_state(self.pupils[name].network)
 

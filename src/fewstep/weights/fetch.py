@@ -26,7 +26,13 @@ def located(what: str | Path, *, half: bool, revision: str | None = None) -> tup
     files in half precision. InputError for a name that is none of them.
     """
     if isinstance(what, str) and what in CATALOGUE:
-        return _of_entry(CATALOGUE[what], half, revision), CATALOGUE[what]
+        known = CATALOGUE[what]
+        if known.source is not None:
+            return fetch(known.source, half=half, revision=revision), known
+        folder = ASSETS / known.name
+        if not folder.is_dir():
+            raise CheckpointError(f"{what} should come with fewstep, but {folder} is missing; install fewstep again")
+        return folder, known
     path = Path(what).expanduser()
     if path.exists():
         return path, None
@@ -34,8 +40,8 @@ def located(what: str | Path, *, half: bool, revision: str | None = None) -> tup
         raise InputError(f"there is no file or folder {str(what)!r}; is the path relative to another folder?")
     if not _ID.fullmatch(what):
         entry(what)  # which raises, and names the nearest
-    known = next((known for known in CATALOGUE.values() if known.source == what), None)
-    return fetch(what, half=half, revision=revision), known
+    named = next((known for known in CATALOGUE.values() if known.source == what), None)
+    return fetch(what, half=half, revision=revision), named
 
 
 def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
@@ -89,15 +95,6 @@ def is_cached(known: Entry) -> bool:
     """Whether the entry's model can be loaded without a network."""
     folder = ASSETS / known.name if known.source is None else cached_folder(known.source)
     return folder is not None and _complete(folder, half=False)
-
-
-def _of_entry(known: Entry, half: bool, revision: str | None) -> Path:
-    if known.source is not None:
-        return fetch(known.source, half=half, revision=revision)
-    folder = ASSETS / known.name
-    if not folder.is_dir():
-        raise CheckpointError(f"{known.name} should come with fewstep, but {folder} is missing; install fewstep again")
-    return folder
 
 
 def _complete(folder: Path, *, half: bool) -> bool:

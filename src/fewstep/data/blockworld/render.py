@@ -105,7 +105,8 @@ def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -
 
 def shaded(normal: Tensor, rgb: Tensor) -> Tensor:
     """(B, 3, S, S): Blinn's shading (1977) of colours (B, 3); highlights go to white and keep the hue."""
-    normal = F.normalize(normal + 1e-6, dim=1)
+    normal = normal + 1e-6
+    normal = normal / normal.square().sum(1, keepdim=True).sqrt()  # F.normalize takes three times as long
     diffuse = torch.einsum("bchw,c->bhw", normal, LIGHT).clamp(min=0)
     gloss = 0.30 * torch.einsum("bchw,c->bhw", normal, HALFWAY).clamp(min=0) ** 40
     light = 0.31 + 0.10 * normal[:, 2] + 0.60 * diffuse

@@ -1,0 +1,1 @@
+"""Small changes to a loaded model: LoRA, read, merged, trained and saved."""

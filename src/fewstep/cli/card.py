@@ -1,0 +1,42 @@
+"""`fewstep card` and `fewstep emissions`: a model card from the record of a training, and the carbon of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli import checkpoint
+from fewstep.errors import InputError
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, with training.json beside the weights.")],
+    scores: Annotated[list[Path] | None, typer.Option(help="JSON files with lists of scores to put in.")] = None,
+) -> None:
+    """Write or update a model's README.md; what people wrote into it stays."""
+    from fewstep.evaluate.cards import write_card
+    from fewstep.evaluate.training import read_scores, read_training
+
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; name that of a model")
+    training = read_training(folder)
+    added = [score for path in scores or () for score in read_scores(path)]
+    training = replace(training, scores=(*training.scores, *added))
+    parts = checkpoint.describe(folder).get("parts", {})
+    typer.echo(write_card(folder, training, {name: part["parameters"] for name, part in parts.items()}))
+
+
+def emissions(
+    hours: Annotated[float, typer.Argument(help="How long the run took or takes.")],
+    *,
+    watts: Annotated[float, typer.Option(help="Mean power of all the hardware.")],
+    kg_per_kwh: Annotated[float, typer.Option(help="Of the grid: kg of CO2 equivalent for each kWh.")],
+    pue: Annotated[float, typer.Option(help="What the building draws for each watt of the hardware.")] = 1.0,
+) -> None:
+    """Show the carbon dioxide of a run, and all that the figure rests on."""
+    from fewstep.evaluate.emissions import Emissions
+
+    typer.echo(Emissions(hours=hours, watts=watts, kg_per_kwh=kg_per_kwh, pue=pue).statement())

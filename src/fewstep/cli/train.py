@@ -1,0 +1,117 @@
+"""`fewstep train RECIPE [key=value ...]`: a recipe's stages, one after another, each going on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fewstep.train.run import Run
+    from fewstep.train.trainer import Trainer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A Python file with a function stages(out).")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value for all stages, STAGE.key=value for one: plan.rate=1e-5.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where it is kept; else runs/RECIPE.")] = None,
+    stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+) -> None:
+    """Train what a recipe says, stage by stage. Stopped or killed, the same command goes on where it was."""
+    from fewstep.train.overrides import overridden
+    from fewstep.train.ranks import leave_ranks
+    from fewstep.train.run import chosen, recipe_stages
+
+    runs = recipe_stages(recipe, out or Path("runs") / recipe.stem)
+    for run in overridden(chosen(runs, stage or ()), settings or ()).values():
+        _print_settings(run)
+        if not dry_run and not _finished(run):
+            break
+    leave_ranks()
+
+
+def _finished(run: Run) -> bool:
+    """Whether a stage is at its end: trained now, or before; not where it was told to stop."""
+    from fewstep.train.run import carry_out
+
+    trainer = carry_out(run, before=_print_preflight)
+    if trainer is None:
+        _say(f"{run.name}: done before, in {run.plan.folder}")
+        return True
+    if trainer.stopping:
+        _say(f"{run.name}: stopped at step {trainer.step}; the same command goes on")
+        return False
+    if trainer.rank == 0 and (run.plan.folder / "model").is_dir():
+        _write_record(run, trainer)
+    return True
+
+
+def _write_record(run: Run, trainer: Trainer) -> None:
+    """Leave `training.json` beside the weights, with the stages that the model went through before."""
+    from fewstep.evaluate.training import FILE, Training, TrainingStage, read_training
+    from fewstep.train.preflight import KG_PER_KWH, assumed_watts, settings
+
+    stage = TrainingStage(
+        name=run.name,
+        steps=trainer.step,
+        batch=run.plan.batch,
+        precision=run.plan.precision,
+        hours=trainer.clock / 3600,
+        watts=assumed_watts(trainer),
+        hardware=_hardware(trainer),
+        settings=settings(run),
+    )
+    start = Path(str(getattr(run.task, "student", None) or getattr(run.task, "model", "")))
+    before = read_training(start).stages if (start / FILE).is_file() else ()
+    record = Training(
+        name=run.name,
+        summary=f"Trained with fewstep by the recipe's stage {run.name}.",
+        example="",
+        licence="unknown",
+        data=(),
+        stages=(*before, stage),
+        limits=(),
+        kg_per_kwh=KG_PER_KWH,
+    )
+    (run.plan.folder / "model" / FILE).write_text(record.to_json(), encoding="utf-8")
+
+
+def _hardware(trainer: Trainer) -> str:
+    import platform
+
+    import torch
+
+    name = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
+    )
+    return f"{trainer.ranks} x {name}" if trainer.ranks > 1 and torch.cuda.is_available() else name
+
+
+def _print_settings(run: Run) -> None:
+    from fewstep.train.preflight import settings
+
+    _say(f"{run.name} ({type(run.task).__name__})")
+    _say("\n".join(f"  {name} = {value}" for name, value in settings(run).items()))
+
+
+def _print_preflight(run: Run, trainer: Trainer) -> None:
+    from fewstep.train.preflight import check_fits, estimate, parameter_counts
+
+    check_fits(run, trainer)
+    said = estimate(run, trainer)
+    for name, (count, trained) in parameter_counts(trainer).items():
+        _say(f"  {name}: {count:,} parameters, {trained:,} of them trained")
+    _say(f"  {said}")
+    if trainer.step:
+        _say(f"  goes on at step {trainer.step}")
+
+
+def _say(text: str) -> None:
+    """Print, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)

@@ -1,0 +1,118 @@
+"""What a prepared folder is made of: where every picture of the inputs went, and how its shards are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import features
+from safetensors.numpy import save
+
+from fewstep.data.buckets import Size
+from fewstep.data.files import read_json, whole_file, write_json
+from fewstep.errors import CheckpointError, InputError
+
+MANIFEST, INDEX, SUCCESS, REJECTED = "manifest.json", "index.safetensors", "_SUCCESS", "rejected.csv"
+WORK = ".work"
+"""What is not finished yet: reports and pictures of the first pass."""
+FORMAT = 1
+Index = Mapping[str, NDArray[Any]]
+
+INDEX_TYPES: dict[str, type] = {
+    "shard": np.int32,
+    "bucket": np.int32,
+    "start": np.int64,
+    "length": np.int64,
+    "told_start": np.int64,
+    "told_length": np.int64,
+    "crc": np.uint32,
+    "width": np.int32,
+    "height": np.int32,
+    "aesthetic": np.float64,
+    "watermark": np.float64,
+    "unsafe": np.float64,
+    "captioned": np.uint8,
+}
+"""The columns of an index, one row a picture, beside `sha256` (N, 32) of bytes. NaN: the collection does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The account of a preparation; `samples` is `accepted` and all of `rejected` together.
+
+    `made_with` and `settings` decide the bytes of the shards. `inputs`: name, bytes, samples and damage of each.
+    `buckets`: width, height and samples of each size that is used. `shards`: name, bucket, samples, bytes, sha256.
+    """
+
+    format: int
+    made_with: Mapping[str, str]
+    settings: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+    samples: int
+    accepted: int
+    rejected: Mapping[str, int]
+    buckets: Sequence[Mapping[str, int]]
+    shards: Sequence[Mapping[str, Any]]
+    index: Mapping[str, Any]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The size of each bucket."""
+        return tuple(Size(bucket["width"], bucket["height"]) for bucket in self.buckets)
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """The inputs that ended early, and why."""
+        return {each["name"]: each["damage"] for each in self.inputs if each["damage"]}
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits that name the prepared data, whatever folder they are in."""
+        shards = "\n".join(str(shard["sha256"]) for shard in self.shards)
+        return sha256(f"{shards}\n{self.index['sha256']}".encode()).hexdigest()
+
+
+def made_with() -> dict[str, str]:
+    """The versions that decide what a shard's bytes are."""
+    codecs = {name: str(features.version_codec(name)) for name in ("jpg", "zlib")}
+    return {"pillow": PIL.__version__, **codecs, "webp": str(features.version_module("webp"))}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder. `InputError` if it is none, or not finished; `CheckpointError` if damaged."""
+    if not (folder / SUCCESS).is_file():
+        if (folder / WORK).is_dir():
+            raise InputError(f"{folder} is not finished yet; give the command again that began it")
+        raise InputError(f"{folder} is no folder of prepared shards; make one with `fewstep data prepare`")
+    values = read_json(folder / MANIFEST)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST} is not of format {FORMAT}; prepare the folder again")
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}; prepare the folder again") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder, and the sign that it is whole."""
+    write_json(folder / MANIFEST, asdict(manifest))
+    with whole_file(folder / SUCCESS) as file:
+        file.write(manifest.digest.encode() + b"\n")
+
+
+def write_index(path: Path, rows: Mapping[str, Sequence[Any]], hashes: Sequence[str]) -> dict[str, Any]:
+    """Write the columns `rows` and the SHA-256 of each picture's file; the index's bytes and checksum."""
+    columns: dict[str, NDArray[Any]] = {}
+    for name, kind in INDEX_TYPES.items():
+        columns[name] = np.array([float("nan") if value is None else value for value in rows[name]], kind)
+    digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+    data = save({**columns, "sha256": digests})
+    with whole_file(path) as file:
+        file.write(data)
+    return {"bytes": len(data), "sha256": sha256(data).hexdigest()}

@@ -1,0 +1,204 @@
+"""From a collection to shards: filtered, checked, without duplicates, cut to buckets, and every picture accounted for.
+
+Each input is sifted on its own, then one look at all the reports chooses, then each shard is packed on its own. What
+a task writes depends on its input alone and appears whole or not at all. So the result is the same byte for byte
+with any number of processes, on a cluster, and after any number of kills.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.buckets import Size
+from fewstep.data.crew import Crew
+from fewstep.data.duplicates import Seen
+from fewstep.data.files import PARTIAL, read_json, whole_file, write_json
+from fewstep.data.filters import Reason
+from fewstep.data.manifest import (
+    FORMAT,
+    INDEX,
+    INDEX_TYPES,
+    REJECTED,
+    SUCCESS,
+    WORK,
+    Manifest,
+    made_with,
+    read_manifest,
+    write_index,
+    write_manifest,
+)
+from fewstep.data.pack import PackTask, Piece, pack
+from fewstep.data.sift import Json, Settings, SiftTask, sift
+from fewstep.data.sources import input_files
+from fewstep.errors import InputError
+
+SUFFIXES = {"jpeg": "jpg", "png": "png"}
+
+
+def prepare(
+    inputs: Iterable[str | Path], folder: str | Path, settings: Settings | None = None, crew: Crew | None = None
+) -> Manifest:
+    """Make shards in `folder` of the pictures in `inputs`: tar or parquet files, or folders of them.
+
+    A run that was interrupted goes on; one that is finished is only read. Of duplicates the first in the order of
+    the inputs stays. Damaged pictures and inputs are counted and told in the manifest. Raises `InputError` for inputs
+    that are not there and for a folder that holds something else, and `OSError` for a full disk.
+    """
+    settings, crew, folder = settings or Settings(), crew or Crew(), Path(folder)
+    files = input_files(inputs)
+    plan = _plan(files, settings)
+    if (folder / SUCCESS).is_file():
+        return _finished(folder, plan)
+    work = _work_folder(folder, plan)
+    sifting = [
+        SiftTask(source=file.resolve(), output=work / f"input-{number:06d}.json") for number, file in enumerate(files)
+    ]
+    crew.run(partial(sift, settings), sifting)
+    choice = _chosen(sifting, settings)
+    packing = list(_pack_tasks(choice, settings, folder.resolve(), work))
+    crew.run(pack, packing)
+    manifest = _account(folder, plan, choice, packing)
+    write_manifest(folder, manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What stays, bucket by bucket and in the order of the inputs, and what becomes of the rest.
+
+    A head of `kept` also holds its `piece`. `rejected`: (number of the input, key, reason). `counts`: the pictures in
+    each input; `damage`: what is wrong with it, or None.
+    """
+
+    kept: dict[Size, list[Json]]
+    rejected: list[tuple[int, str, str]]
+    counts: list[int]
+    damage: list[str | None]
+
+
+def _plan(files: Sequence[Path], settings: Settings) -> Json:
+    inputs = [{"name": file.as_posix(), "bytes": file.stat().st_size} for file in files]
+    return {"made_with": made_with(), "settings": settings.as_json(), "inputs": inputs}
+
+
+def _finished(folder: Path, plan: Json) -> Manifest:
+    manifest = read_manifest(folder)
+    inputs = [{name: each[name] for name in ("name", "bytes")} for each in manifest.inputs]
+    _require_same(folder, {"made_with": manifest.made_with, "settings": manifest.settings, "inputs": inputs}, plan)
+    return manifest
+
+
+def _work_folder(folder: Path, plan: Json) -> Path:
+    """The folder of unfinished work, in which the plan stands; what a killed run left half written is swept out."""
+    work = folder / WORK
+    if not work.is_dir() and folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not empty and holds no preparation to go on with; name another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    (folder / "shards").mkdir(exist_ok=True)
+    for left in folder.rglob(f".*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+    if (work / "plan.json").is_file():
+        _require_same(folder, read_json(work / "plan.json"), plan)
+    else:
+        write_json(work / "plan.json", plan)
+    return work.resolve()
+
+
+def _require_same(folder: Path, before: Json, now: Json) -> None:
+    for name in ("settings", "inputs", "made_with"):
+        if before[name] != now[name]:
+            difference = _difference(name, before[name], now[name])
+            raise InputError(f"{folder} was begun with other {difference}; name another folder")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, list):
+        return f"inputs ({len(before)} then, {len(now)} now, or of other sizes)"
+    changed = next(key for key in now if before.get(key) != now[key])
+    return f"{name.replace('made_with', 'versions')} ({changed}: {before.get(changed)} then, {now[changed]} now)"
+
+
+def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:
+    seen, sizes = Seen(settings.near), settings.sizes
+    kept: list[list[Json]] = [[] for _ in sizes]
+    rejected: list[tuple[int, str, str]] = []
+    counts, damage = [], []
+    for number, task in enumerate(tasks):
+        report = read_json(task.output)
+        counts.append(len(report["kept"]) + len(report["rejected"]))
+        damage.append(report["damage"])
+        rejected += [(number, key, reason) for key, reason in report["rejected"]]
+        for head in report["kept"]:
+            if reason := seen.rejection(head["sha256"], int(head["looks"], 16)):
+                rejected.append((number, head["key"], reason.value))
+                continue
+            piece = Piece(source=task.output.with_suffix(".pictures"), start=head["start"], parts=tuple(head["parts"]))
+            kept[head["bucket"]].append(head | {"piece": piece})
+    used = {size: heads for size, heads in zip(sizes, kept, strict=True) if heads}
+    return Choice(kept=used, rejected=rejected, counts=counts, damage=damage)
+
+
+def _pack_tasks(choice: Choice, settings: Settings, folder: Path, work: Path) -> Iterator[PackTask]:
+    """Shards of at most `per_shard` pictures, each of one bucket; pictures are numbered throughout."""
+    first = 0
+    for size, heads in choice.kept.items():
+        for number, start in enumerate(range(0, len(heads), settings.per_shard)):
+            pieces = [head["piece"] for head in heads[start : start + settings.per_shard]]
+            name = f"{size.width}x{size.height}-{number:05d}"
+            yield PackTask(
+                pieces=pieces,
+                shard=folder / "shards" / f"{name}.tar",
+                first=first,
+                suffix=SUFFIXES[settings.encoding],
+                output=work / f"shard-{name}.json",
+            )
+            first += len(pieces)
+
+
+def _account(folder: Path, plan: Json, choice: Choice, packing: Sequence[PackTask]) -> Manifest:
+    reports = [read_json(task.output) for task in packing]
+    _write_rejected(folder / REJECTED, choice, plan["inputs"])
+    heads = [head | {"bucket": i} for i, heads in enumerate(choice.kept.values()) for head in heads]
+    rows = {name: [head.get(name) for head in heads] for name in INDEX_TYPES}
+    rows["shard"] = [number for number, task in enumerate(packing) for _ in task.pieces]
+    members = [member for report in reports for member in report["members"]]
+    places = ("start", "length", "told_start", "told_length", "crc")
+    rows |= {name: [member[i] for member in members] for i, name in enumerate(places)}
+    reasons = Counter(reason for _, _, reason in choice.rejected)
+    inputs = zip(plan["inputs"], choice.counts, choice.damage, strict=True)
+    return Manifest(
+        format=FORMAT,
+        made_with=plan["made_with"],
+        settings=plan["settings"],
+        inputs=[each | {"samples": count, "damage": damage} for each, count, damage in inputs],
+        samples=sum(choice.counts),
+        accepted=len(heads),
+        rejected={reason.value: reasons[reason.value] for reason in Reason},
+        buckets=[
+            {"width": size.width, "height": size.height, "samples": len(heads)} for size, heads in choice.kept.items()
+        ],
+        shards=[
+            {"name": task.shard.name, "samples": len(task.pieces), "bytes": report["bytes"], "sha256": report["sha256"]}
+            for task, report in zip(packing, reports, strict=True)
+        ],
+        index=write_index(folder / INDEX, rows, [head["sha256"] for head in heads]),
+    )
+
+
+def _write_rejected(path: Path, choice: Choice, inputs: Sequence[Json]) -> None:
+    """A table of all pictures that were left out."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("input", "key", "reason"))
+    table.writerows((inputs[number]["name"], key, reason) for number, key, reason in choice.rejected)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())

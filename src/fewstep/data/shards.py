@@ -1,0 +1,186 @@
+"""Prepared shards, read at any place in the same short time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from fewstep.data.columns import Record
+from fewstep.data.files import checksum
+from fewstep.data.filters import Filter
+from fewstep.data.manifest import INDEX, INDEX_TYPES, Index, Manifest, read_manifest
+from fewstep.data.pictures import PictureError, decoded
+from fewstep.errors import CheckpointError, InputError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture as it is trained on.
+
+    image (3, H, W) uint8; `caption` may be empty. `original_size` (height, width) before it was resized, and `crop`
+    (top, left) in the resized picture, are what SDXL is told. `scores`: those of aesthetic, watermark, unsafe and
+    similarity that are known.
+    """
+
+    index: int
+    image: Tensor
+    caption: str
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A prepared folder: its manifest, and a table of where every picture is. `open_shards` makes one."""
+
+    folder: Path
+    manifest: Manifest
+    index: Index
+
+    def __len__(self) -> int:
+        return self.manifest.accepted
+
+    @property
+    def buckets(self) -> NDArray[np.int32]:
+        """(N,): which of `manifest.sizes` each picture has."""
+        return self.index["bucket"]
+
+    def read(self, indices: Iterable[int]) -> list[Sample]:
+        """The pictures with these numbers, in this order.
+
+        Raises `InputError` for a number that is not there, and `CheckpointError`, naming the shard, if one is gone,
+        cut short or damaged.
+        """
+        return [self._sample(int(i)) for i in indices]
+
+    def captions(self, indices: Iterable[int]) -> list[str]:
+        """The captions of these pictures, whose pixels are not decoded; raises as `read` does."""
+        return [self._stored(int(i))[2].get("caption", "") for i in indices]
+
+    def select(self, rule: Filter) -> Indices:
+        """The numbers of the pictures that `rule` keeps, rising: a stricter rule than the one they were prepared by.
+
+        Sizes are those before resizing; a blocklist knows a picture by the SHA-256 of the file it came from.
+        """
+        kept = (i for i, record in enumerate(self._records()) if rule.rejection(record) is None)
+        return np.fromiter(kept, np.int64)
+
+    def damaged(self) -> Iterator[str]:
+        """What is wrong with the shards and the index, one line each, by their checksums; reads all bytes."""
+        files = {f"shards/{each['name']}": each["sha256"] for each in self.manifest.shards}
+        for name, digest in {**files, INDEX: self.manifest.index["sha256"]}.items():
+            path = self.folder / name
+            if not path.is_file():
+                yield f"{path} is gone"
+            elif checksum(path) != digest:
+                yield f"{path} is not what the manifest says"
+
+    def _records(self) -> Iterator[Record]:
+        names = ("width", "height", "aesthetic", "watermark", "unsafe", "captioned")
+        columns = (self.index[name].tolist() for name in names)
+        for width, height, *scores, captioned, digest in zip(*columns, self.index["sha256"], strict=True):
+            aesthetic, watermark, unsafe = (None if isnan(score) else score for score in scores)
+            yield Record(
+                caption="said" if captioned else None,
+                width=width,
+                height=height,
+                aesthetic=aesthetic,
+                watermark=watermark,
+                unsafe=unsafe,
+                hashes=(digest.tobytes().hex(),),
+            )
+
+    def _sample(self, i: int) -> Sample:
+        return _as_sample(i, *self._stored(i))
+
+    def _stored(self, i: int) -> tuple[Path, bytes, dict[str, Any]]:
+        """The shard that holds picture `i`, the picture's file, and what is told of it."""
+        if not 0 <= i < len(self):
+            raise InputError(f"there is no picture {i}; {self.folder} holds 0 to {len(self) - 1}")
+        path = self.folder / "shards" / self.manifest.shards[self.index["shard"][i]]["name"]
+        picture, told = _bytes(path, [int(self.index[n][i]) for n in ("start", "length", "told_start", "told_length")])
+        if crc32(told, crc32(picture)) != self.index["crc"][i]:
+            raise CheckpointError(
+                f"picture {i} in {path} is damaged; prepare the folder again, or bring the shard back"
+            )
+        return path, picture, json.loads(told)
+
+
+def open_shards(folder: str | Path) -> Shards:
+    """The shards in a folder that `prepare` made.
+
+    Raises `InputError` for a folder that is none or not finished, `CheckpointError` if a shard is gone or has
+    another size than it should.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        _require_size(folder / "shards" / shard["name"], shard["bytes"])
+    path = folder / INDEX
+    _require_size(path, manifest.index["bytes"])
+    try:
+        index = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; prepare the folder again") from error
+    if missing := INDEX_TYPES.keys() - index.keys():
+        raise CheckpointError(f"{path} has no column {min(missing)!r}; prepare the folder again")
+    return Shards(folder=folder, manifest=manifest, index=index)
+
+
+def stacked_images(samples: Sequence[Sample]) -> Tensor:
+    """(B, 3, H, W) float32 in [-1, 1] of samples of one size."""
+    return torch.stack([sample.image for sample in samples]).float() / 127.5 - 1
+
+
+def _require_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is gone; bring it back, or prepare the folder again")
+    if path.stat().st_size != size:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size:,} bytes where {size:,} were written; bring it back, or prepare it again"
+        )
+
+
+def _bytes(path: Path, places: Sequence[int]) -> tuple[bytes, bytes]:
+    """A picture's file and its JSON, at their starts and lengths. Opened each time: a descriptor survives no fork."""
+    start, length, told_start, told_length = places
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            whole = file.read(told_start + told_length - start)
+    except OSError as error:
+        raise CheckpointError(
+            f"the shard {path} cannot be read any more ({error.strerror}); bring it back and start again: "
+            "the run goes on from its last checkpoint"
+        ) from error
+    return whole[:length], whole[told_start - start :]
+
+
+def _as_sample(i: int, path: Path, picture: bytes, told: dict[str, Any]) -> Sample:
+    try:
+        pixels = np.array(decoded(picture))
+    except PictureError as error:
+        raise CheckpointError(f"picture {i} in {path} cannot be decoded; prepare the folder again") from error
+    return Sample(
+        index=i,
+        image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
+        caption=told.get("caption", ""),
+        original_size=(told["original_height"], told["original_width"]),
+        crop=(told["crop_top"], told["crop_left"]),
+        scores={name: told[name] for name in ("aesthetic", "watermark", "unsafe", "similarity") if name in told},
+    )

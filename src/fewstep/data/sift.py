@@ -1,0 +1,130 @@
+"""The first pass: one input read from end to end, its good pictures cut to size, the others told by reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from hashlib import md5, sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fewstep.data.buckets import Size, bucket_sizes, nearest_bucket
+from fewstep.data.columns import Record
+from fewstep.data.files import whole_file, write_json
+from fewstep.data.filters import Filter, Reason
+from fewstep.data.pictures import ENCODINGS, Encoding, PictureError, decoded, encoded, fitted, perceptual_hash
+from fewstep.data.sources import DamageError, Found, samples
+from fewstep.errors import InputError, unknown
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is made of a collection: which pictures stay, how large they become, how they are stored.
+
+    `side`: pictures get about `side` x `side` pixels, in buckets whose sides are multiples of `step`; None takes the
+    filter's `min_size`, so that none has to grow. `near`: of 128, the bits in which pictures that look alike may
+    differ; None drops equal files alone. `per_shard`: the most pictures in a shard.
+    """
+
+    filter: Filter = field(default_factory=Filter)
+    side: int | None = None
+    step: int = 64
+    encoding: Encoding = "jpeg"
+    near: int | None = 3
+    per_shard: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise InputError(unknown("encoding", self.encoding, ENCODINGS))
+        if self.per_shard < 1:
+            raise InputError(f"per_shard is {self.per_shard}; a shard needs at least 1 picture")
+        bucket_sizes(self._square(), self.step)  # refuses a side that no step divides
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The buckets."""
+        return bucket_sizes(self._square(), self.step)
+
+    def _square(self) -> int:
+        side = self.side if self.side is not None else self.filter.min_size
+        if side is None:
+            raise InputError("side is not given, and the filter has no min_size to take it from; give one of them")
+        return side
+
+    def as_json(self) -> Json:
+        """The settings in full, as they stand in a manifest."""
+        return vars(self) | {"filter": self.filter.settings(), "sizes": [list(size) for size in self.sizes]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiftTask:
+    """The input `source`, whose report goes to `output`, and its pictures beside that into a file `.pictures`."""
+
+    source: Path
+    output: Path
+
+
+def sift(settings: Settings, task: SiftTask) -> None:
+    """Read one input, and write what is kept of it, and why the rest is not.
+
+    The report, JSON, holds `kept`: one head for each picture, as `_kept` makes it; `rejected`: [key, reason] of the
+    others; `damage`: what made the input end early, or null.
+    """
+    report: Json = {"kept": [], "rejected": [], "damage": None}
+    with whole_file(task.output.with_suffix(".pictures")) as file:
+        try:
+            for found in samples(task.source):
+                _place(found, settings, file, report)
+        except DamageError as error:
+            report["damage"] = str(error)
+    write_json(task.output, report)
+
+
+def _place(found: Found, settings: Settings, file: BinaryIO, report: Json) -> None:
+    try:
+        head, parts = _kept(found, settings)
+    except PictureError as error:
+        report["rejected"].append([found.record.key, error.reason.value])
+        return
+    report["kept"].append(head | {"start": file.tell(), "parts": [len(part) for part in parts]})
+    file.write(b"".join(parts))
+
+
+def _kept(found: Found, settings: Settings) -> tuple[Json, tuple[bytes, bytes, bytes]]:
+    """The head of a good picture, and what is stored of it: picture, JSON, caption. `PictureError` for another."""
+    if found.fault:
+        raise PictureError(found.fault)
+    data = found.picture or b""
+    hashes = (sha256(data).hexdigest(), md5(data, usedforsecurity=False).hexdigest())
+    record = replace(found.record, hashes=(*found.record.hashes, *(hashes if found.picture is not None else ())))
+    _refuse(settings.filter.rejection(record))
+    _refuse(Reason.NO_PICTURE if found.picture is None else None)
+    picture = decoded(data)
+    record = replace(record, width=picture.width, height=picture.height)
+    _refuse(settings.filter.rejection(record))
+    bucket = nearest_bucket(*picture.size, settings.sizes)
+    cut, crop = fitted(picture, settings.sizes[bucket])
+    head = {"bucket": bucket, "sha256": hashes[0], "looks": f"{perceptual_hash(picture):032x}"}
+    text = _told(record) | {"crop_top": crop[0], "crop_left": crop[1], "sha256": hashes[0]}
+    told = json.dumps(text, ensure_ascii=False).encode()
+    return head | _scores(record), (encoded(cut, settings.encoding), told, (record.caption or "").encode())
+
+
+def _refuse(reason: Reason | None) -> None:
+    if reason is not None:
+        raise PictureError(reason)
+
+
+def _scores(record: Record) -> Json:
+    """What a filter looks at, and the key."""
+    names = ("key", "width", "height", "aesthetic", "watermark", "unsafe")
+    return {name: getattr(record, name) for name in names} | {"captioned": record.caption is not None}
+
+
+def _told(record: Record) -> Json:
+    """What is known of a picture, under names that `columns` reads again."""
+    names = ("key", "caption", "url", "aesthetic", "watermark", "unsafe", "similarity")
+    known = {name: getattr(record, name) for name in names if getattr(record, name) is not None}
+    return known | {"original_width": record.width, "original_height": record.height}

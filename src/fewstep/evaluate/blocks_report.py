@@ -1,0 +1,118 @@
+"""The report on block models: tables, and sheets to look at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.data.blockworld import split_digest
+from fewstep.evaluate.blocks_suite import Extent, Judge, Measured
+from fewstep.evaluate.composition import READERS, versus
+from fewstep.evaluate.contestants import Contestant
+from fewstep.evaluate.diversity import SEEDS
+from fewstep.evaluate.features import Features
+from fewstep.evaluate.report import Cell, Rows, csv_text, machine, save_picture, spelt, table, write_text
+
+WIDE = 0.1
+"""An interval of a share that is wider is said to be."""
+
+
+def write_blocks(models: Sequence[Contestant], extent: Extent, features: Features, folder: Path) -> Path:
+    """Examine `models`, the first being what the others are compared with; the path of the report.
+
+    Writes `blocks.md`, `blocks.csv`, and for each model two sheets into `folder`.
+    """
+    judge = Judge(models[0].easel.pipe.parts.defaults.width, extent, features)
+    found = [judge.measure(model) for model in models]
+    for one in found:
+        for what, sheet in one.sheets.items():
+            save_picture(sheet, folder / sheet_name(one.contestant, what))
+    write_text(folder / "blocks.csv", csv_text(_marks(found)))
+    write_text(folder / "blocks.md", _report(found, judge))
+    return folder / "blocks.md"
+
+
+def sheet_name(model: Contestant, what: str) -> str:
+    """`blocks-turbo-4-steps-answers.png`."""
+    return re.sub(r"[^\w.]+", "-", f"{model.label} {what}.png")
+
+
+def _sheets(found: Sequence[Measured], what: str) -> list[str]:
+    return [f"![{one.contestant.label}]({sheet_name(one.contestant, what)})" for one in found]
+
+
+def _report(found: Sequence[Measured], judge: Judge) -> str:
+    extent, network = judge.extent, judge.examiner.network.card
+    where = f"pictures in {extent.trained_on}" if extent.trained_on else "fresh renders of training scenes"
+    parts = [
+        "# What block models draw",
+        f"Canonical captions; the seed of picture i is i. Split {split_digest()}. Readers: the algorithm "
+        f"(`BlockReader`) and the network {network}. Features: {judge.features.card}. {machine()}.",
+        table([one.contestant.row(one.drawings) for one in found]),
+        "## Prompts drawn right",
+        "Count, colours, shapes on their colours, sizes that are said, relation, direction; Wilson's 95 % intervals. "
+        "The last column is the mean of both readers as a share.",
+        table(_summary(found)),
+        *_doubts(found),
+        "Under each picture the algorithm's verdict on the left, the network's on the right; green is right.",
+        *_sheets(found, "answers"),
+        "## Diversity",
+        f"{extent.varied} held-out prompts with {SEEDS} seeds each: variance of the features, entropy in bits of place "
+        "and of size. Wrong pictures raise all three.",
+        table([_diversity(one, found[0]) for one in found]),
+        "## Nearest training pictures",
+        f"Of pictures with two objects, held out, among {len(judge.training)} {where}. `distance`: "
+        "the median of the features', as a share of that of fresh real pictures of held-out scenes; well under 1 would "
+        "tell of memory.",
+        table([_neighbours(one) for one in found]),
+        *_sheets(found, "neighbours"),
+        "## Mark by mark",
+        "What the columns mean: `fewstep.evaluate.readers.Grades`.",
+        table(_marks(found)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(found: Sequence[Measured]) -> Rows:
+    base, rows = found[0], list[dict[str, Cell]]()
+    for one in found:
+        for answer, share in zip(one.answers, versus(one.answers, base.answers), strict=True):
+            row: dict[str, Cell] = {"model": one.contestant.label, "prompts": answer.question.part, "n": answer.count}
+            row |= {f"right, by the {reader}": spelt(answer.exact(reader)) for reader in READERS}
+            rows.append(row | {"readers agree": spelt(answer.agreement), f"of {base.contestant.label}": share})
+    return rows
+
+
+def _marks(found: Sequence[Measured]) -> Rows:
+    return [row for one in found for answer in one.answers for row in answer.rows(one.contestant.label)]
+
+
+def _doubts(found: Sequence[Measured]) -> list[str]:
+    """What is known badly, in a sentence."""
+    widths = dict[str, float]()
+    for one in found:
+        for answer in one.answers:
+            _, low, high = answer.exact(READERS[0])
+            part = f"{answer.question.part} (n = {answer.count})"
+            widths[part] = max(high - low, widths.get(part, 0.0))
+    said = [f"{part}: an interval {width:.2f} wide" for part, width in widths.items() if width > WIDE]
+    return [f"Too few pictures to tell models well apart: {'; '.join(said)}. Take more with `--count`."] if said else []
+
+
+def _diversity(one: Measured, base: Measured) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"model": one.contestant.label, **one.diversity.means()}
+    shares = one.diversity.share_of(base.diversity)
+    return row | {f"{name} of {base.contestant.label}": spelt(share) for name, share in shares.items()}
+
+
+def _neighbours(one: Measured) -> dict[str, Cell]:
+    pixels = one.neighbours.pixels
+    return {
+        "model": one.contestant.label,
+        "pictures": len(pixels),
+        "copies": spelt(one.neighbours.copies),
+        "distance": one.closer,
+        "least difference of pixels, of 255": float(pixels.min()),
+        "its median": float(pixels.median()),
+    }

@@ -1,0 +1,106 @@
+"""All that is measured of block models: what their pictures show, how they differ, and whether they are copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from fewstep.data.blockworld import captions, render, scenes
+from fewstep.evaluate.composition import Answer, Examiner, questions
+from fewstep.evaluate.contestants import Contestant
+from fewstep.evaluate.diversity import SEEDS, Diversity, diversity
+from fewstep.evaluate.drawing import Drawn
+from fewstep.evaluate.features import Features
+from fewstep.evaluate.neighbours import Neighbours, nearest
+from fewstep.evaluate.pixels import PictureFiles, Pictures, picture_files
+from fewstep.evaluate.sheets import exam_sheet, neighbours_sheet
+from fewstep.images import to_pil
+
+CHUNK = 250  # pictures rendered at a time
+TRAINING_SEED, REAL_SEED, VARIED_SEED = 5_000_000_000, 5_100_000_000, 5_200_000_000
+REAL = 200  # fresh pictures whose neighbours are sought too
+SHOWN = 20
+SHEET = "two objects, held out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much: held-out prompts of either kind, prompts drawn with 16 seeds each, training pictures searched.
+
+    These are `training` fresh renders of training scenes, or all pictures in the folder `trained_on`.
+    """
+
+    count: int = 1000
+    varied: int = 32
+    training: int = 5000
+    trained_on: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """All about one contestant: how it drew, its answers, its diversity, its neighbours, and two sheets to look at.
+
+    `closer`: the distance of its pictures from the training pictures as a share of that of fresh real ones.
+    """
+
+    contestant: Contestant
+    drawings: Sequence[Drawn]
+    answers: list[Answer]
+    diversity: Diversity
+    neighbours: Neighbours
+    closer: float
+    sheets: dict[str, Image.Image]
+
+
+class Judge:
+    """What all models are judged with: questions, readers, features; and training pictures, `side` pixels wide."""
+
+    def __init__(self, side: int, extent: Extent, features: Features) -> None:
+        self.extent, self.features = extent, features
+        self.questions, self.examiner = questions(extent.count), Examiner()
+        self.training = _training(extent, side)
+        self.known = features.of(self.training)
+        real = rendered(REAL, side, seed=REAL_SEED, split="heldout")
+        self.usual = nearest(real, features.of(real), self.training, self.known)
+
+    def measure(self, model: Contestant) -> Measured:
+        """Draw everything with `model` and judge it."""
+        drawings = [model.draw(q.prompts, range(len(q.prompts))) for q in self.questions]
+        answers = [self.examiner.grades(q, d.pictures) for q, d in zip(self.questions, drawings, strict=True)]
+        shown = next(i for i, question in enumerate(self.questions) if question.part == SHEET)
+        pictures, prompts = drawings[shown].pictures, self.questions[shown].prompts
+        neighbours = nearest(pictures, self.features.of(pictures), self.training, self.known)
+        return Measured(
+            contestant=model,
+            drawings=drawings,
+            answers=answers,
+            diversity=self._diversity(model),
+            neighbours=neighbours,
+            closer=neighbours.closer_than(self.usual),
+            sheets={
+                "answers": exam_sheet(answers[shown], pictures, SHOWN),
+                "neighbours": neighbours_sheet(pictures, self.training, neighbours.index, prompts),
+            },
+        )
+
+    def _diversity(self, model: Contestant) -> Diversity:
+        asked = scenes(self.extent.varied, seed=VARIED_SEED, split="heldout")
+        prompts = captions(asked, seed=VARIED_SEED, style="canonical")
+        pictures = [model.draw([prompt] * SEEDS, range(SEEDS)).pictures for prompt in prompts]
+        return diversity(pictures, [self.features.of(own) for own in pictures])
+
+
+def _training(extent: Extent, side: int) -> Pictures:
+    if extent.trained_on is not None:
+        return PictureFiles(picture_files(extent.trained_on))
+    return rendered(extent.training, side, seed=TRAINING_SEED, split="train")
+
+
+def rendered(count: int, side: int, *, seed: int, split: str) -> list[Image.Image]:
+    """Pictures of fresh scenes of a split, a part of them with one object, of 8 bits like drawn ones."""
+    drawn = scenes(count, seed=seed, split=split)
+    parts = (drawn[first : first + CHUNK] for first in range(0, count, CHUNK))
+    return [picture for part in parts for picture in to_pil(render(part, side))]

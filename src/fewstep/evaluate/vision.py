@@ -1,0 +1,120 @@
+"""CLIP's image tower (arXiv:2103.00020): a vision transformer, for scores and features with weights of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep.errors import CheckpointError
+from fewstep.models.config import TextConfig
+from fewstep.models.text_encoder import TextMLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The shape of an image tower: `layer` as of a text tower's layers, `side` and `patch` in pixels."""
+
+    layer: TextConfig
+    side: int = 224
+    patch: int = 32
+    projection: int = 512
+
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any]) -> VisionConfig:
+        """From the config.json of a `CLIPModel`; CheckpointError for an activation that CLIP has not."""
+        own = config["vision_config"]
+        if (activation := own.get("hidden_act", "quick_gelu")) not in ("quick_gelu", "gelu"):
+            raise CheckpointError(f"image tower: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
+        layer = TextConfig(
+            width=own.get("hidden_size", 768),
+            layers=own.get("num_hidden_layers", 12),
+            heads=own.get("num_attention_heads", 12),
+            inner=own.get("intermediate_size", 3072),
+            activation=activation,
+        )
+        side, patch = own.get("image_size", 224), own.get("patch_size", 32)
+        return cls(layer=layer, side=side, patch=patch, projection=config.get("projection_dim", 512))
+
+
+class VisionTower(nn.Module):
+    """Normed pictures (B, 3, side, side) -> embeddings (B, projection).
+
+    Parameter names are those of a transformers `CLIPModel`; the misspelt one is theirs.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.layer.width
+        self.vision_model = nn.ModuleDict(
+            {
+                "embeddings": PatchEmbedding(config),
+                "pre_layrnorm": nn.LayerNorm(width),
+                "encoder": nn.ModuleDict(
+                    {"layers": nn.ModuleList(VisionLayer(config.layer) for _ in range(config.layer.layers))}
+                ),
+                "post_layernorm": nn.LayerNorm(width),
+            }
+        )
+        self.visual_projection = nn.Linear(width, config.projection, bias=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        embeddings, before, encoder, after = self.vision_model.values()
+        assert isinstance(encoder, nn.ModuleDict)
+        x = before(embeddings(pictures))
+        for layer in encoder["layers"].children():
+            x = layer(x)
+        embedded: Tensor = self.visual_projection(after(x[:, 0]))
+        return embedded
+
+
+class PatchEmbedding(nn.Module):
+    """Pictures (B, 3, side, side) -> tokens (B, 1 + patches, width), the first of which will sum them up."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, count = config.layer.width, (config.side // config.patch) ** 2
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
+        self.position_embedding = nn.Embedding(count + 1, width)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        patches = self.patch_embedding(pictures).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionLayer(nn.Module):
+    """Self-attention and a two-layer network, each after a norm and with its residual: x (B, N, width)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = SelfAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = TextMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of all tokens to all: x (B, N, width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out

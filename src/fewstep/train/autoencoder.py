@@ -1,0 +1,236 @@
+"""Autoencoder training: pictures through latents and back, judged by eye and by an adversary (arXiv:2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import CheckpointError, InputError
+from fewstep.images import contact_sheet, to_pil
+from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.train.patches import PatchDiscriminator, adaptive_weight, hinge_loss
+from fewstep.train.plan import Part, Plan
+from fewstep.train.run import Work
+from fewstep.train.sources import Ahead, Source
+from fewstep.train.trainer import Trainer, Turn
+from fewstep.weights.load import load_parts
+from fewstep.weights.parts import Parts
+from fewstep.weights.save import save_parts
+
+SHOWN = 8
+"""Pictures on a sample sheet."""
+MEASURED = 8
+"""Steps whose pictures tell the latents' deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTask:
+    """Train, or go on training, the autoencoder of `model` (a catalogue name, a folder, a file) on pictures.
+
+    The loss is the L1 distance plus `perceptual_weight` times the perceptual one, both summed over a picture's
+    numbers, plus `kl` times the summed divergence of its latents from N(0, 1), plus the adversarial loss. That one
+    weighs `discriminator_weight` times `adaptive_weight`, and is there from step `discriminator_start` on; 0 leaves
+    the discriminator, with `discriminator_width` channels, out. The defaults are the published ones.
+
+    `fresh`: begin from random weights. `perceptual`: see `Perceptual`; without a file the loss has no such term.
+    `decoder_only`: leave the latents as they are, so that a UNet made for them stays right. `rescale`: set the scaling
+    factor to one over the latents' deviation when all is done.
+    """
+
+    model: str | Path
+    data: Source
+    fresh: bool = False
+    perceptual: Path | None = None
+    perceptual_weight: float = 1.0
+    kl: float = 1e-6
+    discriminator_weight: float = 0.5
+    discriminator_start: int = 50_001
+    discriminator_width: int = 64
+    decoder_only: bool = False
+    rescale: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.fresh and self.decoder_only:
+            raise InputError("fresh and decoder_only would train a decoder of random latents; leave one of them out")
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.run.Task`. Raises `InputError` for a plan that this training cannot follow."""
+        _check(plan)
+        torch.manual_seed(plan.seed)  # all ranks begin with the same weights
+        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        if self.fresh:
+            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(self.device))
+        source = Ahead(self.data)
+        return Work(
+            turns=Reconstruction(parts.autoencoder, source, self).turns(),
+            finish=lambda trainer: save_autoencoder(parts, trainer, self.data if self.rescale else None),
+            sample=lambda trainer: reconstruction_sheet(parts.autoencoder, self.data, trainer),
+            waited=lambda: source.waited,
+        )
+
+
+class Reconstruction:
+    """The losses of the autoencoder and of the discriminator, which judges what the step has decoded anyway."""
+
+    def __init__(self, model: AutoencoderKL, source: Source, task: AutoencoderTask) -> None:
+        self.model, self.source, self.task = model, source, task
+        self.device = next(model.parameters()).device
+        model.train().requires_grad_(True)
+        if task.decoder_only:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
+        self.perceptual = None if task.perceptual is None else Perceptual(task.perceptual, self.device)
+        self.discriminator = PatchDiscriminator(task.discriminator_width).to(self.device)
+        self._decoded: dict[Part, tuple[Tensor, Tensor]] = {}
+
+    def turns(self) -> dict[str, Turn]:
+        """What a `Trainer` trains: the model, then, if it is weighted, the discriminator."""
+        turns = {"model": Turn(network=self.model, loss=self.model_loss)}
+        if self.task.discriminator_weight:
+            turns["discriminator"] = Turn(network=self.discriminator, loss=self.discriminator_loss, weight_decay=0.0)
+        return turns
+
+    def model_loss(self, part: Part) -> Mapping[str, Tensor]:
+        """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
+        image = pictures_of(self.source, part).to(self.device)
+        moments = self._moments(image)
+        decoded = self.model.decode(drawn_latents(moments, part)).float()
+        said = self._distances(decoded, image)
+        loss = error = said.pop("error")
+        if not self.task.decoder_only:
+            said["kl"] = divergence(moments)
+            loss = loss + self.task.kl * said["kl"]
+        if self._judges(part):
+            self._decoded[part] = image, decoded.detach()
+            fooled = -self.discriminator(decoded).float().mean()
+            weight = adaptive_weight(error, fooled, self.model.decoder.conv_out.weight)
+            loss = loss + self.task.discriminator_weight * weight * fooled
+            said |= {"fooled": fooled, "weight": weight}
+        return {"loss": loss, **said}
+
+    def discriminator_loss(self, part: Part) -> Mapping[str, Tensor]:
+        """The hinge loss of real and decoded pictures; before it judges, a zero that leaves all weights alone."""
+        if not self._judges(part):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
+            return {"loss": 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()}
+        image, decoded = self._decoded.pop(part)
+        real, drawn = self.discriminator(image).float(), self.discriminator(decoded).float()
+        return {"loss": hinge_loss(real, drawn), "real": real.mean(), "drawn": drawn.mean()}
+
+    def _judges(self, part: Part) -> bool:
+        return self.task.discriminator_weight > 0 and part.step >= self.task.discriminator_start
+
+    def _moments(self, image: Tensor) -> Tensor:
+        with torch.set_grad_enabled(not self.task.decoder_only):
+            return self.model.encode(image).float()
+
+    def _distances(self, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Term by term, and all together as an "error" that is summed over a picture's numbers."""
+        said = {"l1": (decoded - image).abs().mean()}
+        error = said["l1"]
+        if self.perceptual is not None:
+            said["perceptual"] = self.perceptual(decoded, image)
+            error = error + self.task.perceptual_weight * said["perceptual"]
+        return said | {"error": error * image[0].numel()}
+
+
+class Perceptual:
+    """The distance of pictures in the features of a network, which a TorchScript file of the user's holds.
+
+    It takes pictures (B, 3, H, W) in [-1, 1] and gives a list of maps (B, C_k, h_k, w_k). They are compared as
+    arXiv:1801.03924, eq. 1 does, at unit length over their channels, all of which count alike. Raises `InputError`
+    where there is no file, and `CheckpointError` where it is not such a network.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        if not path.is_file():
+            raise InputError(f"there is no perceptual network {path}; give the path of a TorchScript file, or none")
+        try:
+            network: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} is no TorchScript file ({str(error).splitlines()[0]})") from error
+        for parameter in network.parameters():
+            parameter.requires_grad_(False)
+        self.path, self.network = path, network.eval()
+
+    def __call__(self, decoded: Tensor, image: Tensor) -> Tensor:
+        """Squared distances, summed over the channels and maps, mean over places and pictures; a scalar."""
+        with torch.no_grad():
+            wanted = self.maps(image)
+        squares = [(a - b).square().sum(1).mean() for a, b in zip(self.maps(decoded), wanted, strict=True)]
+        return torch.stack(squares).sum()
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        """The features at unit length."""
+        maps = self.network(pictures)
+        if not isinstance(maps, list | tuple) or not all(isinstance(one, Tensor) and one.ndim == 4 for one in maps):
+            raise CheckpointError(f"the perceptual network {self.path} must give a list of maps (B, C, h, w)")
+        return [F.normalize(one.float(), dim=1, eps=1e-10) for one in maps]
+
+
+def divergence(moments: Tensor) -> Tensor:
+    """From N(0, 1), of latents with moments (B, 2C, h, w): summed over each picture's, mean over the pictures."""
+    mean, log_variance = _mean_and_log_variance(moments)
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+
+
+def drawn_latents(moments: Tensor, part: Part) -> Tensor:
+    """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
+    mean, log_variance = _mean_and_log_variance(moments)
+    return mean + (0.5 * log_variance).exp() * part.randn("latents", *mean.shape[1:]).to(mean.device)
+
+
+def pictures_of(source: Source, part: Part) -> Tensor:
+    """The pictures (B, 3, H, W) of a part; `InputError` for a source that has latents only."""
+    pictures = source.examples(part).pictures
+    if pictures is None:
+        raise InputError(f"{source} gives latents; an autoencoder is trained on pictures, so give their own folder")
+    return pictures
+
+
+@torch.no_grad()
+def latent_deviation(model: AutoencoderKL, source: Source, trainer: Trainer) -> float:
+    """The standard deviation of the unscaled latents of some of the run's pictures."""
+    device = next(model.parameters()).device
+    parts = [part for step in range(MEASURED) for part in trainer.plan.parts(step, trainer.rank, trainer.ranks)]
+    latents = [drawn_latents(model.encode(pictures_of(source, part).to(device)), part).flatten() for part in parts]
+    return float(torch.cat(latents).std())
+
+
+@torch.no_grad()
+def reconstruction_sheet(model: AutoencoderKL, source: Source, trainer: Trainer) -> Image.Image:
+    """The same pictures each time, and below them what is decoded of their latents' means."""
+    part = trainer.plan.parts(0, trainer.rank, trainer.ranks)[0]
+    image = pictures_of(source, part)[:SHOWN].to(next(model.parameters()).device)
+    decoded = model.decode(model.encode(image).chunk(2, dim=1)[0])
+    return contact_sheet(to_pil(torch.cat([image, decoded])), len(image))
+
+
+def save_autoencoder(parts: Parts, trainer: Trainer, source: Source | None = None) -> None:
+    """The model with the averaged autoencoder as a folder `model` beside the log; scaled anew by `source`'s latents."""
+    model, folder = parts.autoencoder, trainer.plan.folder
+    model.load_state_dict(trainer.averaged("model"))
+    if trainer.rank:
+        return
+    if source is not None:
+        model.config = replace(model.config, scaling_factor=1 / latent_deviation(model, source, trainer))
+    save_parts(replace(parts, name=folder.name), folder / "model")
+
+
+def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean, log_variance.clamp(-30, 20)
+
+
+def _check(plan: Plan) -> None:
+    """Raise `InputError` for what the adaptive weight, a comparison of whole gradients in mid-step, rules out."""
+    asked = {"precision=fp16": plan.precision == "fp16", "sharing=shard": plan.sharing == "shard"}
+    for setting, present in (asked | {"compiled=true": plan.compiled}).items():
+        if present:
+            raise InputError(f"plan.{setting} cannot train an autoencoder; take fp32 or bf16, replicated, not compiled")

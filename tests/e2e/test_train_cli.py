@@ -1,0 +1,126 @@
+"""`fewstep train`, as a user would: from a recipe to a model that loads, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fewstep
+from fewstep.cli import main
+from fewstep.evaluate.training import read_training
+
+RECIPE = """
+from pathlib import Path
+from fewstep.train.diffusion import DiffusionTask
+from fewstep.train.plan import Plan
+from fewstep.train.run import Run
+from fewstep.train.sources import Blockworld
+
+def stages(out):
+    data = Blockworld(size=32)
+    shared = dict(batch=4, rate=1e-3, warmup=1, log_steps=1)
+    first = DiffusionTask(model="blocks-base", data=data, sample_prompts=("a red cube",))
+    lora = DiffusionTask(model=out / "first" / "model", data=data, lora_rank=2)
+    return [
+        Run(task=first, plan=Plan(folder=out / "first", steps=3, sample_steps=3, **shared)),
+        Run(task=lora, plan=Plan(folder=out / "lora", steps=2, **shared)),
+    ]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny_recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def unet_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "run"
+    assert main(["train", str(recipe), "--out", str(out), "first.plan.rate=2e-3"]) == 0
+    said = capsys.readouterr().out
+    assert "plan.rate = 0.002" in said
+    assert "kg CO2" in said
+    log = [json.loads(line) for line in (out / "first" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
+    assert (out / "first" / "sample-00000003.png").is_file()
+    assert [stage.name for stage in read_training(out / "first" / "model").stages] == ["first"]
+    pipe = fewstep.load(out / "first" / "model")
+    before = pipe.text_to_image("a red cube", steps=1, seed=1, output="latent").latents
+    fewstep.add_lora(pipe, out / "lora" / "lora.safetensors")
+    after = pipe.text_to_image("a red cube", steps=1, seed=1, output="latent").latents
+    assert not torch.equal(before, after)
+    assert main(["train", str(recipe), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan.stepss=3"], "did you mean 'steps'"),
+        (["--stage", "frist"], "did you mean 'first'"),
+        (["plan.batch=5", "plan.accumulate=2"], "cannot be shared out"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str
+) -> None:
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments]) != 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(tmp_path / "nothing.py")]) != 0
+    (tmp_path / "empty.py").write_text("")
+    assert main(["train", str(tmp_path / "empty.py")]) != 0
+    said = capsys.readouterr().err
+    assert "there is no recipe" in said
+    assert "no function stages" in said
+
+
+def test_stopped_and_gone_on_with_it_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+    settings = ["plan.steps=40", "plan.sample_steps=0", "--stage", "first"]
+    for name in ("whole", "parts"):
+        command = [sys.executable, "-m", "fewstep", "train", str(recipe), "--out", str(tmp_path / name), *settings]
+        run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        if name == "parts":
+            log = tmp_path / name / "first" / "log.jsonl"
+            while not log.is_file() or len(log.read_text().splitlines()) < 3:
+                assert run.poll() is None
+                time.sleep(0.05)
+            run.send_signal(signal.SIGTERM)
+            assert run.wait() == 0
+            assert not (tmp_path / name / "first" / "model").exists()
+            run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        assert run.wait() == 0
+    whole, parts = (unet_of(tmp_path / name / "first") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
+    launch = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    for name, launcher in launch.items():
+        command = [sys.executable, *launcher, "-m", "fewstep", "train", str(recipe), "--stage", "first"]
+        command += ["--out", str(tmp_path / name)]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    one, two = (unet_of(tmp_path / name / "first") for name in launch)
+    start = load_file(
+        Path(fewstep.__file__).parent / "assets/blocks-base/unet/diffusion_pytorch_model.safetensors"
+    )
+    moved = max((one[name] - start[name].float()).abs().max() for name in one)
+    apart = max((one[name] - two[name]).abs().max() for name in one)
+    assert apart < 0.02 * moved
