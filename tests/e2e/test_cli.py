@@ -402,7 +402,7 @@ def test_debug_shows_the_traceback(cli):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_interrupting_under_the_progress_bar_leaves_no_file(tiny, tmp_path):
     terminal, stderr = os.openpty()
-    more = ("--model", tiny, "--steps", 1000, "-o", "cube.png")
+    more = ("--model", tiny, "--steps", 1000, "--width", 256, "--height", 256, "-o", "cube.png")
     run = process("generate", "a red cube", *more, cwd=tmp_path, stderr=stderr)
     os.close(stderr)
     assert "drawing" in _read_terminal(terminal, until="drawing")

@@ -26,8 +26,9 @@ class AddSettings:
     `timesteps`: where the student starts from real latents with noise, the last from noise alone; `shares`: how often
     each. `distill`: lambda, the weight of the teacher's word. `adversarial`: 1 as published, 0 leaves the discriminator
     out. `r1`: gamma. `guidance`: the scale of the teacher's classifier-free guidance (not published; 1 is none).
-    `levels`: where the teacher looks at what the student drew. `mismatched`: how much real latents under another
-    picture's words count as drawn (not published; 0 leaves them out).
+    `levels`: where the teacher looks at what the student drew; `judged`: how noisy latents are when the discriminator
+    sees the teacher's features of them, low for texture and high for layout. `mismatched`: how much real latents under
+    another picture's words count as drawn (not published; 0 leaves them out).
     """
 
     timesteps: tuple[int, ...] = (249, 499, 749, 999)
@@ -37,6 +38,7 @@ class AddSettings:
     r1: float = 1e-5
     guidance: float = 1.0
     levels: tuple[int, int] = (20, 980)
+    judged: tuple[int, int] = (0, 750)
     mismatched: float = 0.0
 
 

@@ -68,7 +68,7 @@ class TurboTask:
 
     def _features(self, parts: Parts, process: Process) -> Features:
         if self.features == "teacher":
-            return NoisyLatentFeatures(parts.unet, process)
+            return NoisyLatentFeatures(parts.unet, process, self.settings.judged)
         network = picture_network(self.features, torch.device(self.device))
         return PictureFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 

@@ -53,10 +53,10 @@ def table(rows: Rows) -> str:
 
 
 def figure(value: Cell) -> str:
-    """A number as people read it: three digits after the point below 10, fewer above."""
+    """A number as people read it: three digits after the point below 10, fewer above; 1,000 in groups."""
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 def spelt(interval: Interval) -> str:
@@ -67,4 +67,5 @@ def spelt(interval: Interval) -> str:
 def machine() -> str:
     """What the pictures were drawn and judged on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split('+')[0]}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__.split('+')[0]}"

@@ -133,6 +133,7 @@ def _turbo(name: str, teacher: Entry, sampler: str) -> Entry:
 
 _ENTRIES = (
     _BLOCKS,
+    replace(_BLOCKS, name="blocks-small", megabytes=12),
     replace(
         _BLOCKS,
         name="blocks-turbo",

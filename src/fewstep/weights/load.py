@@ -25,7 +25,7 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.fetch import located
+from fewstep.weights.fetch import ASSETS, located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
 from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
 from fewstep.weights.layouts import Place, diffusers_places, single_places
@@ -104,12 +104,14 @@ def open_part(folder: Path, *, half: bool = False) -> TensorFile:
 def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
     """The parts of a diffusers folder, and what is to fill them."""
     index, notes = _index(folder)
-    scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
-    unet = _network(folder / "unet", UNet, UNetConfig.from_diffusers)
-    autoencoder = _network(folder / "vae", AutoencoderKL, AutoencoderConfig.from_diffusers)
     names = [name for name in parts_of(index) if name.startswith("text_encoder")]
-    towers = [_network(folder / name, TextEncoder, TextConfig.from_transformers) for name in names]
-    tokenizers = [Tokenizer.from_folder(folder / name.replace("text_encoder", "tokenizer")) for name in names]
+    home = {name: _home(folder, name, notes) for name in ("scheduler", "unet", "vae", *names)}
+    scheduler = parsed(home["scheduler"] / "scheduler_config.json", SchedulerConfig.from_diffusers)
+    unet = _network(home["unet"], UNet, UNetConfig.from_diffusers)
+    autoencoder = _network(home["vae"], AutoencoderKL, AutoencoderConfig.from_diffusers)
+    towers = [_network(home[name], TextEncoder, TextConfig.from_transformers) for name in names]
+    words = [name.replace("text_encoder", "tokenizer") for name in names]
+    tokenizers = [Tokenizer.from_folder(_home(folder, name, notes)) for name in words]
     networks = zip(("unet", "vae", *names), (unet, autoencoder, *towers), strict=True)
     family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
     parts = Parts(
@@ -124,7 +126,14 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
         licence=str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
     )
-    return parts, [_filling(folder / name, network, half=half) for name, network in networks]
+    return parts, [_filling(home[name], network, half=half) for name, network in networks]
+
+
+def _home(folder: Path, name: str, notes: Mapping[str, Any]) -> Path:
+    """The folder of a part; one that is not there is the embedded model's that the notes name as `base`."""
+    known = CATALOGUE.get(str(notes.get("base")))
+    shared = known is not None and known.source is None and not (folder / name).exists()
+    return ASSETS / known.name / name if known is not None and shared else folder / name
 
 
 def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

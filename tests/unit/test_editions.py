@@ -1,8 +1,11 @@
-"""Editions that are shipped as the LoRA of their difference."""
+"""The embedded editions: blocks-turbo is a LoRA of blocks-base, blocks-small has a UNet of its own alone."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.inject import ATTENTION
 from fewstep.adapters.lora import layers_of, networks
 from fewstep.adapters.merge import fuse_lora
-from fewstep.errors import InputError
+from fewstep.errors import CheckpointError, InputError
 from fewstep.weights.parts import Parts
 
 
@@ -72,3 +75,30 @@ def test_the_embedded_turbo_draws_at_once_and_by_itself() -> None:
     assert (drawn - blurred).square().mean() > 0.05
     fewstep.remove_lora(turbo)  # takes out what the user merged, which is nothing
     assert torch.equal(turbo.text_to_image(prompt, steps=1, seed=3, output="latent").latents, drawn)
+
+
+def test_the_small_model_shares_the_other_parts_of_its_base() -> None:
+    small, plain = (fewstep.load(name, device="cpu").parts for name in ("blocks-small", "blocks-base"))
+    ours, theirs = (sum(p.numel() for p in parts.unet.parameters()) for parts in (small, plain))
+    assert 0.6 < ours / theirs < 0.7
+    for one, other in ((small.autoencoder, plain.autoencoder), (small.text_encoders[0], plain.text_encoders[0])):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("base", ["sd-v1-4", "../blocks-base", 7, None])
+def test_only_parts_of_embedded_models_are_shared(base: object, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(Path(fewstep.__file__).parent / "assets" / "blocks-small", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_fewstep"]["base"] = base
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="vae"):
+        fewstep.load(folder, device="cpu")
+
+
+def test_a_saved_small_model_is_whole(tmp_path: Path) -> None:
+    fewstep.load("blocks-small", device="cpu").save(tmp_path / "small")
+    assert (tmp_path / "small" / "vae").is_dir()
+    index = json.loads((tmp_path / "small" / "model_index.json").read_text())
+    assert "base" not in index["_fewstep"]
+    fewstep.load(tmp_path / "small", device="cpu")
