@@ -34,6 +34,7 @@ from fewstep.train.trainer import Loss, Trainer, Turn
 
 SEED = 9_000_000_000  # no other recipe draws scenes from here on
 SLOTS = (len(COLOURS), len(SHAPES), len(SIZES)) * 2 + (len(RELATIONS),)
+SPREAD = 2000  # pictures over which features are evened out
 WRONG = 3  # captions a picture that differ in one thing
 LONGEST = 16  # tokens of a caption, start and end among them
 TOLD = 0.3  # weight of what the towers say of the scene
@@ -178,6 +179,18 @@ def scores(model: Towers, count: int) -> dict[str, float]:
     return found
 
 
+@torch.no_grad()
+def even_out(tower: ImageTower, pictures: Tensor) -> None:
+    """Give each feature a standard deviation of 1 over `pictures`, and the embeddings what they had.
+
+    FID then is of the order of 1 a feature, and none of them drowns the others.
+    """
+    spread = torch.cat([tower.features(part) for part in pictures.split(100)]).std(0)
+    tower.widen.weight /= spread[:, None]
+    tower.widen.bias /= spread
+    tower.projection.weight *= spread
+
+
 TOKENIZER = block_tokenizer()
 
 
@@ -196,6 +209,7 @@ class LearnToMatch:
 
         def finish(trainer: Trainer) -> None:
             towers.load_state_dict(trainer.averaged("towers"))
+            even_out(towers.image, render(scenes(SPREAD, seed=SEED + 2 * 10**9), SIDE))
             for name, tower in (("image", towers.image), ("text", towers.text)):
                 save_network(tower, plan.folder / "weights" / name)
             for kind, share in scores(towers.eval(), self.scored).items():

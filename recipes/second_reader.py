@@ -36,7 +36,7 @@ SPLITS = {"train": 0.5, "heldout": 0.25, "unseen_atoms": 0.25}
 CROWDED, EMPTY = 0.35, 0.03  # shares of pictures with an object too many (of which a third is kept), and with none
 TWICE = 0.5  # share of the objects too many that repeat the first one
 OBJECTS = 3
-AROUND = 0.1  # weight of the cells around a middle
+AROUND, SHARPEN = 0.1, 1400  # weight of the cells around a middle, and from which step on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +192,16 @@ def blocky(pictures: Tensor) -> Tensor:
 def finding_loss(model: FindingNetwork, pool: Pictures) -> Loss:
     """Whether there is a middle in each cell, and of those there are, colour, shape, size and part.
 
-    The eight cells around a middle count little, since it may be near their edge; each is asked for the rest as often
-    as the middle itself.
+    The eight cells around a middle may say either at first; in the last third they count a little, so that the middle
+    stands out. Each is asked for the rest as often as the middle itself.
     """
 
     def loss(part: Part) -> dict[str, Tensor]:
         index = part.randint("index", len(pool.pixels))
         present, *logits = model(worn(pool.pixels[index].float() / 127.5 - 1))
         owner, there = known(pool.objects[index])
-        found = F.binary_cross_entropy_with_logits(present[:, 0], *cells(len(index), owner, there), reduction="sum")
+        said = cells(len(index), owner, there, AROUND if part.step >= SHARPEN else 0.0)
+        found = F.binary_cross_entropy_with_logits(present[:, 0], *said, reduction="sum")
         row, column = (there[:, i] + torch.randint(-1, 2, (len(there),)) for i in (0, 1))
         told = [values[owner, :, row, column] for values in logits]
         wrong = [F.cross_entropy(told[i], there[:, 2 + i], ignore_index=-100) for i in range(len(told))]
@@ -218,11 +219,11 @@ def known(objects: Tensor) -> tuple[Tensor, Tensor]:
     return owner, objects[owner, which]
 
 
-def cells(count: int, owner: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 16, 16) twice: 1 where a middle is, and how much each cell counts."""
+def cells(count: int, owner: Tensor, there: Tensor, around: float) -> tuple[Tensor, Tensor]:
+    """(B, 16, 16) twice: 1 where a middle is, and how much each cell counts, those `around` a middle less."""
     wanted, weight = torch.zeros(count, GRID, GRID), torch.ones(count, GRID, GRID)
     for down, right in [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]:
-        weight[owner, there[:, 0] + down, there[:, 1] + right] = AROUND
+        weight[owner, there[:, 0] + down, there[:, 1] + right] = around
     wanted[owner, there[:, 0], there[:, 1]] = weight[owner, there[:, 0], there[:, 1]] = 1
     return wanted, weight
 

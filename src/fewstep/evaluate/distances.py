@@ -15,6 +15,7 @@ from fewstep.evaluate.fid import (
     kernel_distance,
 )
 from fewstep.evaluate.intervals import Estimate, Interval
+from fewstep.evaluate.report import figure
 
 WIDE = 0.25
 """An interval of FID that is wider than this share of its value is said to be."""
@@ -38,8 +39,8 @@ class Distances:
         if high - low <= WIDE * value:
             return None
         return (
-            f"{self.count} pictures are few: FID {value:.3g} is only known to be within {low:.3g} and {high:.3g}, "
-            f"{high - low:.3g} wide; take more"
+            f"{self.count} pictures are few: FID {figure(value)} is only known to be within {figure(low)} and "
+            f"{figure(high)}, {figure(high - low)} wide; take more"
         )
 
 

@@ -104,7 +104,7 @@ def write_pareto(easels: Sequence[Easel], scales: Scales, folder: Path) -> Path:
     write_text(folder / "pareto.csv", csv_text(rows))
     how, features, clip = scales.how, scales.features.card, scales.clip.card
     drawn = f"{how.steps} {how.sampler.upper()} steps, {len(scales.subject.prompts)} pictures a point"
-    title = f"{drawn}; FID by {features.name}, CLIP score by {clip.name}"
+    title = f"{drawn}\nFID by {features.name}, CLIP score by {clip.name}"
     write_chart(curves, title, [folder / "pareto.svg", folder / "pareto.png"])
     best = [f"{name}: guidance {knee(points).scale:g}" for name, points in curves.items()]
     text = [
@@ -114,7 +114,9 @@ def write_pareto(easels: Sequence[Easel], scales: Scales, folder: Path) -> Path:
         "![the chart](pareto.svg)",
         table(rows),
         f"Nearest to the best of both: {'; '.join(best)}.",
-        *(f"- {name}, {said}" for name, points in curves.items() for point in points for said in point.doubts()),
+        "\n".join(
+            f"- {name}, {said}" for name, points in curves.items() for point in points for said in point.doubts()
+        ),
     ]
-    write_text(folder / "pareto.md", "\n\n".join(text) + "\n")
+    write_text(folder / "pareto.md", "\n\n".join(filter(None, text)) + "\n")
     return folder / "pareto.md"
