@@ -2,7 +2,7 @@
 
     fewstep train recipes/second_reader.py
 
-2000 steps of 64, about 7 minutes of one CPU core (Zen 5), 2 GB. The weights, for src/fewstep/assets/block-readers, are
+2000 steps of 64, about 4 minutes of one CPU core (Zen 5), 2 GB. The weights, for src/fewstep/assets/block-readers, are
 written below the run's folder, and its scores printed.
 
 It sees renders of all splits, which generators do not, with seeds of its own; blurred, noisy, wavy and recoloured a

@@ -24,12 +24,12 @@ SCALES = "1.5,2,3,4,5,6,7,8"
 
 app = typer.Typer(help="Measure what models draw: prompts drawn right, FID, CLIP score, diversity, copies.")
 
-Models = Annotated[
+_MODELS = "Names, folders, files or hub ids (else blocks-base)"
+Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODELS}.", show_default=False)]
+ModelsAndSettings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MODEL]...",
-        help="Names, folders, files or hub ids (else blocks-base), with settings if need be: blocks-base:steps=4.",
-        show_default=False,
+        metavar="MODEL", help=f"{_MODELS}, with settings if need be: blocks-base:steps=4.", show_default=False
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; pictures in it are not drawn again.")]
@@ -42,7 +42,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the path of th
 
 @app.command()
 def blocks(
-    models: Models = None,
+    models: ModelsAndSettings = None,
     *,
     base: Annotated[str, typer.Option(help="What the others are compared with.")] = EMBEDDED,
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts of either kind.")] = 1000,

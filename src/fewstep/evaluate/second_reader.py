@@ -25,8 +25,9 @@ PLAYED = {(0, 0): ALONE, (1, 2): ON_TOP, (3, 4): LEFT, (5, 6): IN_FRONT}
 """The relation that the parts of object 0 and object 1 make."""
 HEADS = [1, len(COLOURS), len(SHAPES), len(SIZES), len(PARTS)]
 GRID = 16
-LEAST = 0.5
-"""How sure the network must be of an object, and of its shape."""
+SEEN, READABLE = 0.2, 0.5
+"""How sure the network must be that an object is there, and of its shape. A middle may lie between two cells, and be
+half as likely in either."""
 BATCH = 100
 
 
@@ -67,7 +68,7 @@ class SecondReader:
 
     def __init__(self, network: FindingNetwork | None = None) -> None:
         self.network = FindingNetwork() if network is None else network.eval()
-        self.card = Card(name="untrained", digest="none")
+        self.card = Card(name="unnamed", digest="none")
         if network is None:
             self.card = fill(ASSETS / "second-reader", self.network)
 
@@ -86,7 +87,7 @@ class SecondReader:
 
 def _reading(sure: Tensor, *maps: Tensor) -> Reading:
     """From the maps of one picture: sure (16, 16), 0 but at middles, then colour, shape, size and part (n, 16, 16)."""
-    places = (sure >= LEAST).nonzero().tolist()
+    places = (sure >= SEEN).nonzero().tolist()
     places.sort(key=lambda place: -float(sure[*place]))
     found = [_found(float(sure[y, x]), *(part[:, y, x] for part in maps)) for y, x in places[:2]]
     relation = ALONE
@@ -104,7 +105,7 @@ def _reading(sure: Tensor, *maps: Tensor) -> Reading:
 
 
 def _found(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tensor) -> Found:
-    readable = float(shape.max().exp()) >= LEAST
+    readable = float(shape.max().exp()) >= READABLE
     return Found(sure, int(colour.argmax()), int(shape.argmax()) if readable else UNREADABLE, int(size.argmax()), parts)
 
 
