@@ -57,7 +57,7 @@ def networks(parts: Parts) -> dict[str, nn.Module]:
     """What a LoRA may change: `unet`, `text_encoder`, `text_encoder_2`; the refiner has the second tower alone."""
     alone = family_of(parts.unet.config) == "sdxl-refiner"
     towers = ("text_encoder_2",) if alone else ("text_encoder", "text_encoder_2")
-    return {"unet": parts.unet, **dict(zip(towers, parts.text_encoders, strict=False))}
+    return {"unet": parts.unet, **dict(zip(towers[: len(parts.text_encoders)], parts.text_encoders, strict=True))}
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[str, Layer]:

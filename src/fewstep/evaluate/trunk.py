@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,9 +21,8 @@ class Trunk(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        first, *others = CHANNELS
-        self.stem = nn.Conv2d(3, first, 3, stride=2, padding=1)
-        self.down = nn.ModuleList(_halving(a, b) for a, b in zip(CHANNELS, others, strict=False))
+        self.stem = nn.Conv2d(3, CHANNELS[0], 3, stride=2, padding=1)
+        self.down = nn.ModuleList(_halving(a, b) for a, b in pairwise(CHANNELS))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         x, maps = F.relu(self.stem(pictures)), list[Tensor]()

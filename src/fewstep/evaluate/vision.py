@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fewstep.errors import CheckpointError
 from fewstep.models.config import TextConfig
-from fewstep.models.text_encoder import TextMLP
+from fewstep.models.text_encoder import TextLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class VisionTower(nn.Module):
                 "embeddings": PatchEmbedding(config),
                 "pre_layrnorm": nn.LayerNorm(width),
                 "encoder": nn.ModuleDict(
-                    {"layers": nn.ModuleList(VisionLayer(config.layer) for _ in range(config.layer.layers))}
+                    {"layers": nn.ModuleList(TextLayer(config.layer, causal=False) for _ in range(config.layer.layers))}
                 ),
                 "post_layernorm": nn.LayerNorm(width),
             }
@@ -87,34 +86,3 @@ class PatchEmbedding(nn.Module):
         patches = self.patch_embedding(pictures).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
-
-
-class VisionLayer(nn.Module):
-    """Self-attention and a two-layer network, each after a norm and with its residual: x (B, N, width)."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = SelfAttention(config.width, config.heads)
-        self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = TextMLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        out: Tensor = x + self.mlp(self.layer_norm2(x))
-        return out
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention of all tokens to all: x (B, N, width)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        return out

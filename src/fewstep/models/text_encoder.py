@@ -68,12 +68,12 @@ class TextTransformer(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """Causal self-attention and a two-layer network, each after a norm and with its residual: x (B, N, width)."""
+    """Self-attention and a two-layer network, each after a norm and with its residual: x (B, N, width)."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, *, causal: bool = True) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = CausalAttention(config.width, config.heads)
+        self.self_attn = SelfAttention(config.width, config.heads, causal=causal)
         self.layer_norm2 = nn.LayerNorm(config.width)
         self.mlp = TextMLP(config)
 
@@ -83,12 +83,12 @@ class TextLayer(nn.Module):
         return out
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it: x (B, N, width)."""
+class SelfAttention(nn.Module):
+    """Multi-head attention, `causal` where a token sees but itself and those before it: x (B, N, width)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -96,7 +96,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
