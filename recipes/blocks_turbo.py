@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,15 @@ from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings
 from fewstep.distill.turbo import TurboTask
+from fewstep.distill.walks import Walks, WalkSettings, WalkTask
 from fewstep.train.plan import Plan
 from fewstep.train.run import Run
 from fewstep.weights.load import load_parts
 
 RANK = 32
+COUNT = 8192
+SHARES = (1 / 6, 1 / 6, 1 / 6, 1 / 2)
+SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
 PROMPTS = (
     "a red cube on top of a blue sphere",
     "a small green cone",
@@ -42,31 +47,38 @@ PROMPTS = (
 
 
 def stages(out: Path) -> Sequence[Run]:
-    """One stage, and the two halves of its loss alone, for the ablation: choose with --stage."""
-    both = AddSettings(guidance=3.0, mismatched=0.5)
-    halves = {
-        "distilled_only": AddSettings(guidance=3.0, adversarial=0.0),
-        "adversarial_only": AddSettings(distill=0.0, mismatched=0.5),
+    """The teacher's walks, learned by heart; then adversarial distillation, and the two halves of its loss alone."""
+    begun = out / "turbo-walks"
+    both = AddSettings(shares=SHARES, distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0)
+    ablation = {
+        "blocks-turbo": both,
+        "distilled_only": replace(both, adversarial=0.0),
+        "adversarial_only": replace(both, distill=0.0),
     }
-    return [_run(out / name, settings) for name, settings in {"blocks-turbo": both, **halves}.items()]
-
-
-def _run(folder: Path, settings: AddSettings) -> Run:
-    plan = Plan(
-        folder=folder,
-        seconds=45 * 60,
-        batch=32,
-        rate=2e-4,
-        warmup=50,
-        decay=0.3,
-        betas=(0.5, 0.99),
-        weight_decay=0.0,
-        ema=0.998,
-        log_steps=25,
-        sample_steps=250,
-    )
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
-    task = TurboTask(model="blocks-base", data=data, settings=settings, discriminator_rate=5.0, sample_prompts=PROMPTS)
+    learned = WalkTask(model="blocks-base", data=data, walks=out / "walks", settings=WalkSettings(count=COUNT))
+    plan = Plan(folder=begun, seconds=10 * 60, rate=3e-4, decay=0.5, **SHARED)  # type: ignore[arg-type]
+    return [Run(task=learned, plan=plan), *(_run(out, name, settings) for name, settings in ablation.items())]
+
+
+def _run(out: Path, name: str, settings: AddSettings) -> Run:
+    plan = Plan(
+        folder=out / name,
+        seconds=30 * 60,
+        rate=1e-4,
+        decay=0.3,
+        weight_decay=0.0,
+        sample_steps=250,
+        **SHARED,  # type: ignore[arg-type]
+    )
+    task = TurboTask(
+        model="blocks-base",
+        data=Walks(folder=out / "walks"),
+        student=out / "turbo-walks" / "model",
+        settings=settings,
+        discriminator_rate=5.0,
+        sample_prompts=PROMPTS,
+    )
     return Run(task=task, plan=plan)
 
 

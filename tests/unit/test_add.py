@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.add import AddSettings, AdversarialDistillation, Batch, Teacher
+from fewstep.distill.add import AddSettings, AdversarialDistillation
 from fewstep.distill.discriminator import Discriminator, NoisyLatentFeatures, Seen, fooled, gradient_penalty, hinge
+from fewstep.distill.teacher import Teacher
 from fewstep.engines.engine import Conditioning
+from fewstep.errors import InputError
 from fewstep.models.config import Stage, UNetConfig
 from fewstep.models.unet import UNet
+from fewstep.train.diffusion import Clean
 from fewstep.train.plan import Part, Plan
 from fewstep.train.process import Process, of_rows
+from fewstep.train.sources import Walked
 from fewstep.train.trainer import Trainer
 
 CONFIG = UNetConfig(
@@ -27,8 +31,13 @@ CONFIG = UNetConfig(
 PART = Part(seed=0, step=0, whole=8, first=0, count=8)
 
 
-def real_batch(part: Part) -> Batch:
-    return part.randn("latents", 4, 8, 8), Conditioning(context=part.randn("words", 3, 8))
+def real_batch(part: Part) -> Clean:
+    return Clean(part.randn("latents", 4, 8, 8), Conditioning(context=part.randn("words", 3, 8)))
+
+
+def walked_batch(part: Part) -> Clean:
+    clean = real_batch(part)
+    return clean._replace(walked=Walked(points=part.randn("points", 2, 4, 8, 8), end=part.randn("end", 4, 8, 8)))
 
 
 def distillation(settings: AddSettings | None = None, empty: Conditioning | None = None) -> AdversarialDistillation:
@@ -87,9 +96,26 @@ def test_the_last_time_step_starts_from_noise_alone_and_the_others_from_real_lat
     for timesteps, leaks in (((249, 999), True), ((999,), False)):
         settings = AddSettings(timesteps=timesteps, shares=(1.0,) * len(timesteps))
         add = distillation(settings)
-        real, told = real_batch(PART)
-        drawn = [add.drawn(latents, told, PART) for latents in (real, real + 1)]
+        real = real_batch(PART)
+        drawn = [add.drawn(clean, PART) for clean in (real, real._replace(x0=real.x0 + 1))]
         assert torch.equal(*drawn) is not leaks
+
+
+def test_an_anchored_student_draws_from_the_noise_of_its_teachers_walk_and_is_held_to_the_end() -> None:
+    add = distillation(AddSettings(timesteps=(249, 999), shares=(0.5, 0.5), anchor=1.0))
+    clean = walked_batch(PART)
+    assert clean.walked is not None
+    other = clean._replace(walked=clean.walked._replace(points=clean.walked.points + 1))
+    changed = (add.drawn(clean, PART) != add.drawn(other, PART)).flatten(1).any(1)
+    assert changed.sum() == 4, "half of the batch begins with noise alone"
+    there = torch.where(changed[:, None, None, None], clean.walked.end, torch.full_like(clean.x0, 9.0))
+    assert add.astray(there, clean, PART) == 0
+    assert add.astray(there + 1, clean, PART) == pytest.approx(1)
+
+
+def test_an_anchor_without_walks_is_an_error() -> None:
+    with pytest.raises(InputError, match="Walks"):
+        distillation(AddSettings(anchor=1.0)).student_loss(PART)
 
 
 def test_r1_is_taken_at_the_features_and_trains_the_heads() -> None:
@@ -120,7 +146,7 @@ def test_hinge_is_zero_beyond_its_margin_and_has_the_right_sign() -> None:
 
 def test_the_words_matter_to_the_judge() -> None:
     add = distillation()
-    real, told = real_batch(PART)
+    real, told = real_batch(PART)[:2]
     one, other = (add.features(real, words, PART, "real") for words in (told, of_rows(told, torch.arange(8).roll(1))))
     assert all(not torch.equal(a, b) for a, b in zip(one.maps[1:], other.maps[1:], strict=True))
     assert not torch.equal(one.condition, other.condition)
@@ -130,13 +156,13 @@ def test_the_distance_is_zero_where_the_teacher_agrees() -> None:
     add = distillation()
     add.process = add.teacher.process = Process(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *told: torch.ones_like(x)  # type: ignore[method-assign]
-    _, told = real_batch(PART)
+    told = real_batch(PART).told
     assert add.distance(torch.ones(8, 4, 8, 8), told, PART) == 0
     assert add.distance(torch.zeros(8, 4, 8, 8), told, PART) > 0
 
 
 def test_guidance_changes_what_the_teacher_says() -> None:
-    real, told = real_batch(PART)
+    real, told = real_batch(PART)[:2]
     empty = Conditioning(context=torch.zeros(1, 3, 8))
     plain, guided = (
         distillation(AddSettings(guidance=scale), empty=empty).distance(real, told, PART) for scale in (1.0, 4.0)
@@ -149,6 +175,6 @@ def test_a_student_learns_to_draw_in_one_step_what_its_teacher_means(tmp_path: P
     wanted = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None, None].expand(8, 4, 8, 8)
     add.process = add.teacher.process = Process(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *told: wanted  # type: ignore[method-assign]
-    before = (add.drawn(*real_batch(PART), PART) - wanted).square().mean()
+    before = (add.drawn(real_batch(PART), PART) - wanted).square().mean()
     Trainer(add.turns(), Plan(folder=tmp_path, rate=2e-3, steps=25, warmup=5, batch=8)).run()
-    assert (add.drawn(*real_batch(PART), PART) - wanted).square().mean() < 0.5 * before
+    assert (add.drawn(real_batch(PART), PART) - wanted).square().mean() < 0.5 * before

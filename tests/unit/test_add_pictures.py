@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.add import AddSettings, AdversarialDistillation, Batch, Teacher
+from fewstep.distill.add import AddSettings, AdversarialDistillation
 from fewstep.distill.discriminator import Discriminator, Seen, gradient_penalty
 from fewstep.distill.pictures import BlockNetwork, PictureFeatures, moved_and_cut, picture_network
+from fewstep.distill.teacher import Teacher
 from fewstep.distill.turbo import TurboTask
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
+from fewstep.train.diffusion import Clean
 from fewstep.train.plan import Part, Plan
 from fewstep.train.process import Process
 from fewstep.train.sources import Examples
@@ -40,8 +42,8 @@ def network() -> BlockNetwork:
     return BlockNetwork(CPU)
 
 
-def real_batch(part: Part) -> Batch:
-    return part.randn("latents", 4, 4, 4), Conditioning(context=part.randn("words", 3, 8))
+def real_batch(part: Part) -> Clean:
+    return Clean(part.randn("latents", 4, 4, 4), Conditioning(context=part.randn("words", 3, 8)))
 
 
 def picture_features(*, augment: bool = False) -> PictureFeatures:
@@ -94,7 +96,7 @@ def test_the_distance_is_taken_between_pictures() -> None:
     add = distillation(AddSettings(adversarial=0.0, levels=(500, 500)))
     add.process = add.teacher.process = Process(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *told: torch.ones_like(x)  # type: ignore[method-assign]
-    _, told = real_batch(PART)
+    told = real_batch(PART).told
     drawn, wanted = torch.zeros(8, 4, 4, 4), torch.ones(8, 4, 4, 4)
     between = (add.features.view(drawn) - add.features.view(wanted)).square().mean()
     weight = add.process.alpha_bar(torch.tensor([500])).sqrt()
@@ -113,12 +115,13 @@ def test_pictures_are_those_of_the_scaled_latents_and_never_computed_in_float16(
 
 def test_the_judge_knows_the_real_picture_only_where_the_student_saw_something_of_it() -> None:
     add = distillation(AddSettings(timesteps=(499, 999), shares=(0.5, 0.5)))
-    real, told = real_batch(PART)
+    clean = real_batch(PART)
+    told = clean.told
     known = add.known(add.features.view(real), PART)
     blind = known.abs().sum(1) == 0
     assert blind.sum() == 4
     torch.testing.assert_close(known[~blind], add.features.embedded(add.features.view(real))[~blind])
-    drawn = [add.drawn(latents, told, PART) for latents in (real, real + 1)]
+    drawn = [add.drawn(one, PART) for one in (clean, clean._replace(x0=clean.x0 + 1))]
     assert torch.equal((drawn[0] == drawn[1]).all(dim=(1, 2, 3)), blind), "blind is who began from noise alone"
 
 
@@ -146,7 +149,7 @@ def test_what_is_known_of_the_picture_matters_to_the_judge() -> None:
 
 def test_r1_is_taken_at_the_features() -> None:
     features = picture_features()
-    real, told = real_batch(PART)
+    real, told = real_batch(PART)[:2]
     view = features.view(real).requires_grad_()
     maps, words = features(view, told, PART, "real")
     judge = Discriminator(features.channels, features.condition)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.engine import Conditioning
@@ -19,6 +20,7 @@ from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
+from fewstep.nn.attention import attended
 from fewstep.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fewstep.train.ema import Ema
 from fewstep.train.fold import fold_statistics
@@ -208,6 +210,18 @@ def test_checkpointed_blocks_compute_the_same(tmp_path: Path) -> None:
     assert list(model.state_dict()) == names
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_attention_in_bfloat16_is_attention() -> None:
+    q, k, v = (torch.randn(2, 4, 16, 8) for _ in range(3))
+    low = [value.bfloat16().requires_grad_() for value in (q, k, v)]
+    mixed = attended(*low)
+    mixed.float().square().sum().backward()
+    high = [value.requires_grad_() for value in (q, k, v)]
+    F.scaled_dot_product_attention(*high).square().sum().backward()
+    assert torch.allclose(mixed.float(), F.scaled_dot_product_attention(*high), atol=0.03)
+    for one, other in zip(low, high, strict=True):
+        assert torch.allclose(one.grad.float(), other.grad, atol=0.1)
 
 
 def test_a_plan_without_an_end_is_an_error(tmp_path: Path) -> None:

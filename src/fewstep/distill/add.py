@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.discriminator import Discriminator, Features, Seen, fooled, gradient_penalty, hinge
-from fewstep.engines.engine import Conditioning, stacked
+from fewstep.distill.teacher import Teacher
+from fewstep.engines.engine import Conditioning
+from fewstep.errors import InputError
 from fewstep.models.unet import UNet
+from fewstep.train.diffusion import Clean
 from fewstep.train.plan import Part
-from fewstep.train.process import Process, of_rows, predicted
+from fewstep.train.process import of_rows, predicted
 from fewstep.train.trainer import Turn
-
-Batch = tuple[Tensor, Conditioning]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,9 @@ class AddSettings:
     out. `r1`: gamma. `guidance`: the scale of the teacher's classifier-free guidance (not published; 1 is none).
     `levels`: where the teacher looks at what the student drew; `judged`: how noisy latents are when the discriminator
     sees the teacher's features of them, low for texture and high for layout. `mismatched`: how much real latents under
-    another picture's words count as drawn (not published; 0 leaves them out).
+    another picture's words count as drawn (not published; 0 leaves them out). `anchor`: the weight of the distance,
+    from noise alone, to where the teacher's whole walk led from the same noise, which keeps as many pictures of a
+    prompt as the teacher has (not published here, but in arXiv:2311.18828; needs `fewstep.distill.walks.Walks`).
     """
 
     timesteps: tuple[int, ...] = (249, 499, 749, 999)
@@ -40,22 +43,7 @@ class AddSettings:
     levels: tuple[int, int] = (20, 980)
     judged: tuple[int, int] = (0, 750)
     mismatched: float = 0.0
-
-
-class Teacher:
-    """A frozen UNet that tells clean latents, guided: `empty` is what an empty prompt says, one row."""
-
-    def __init__(self, unet: UNet, process: Process, empty: Conditioning | None = None) -> None:
-        self.unet, self.process, self.empty = unet.eval().requires_grad_(False), process, empty
-
-    @torch.no_grad()
-    def x0(self, x: Tensor, t: Tensor, told: Conditioning, guidance: float) -> Tensor:
-        """The clean latents that it sees in x (B, 4, h, w) at steps t (B,); scale 1 is no guidance."""
-        if guidance == 1 or self.empty is None:
-            return self.process.x0(predicted(self.unet, x, t, told), x, t)
-        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64)))
-        with_words, without = predicted(self.unet, torch.cat([x, x]), torch.cat([t, t]), words).chunk(2)
-        return self.process.x0(without + guidance * (with_words - without), x, t)
+    anchor: float = 0.0
 
 
 class _Evidence(NamedTuple):
@@ -70,7 +58,8 @@ class _Evidence(NamedTuple):
 class AdversarialDistillation:
     """The student's and the discriminator's losses; the student draws once for both in a step.
 
-    `batch(part)` gives real latents (B, 4, h, w) and what they were told. The student puts out what its teacher does.
+    `batch(part)` gives real latents (B, 4, h, w), what they were told, and the teacher's walks if they are kept. The
+    student puts out what its teacher does.
     Both losses look at the features' view: at latents, or at pictures, which are then decoded once in a step.
     """
 
@@ -79,7 +68,7 @@ class AdversarialDistillation:
         student: UNet,
         teacher: Teacher,
         features: Features,
-        batch: Callable[[Part], Batch],
+        batch: Callable[[Part], Clean],
         *,
         settings: AddSettings,
     ) -> None:
@@ -99,17 +88,21 @@ class AdversarialDistillation:
 
     def student_loss(self, part: Part) -> dict[str, Tensor]:
         """Adversarial loss plus lambda times the distance to the teacher."""
-        real, told = self.batch(part)
-        drawn = self.drawn(real, told, part)
+        clean = self.batch(part)
+        real, told = clean.x0, clean.told
+        drawn = self.drawn(clean, part)
         view = self.features.view(drawn)
-        fool = distance = drawn.new_zeros(())
+        fool = distance = astray = drawn.new_zeros(())
         if self.settings.adversarial:
             self._evidence[part] = evidence = self._gathered(real, view, told, part)
             fool = fooled(self.discriminator(self._seen(view, evidence, part, "student")))
         if self.settings.distill:
             distance = self.distance(drawn, told, part, view=view)
-        loss = self.settings.adversarial * fool + self.settings.distill * distance
-        return {"loss": loss, "fooled": fool, "distance": distance, "spread": drawn.detach().std()}
+        if self.settings.anchor:
+            astray = self.astray(drawn, clean, part)
+        loss = self.settings.adversarial * fool + self.settings.distill * distance + self.settings.anchor * astray
+        terms = {"fooled": fool, "distance": distance, "astray": astray}
+        return {"loss": loss, **terms, "spread": drawn.detach().std()}
 
     def discriminator_loss(self, part: Part) -> dict[str, Tensor]:
         """Hinge losses of real and drawn latents, and gamma times R1 of the real ones."""
@@ -128,12 +121,25 @@ class AdversarialDistillation:
         said = {"real": _mean(of_real), "drawn": _mean(of_drawn), "r1": penalty}
         return {"loss": loss, **said}
 
-    def drawn(self, real: Tensor, told: Conditioning, part: Part) -> Tensor:
-        """What the student makes in one step of real latents with noise, or at the last time step of noise alone."""
+    def drawn(self, clean: Clean, part: Part) -> Tensor:
+        """What the student makes in one step of real latents with noise, or at the last time step of noise alone.
+
+        That is the noise that the teacher's walk began with, where it is known.
+        """
+        real = clean.x0
         t, alone = self._begun(part, real.device)
         eps = part.randn("student noise", *real.shape[1:]).to(real.device)
-        x = torch.where(alone[:, None, None, None], eps, self.process.noised(real, eps, t))
-        return self.process.x0(predicted(self.student, x, t, told), x, t)
+        first = eps if clean.walked is None else clean.walked.points[:, -1].to(real.device)
+        x = torch.where(alone[:, None, None, None], first, self.process.noised(real, eps, t))
+        return self.process.x0(predicted(self.student, x, t, clean.told), x, t)
+
+    def astray(self, drawn: Tensor, clean: Clean, part: Part) -> Tensor:
+        """Mean squared distance to the ends of the teacher's walks, of what was drawn from noise alone."""
+        if clean.walked is None:
+            raise InputError("an anchor needs the teacher's walks; give `fewstep.distill.walks.Walks` as data")
+        _, alone = self._begun(part, drawn.device)
+        error = (drawn - clean.walked.end.to(drawn.device)).square().mean((1, 2, 3))
+        return (error * alone).sum() / alone.sum().clamp(min=1)
 
     @torch.no_grad()
     def known(self, real: Tensor, part: Part) -> Tensor:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from fewstep.distill.add import AddSettings, AdversarialDistillation, Teacher
+from fewstep.distill.add import AddSettings, AdversarialDistillation
 from fewstep.distill.discriminator import Features, NoisyLatentFeatures
 from fewstep.distill.pictures import PictureFeatures, picture_network
+from fewstep.distill.teacher import Teacher
 from fewstep.models.unet import UNet
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
 from fewstep.train.memory import checkpoint_blocks

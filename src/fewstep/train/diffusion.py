@@ -24,7 +24,7 @@ from fewstep.train.losses import min_snr_weight, stratified_timesteps
 from fewstep.train.plan import Part, Plan
 from fewstep.train.process import Process, predicted
 from fewstep.train.run import Work
-from fewstep.train.sources import Ahead, Examples, Source
+from fewstep.train.sources import Ahead, Examples, Source, Walked
 from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
@@ -95,6 +95,15 @@ class Noisy(NamedTuple):
     target: Tensor
 
 
+class Clean(NamedTuple):
+    """Latents x0 (B, 4, h, w) without noise, what the UNet is told of them, and what their source knew besides."""
+
+    x0: Tensor
+    told: Conditioning
+    captions: Sequence[str] = ()
+    walked: Walked | None = None
+
+
 class NoisyLatents:
     """Makes the UNet's inputs and targets of a part: encodes, leaves captions out, adds noise."""
 
@@ -105,18 +114,19 @@ class NoisyLatents:
         self.process = Process(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
 
     def __call__(self, part: Part, *, train_text: bool = False) -> Noisy:
-        x0, told = self.clean(part, train_text=train_text)
+        clean = self.clean(part, train_text=train_text)
+        x0, told = clean.x0, clean.told
         t = part.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
         t, eps = t.to(x0.device), self._noise(x0, part)
         return Noisy(self.process.noised(x0, eps, t), t, told, self.process.target(x0, eps, t))
 
-    def clean(self, part: Part, *, train_text: bool = False) -> tuple[Tensor, Conditioning]:
-        """The part's latents (B, 4, h, w) without noise, and what is told of them."""
+    def clean(self, part: Part, *, train_text: bool = False) -> Clean:
+        """The part's latents without noise, and what is told of them."""
         examples = self.source.examples(part)
         gone = (part.rand("drop") < self.text_drop).tolist()
         said = ["" if drop else caption for drop, caption in zip(gone, examples.captions, strict=True)]
         told = told_of(self.parts, self.engine, replace(examples, captions=said), grad=train_text)
-        return latents_of(self.engine, examples, part), told
+        return Clean(latents_of(self.engine, examples, part), told, said, examples.walked)
 
     def _noise(self, x0: Tensor, part: Part) -> Tensor:
         eps = part.randn("noise", *x0.shape[1:])

@@ -12,6 +12,13 @@ from fewstep.diffusion.schedule import NoiseSchedule, noise_schedule
 from fewstep.engines.engine import Conditioning
 from fewstep.models.unet import UNet
 from fewstep.train.losses import target
+from fewstep.train.plan import Precision
+
+
+def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """A context in which networks on `device` compute in `precision`; their weights stay as they are."""
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, kind, enabled=kind != torch.float32)
 
 
 def predicted(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:

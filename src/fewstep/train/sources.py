@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,17 @@ class Examples:
     pictures: Tensor | None = None
     latents: Tensor | None = None
     sizes: Tensor | None = None
+    walked: Walked | None = None
+
+
+class Walked(NamedTuple):
+    """What a teacher made of the captions: `points` (B, K, 4, h, w) on its way from noise, the noise itself last.
+
+    They are latents with noise at the K time steps of the few-step student; `end` (B, 4, h, w) is where it came to.
+    """
+
+    points: Tensor
+    end: Tensor
 
 
 class Source(Protocol):

@@ -20,6 +20,7 @@ from fewstep.train.ema import Ema
 from fewstep.train.journal import Journal
 from fewstep.train.memory import checkpoint_blocks
 from fewstep.train.plan import Part, Plan, mixed_seed
+from fewstep.train.process import computing_in
 from fewstep.train.ranks import average, join_ranks, shard
 from fewstep.train.states import State, load_network, load_optimizer, network_state, optimizer_state
 
@@ -225,9 +226,7 @@ class Trainer:
 
     def _backward(self, pupil: Pupil, part: Part) -> dict[str, Tensor]:
         """The loss of a part, its gradients added to those there are."""
-        device = next(pupil.network.parameters()).device.type
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.plan.precision]
-        with torch.autocast(device, kind, enabled=kind != torch.float32):
+        with computing_in(self.plan.precision, next(pupil.network.parameters()).device):
             terms = pupil.turn.loss(part)
         torch.autograd.backward(terms["loss"] * (pupil.scale / self.plan.accumulate))
         return {name: term.detach() for name, term in terms.items()}
