@@ -116,7 +116,7 @@ def test_pictures_are_those_of_the_scaled_latents_and_never_computed_in_float16(
 def test_the_judge_knows_the_real_picture_only_where_the_student_saw_something_of_it() -> None:
     add = distillation(AddSettings(timesteps=(499, 999), shares=(0.5, 0.5)))
     clean = real_batch(PART)
-    told = clean.told
+    real = clean.x0
     known = add.known(add.features.view(real), PART)
     blind = known.abs().sum(1) == 0
     assert blind.sum() == 4
