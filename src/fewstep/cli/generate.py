@@ -42,6 +42,7 @@ def generate(
     revision: options.Revision = None,
     prediction: options.Prediction = None,
     tokenizer: options.Tokenizer = None,
+    decoder: options.Decoder = None,
     device: options.Device = None,
     dtype: options.DType = None,
 ) -> None:
@@ -61,7 +62,7 @@ def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[P
         import fewstep
 
         place = {name: wanted.get(name) for name in ("device", "dtype")}
-        how = {name: wanted.get(name) for name in ("revision", "prediction", "tokenizer")}
+        how = {name: wanted.get(name) for name in ("revision", "prediction", "tokenizer", "decoder")}
         known = fewstep.CATALOGUE.get(str(wanted.get("model")))
         _spare_threads(known.family if known else "blocks" if "model" not in wanted else None)
         pipe = fewstep.load(wanted.get("model"), **place, **how)

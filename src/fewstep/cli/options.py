@@ -44,6 +44,10 @@ Prediction = Annotated[
     Option(help="epsilon, v_prediction or sample, where a file does not say.", rich_help_panel=_MODEL),
 ]
 Tokenizer = Annotated[Path | None, Option(help="A folder, for files that come without.", rich_help_panel=_MODEL)]
+Decoder = Annotated[
+    str | None,
+    Option(help="tiny, or the name or folder of a tiny decoder: faster, with less detail.", rich_help_panel=_MACHINE),
+]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the paths written, and nothing else.")]
 
 Init = Annotated[Path | None, Option(help="The picture to start from.", rich_help_panel=_START)]

@@ -13,7 +13,7 @@ from fewstep.errors import InputError
 
 Recipe = dict[str, Any]
 
-MODELS = ("model", "refiner", "tokenizer")  # names or paths
+MODELS = ("model", "refiner", "tokenizer", "decoder")  # names or paths
 HOW = ("dtype", "revision", "prediction")  # they are loaded
 PICTURES = ("init", "mask")  # that a recipe reads
 TEXTS = ("prompt", "negative_prompt", "sampler", "schedule", *HOW, *MODELS, *PICTURES)

@@ -50,6 +50,9 @@ class EagerEngine:
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. A half-precision decoder that overflows is run again in float32."""
+        if self.parts.tiny is not None:
+            quick: Tensor = self.parts.tiny.decode(latents.to(self.device, self.dtype)).float()
+            return quick
         vae = self.parts.autoencoder
         latents = latents.to(self.device) / vae.config.scaling_factor
         fragile = self.dtype == torch.float16 and vae.config.force_upcast

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fewstep.data.blockworld import split_digest
@@ -13,6 +15,7 @@ from fewstep.evaluate.contestants import Contestant
 from fewstep.evaluate.diversity import SEEDS
 from fewstep.evaluate.features import Features
 from fewstep.evaluate.report import Cell, Rows, csv_text, machine, save_picture, spelt, table, write_text
+from fewstep.evaluate.training import Score
 
 WIDE = 0.1
 """An interval of a share that is wider is said to be."""
@@ -21,13 +24,15 @@ WIDE = 0.1
 def write_blocks(models: Sequence[Contestant], extent: Extent, features: Features, folder: Path) -> Path:
     """Examine `models`, the first being what the others are compared with; the path of the report.
 
-    Writes `blocks.md`, `blocks.csv`, and for each model two sheets into `folder`.
+    Writes `blocks.md`, `blocks.csv`, and for each model two sheets and the scores of its card into `folder`.
     """
     judge = Judge(models[0].easel.pipe.parts.defaults.width, extent, features)
     found = [judge.measure(model) for model in models]
     for one in found:
         for what, sheet in one.sheets.items():
             save_picture(sheet, folder / sheet_name(one.contestant, what))
+        scores = [asdict(score) for score in _scores(one, found[0])]
+        write_text(folder / file_name(one.contestant, "scores.json"), json.dumps(scores, indent=1) + "\n")
     write_text(folder / "blocks.csv", csv_text(_marks(found)))
     write_text(folder / "blocks.md", _report(found, judge))
     return folder / "blocks.md"
@@ -35,7 +40,27 @@ def write_blocks(models: Sequence[Contestant], extent: Extent, features: Feature
 
 def sheet_name(model: Contestant, what: str) -> str:
     """`blocks-turbo-4-steps-answers.png`."""
-    return re.sub(r"[^\w.]+", "-", f"{model.label} {what}.png")
+    return file_name(model, f"{what}.png")
+
+
+def file_name(model: Contestant, what: str) -> str:
+    """`blocks-turbo-4-steps-scores.json`."""
+    return re.sub(r"[^\w.]+", "-", f"{model.label} {what}")
+
+
+def _scores(one: Measured, base: Measured) -> list[Score]:
+    """What a card says: what each reader finds right, and the diversity beside the base's."""
+    drawn, scores = one.contestant.label, list[Score]()
+    for answer in one.answers:
+        for reader in READERS:
+            value, low, high = answer.exact(reader)
+            how, what = f"{drawn}; by the {reader}", f"drawn right, {answer.question.part}"
+            scores.append(Score(what=what, value=value, how=how, low=low, high=high, count=answer.count))
+    if one is not base:
+        value, low, high = one.diversity.share_of(base.diversity)["variance"]
+        how, what = f"{drawn}; variance of features", f"diversity, as a share of that of {base.contestant.label}"
+        scores.append(Score(what=what, value=value, how=how, low=low, high=high, count=len(one.diversity.variance)))
+    return scores
 
 
 def _sheets(found: Sequence[Measured], what: str) -> list[str]:

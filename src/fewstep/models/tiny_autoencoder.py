@@ -1,4 +1,4 @@
-"""The tiny autoencoder: a distilled encoder and decoder of 1.2 million parameters each (TAESD's layout).
+"""The tiny autoencoder: a distilled encoder and decoder of 1.2 million parameters each, or fewer (TAESD's layout).
 
 Source: github.com/madebyollin/taesd. Parameter names are those of a diffusers `AutoencoderTiny`.
 """
@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH = 64
+from fewstep.models.config import TinyConfig
 
 
 class TinyAutoencoder(nn.Module):
     """Pictures to latents and back, without attention or norms; latents are scaled already (factor 1)."""
 
-    def __init__(self, latent_channels: int = 4) -> None:
+    def __init__(self, config: TinyConfig | None = None) -> None:
         super().__init__()
-        self.encoder = TinyEncoder(latent_channels)
-        self.decoder = TinyDecoder(latent_channels)
+        self.config = config or TinyConfig()
+        self.encoder = TinyEncoder(self.config.width, self.config.latent_channels)
+        self.decoder = TinyDecoder(self.config.width, self.config.latent_channels)
 
     def encode(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8)."""
@@ -34,13 +35,13 @@ class TinyAutoencoder(nn.Module):
 class TinyEncoder(nn.Module):
     """Image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8), by strided convolutions."""
 
-    def __init__(self, latent_channels: int) -> None:
+    def __init__(self, width: int, latent_channels: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), TinyBlock()]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), TinyBlock(width)]
         for _ in range(3):
-            halve = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False)
-            layers += [halve, TinyBlock(), TinyBlock(), TinyBlock()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTH, latent_channels, 3, padding=1))
+            halve = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+            layers += [halve, TinyBlock(width), TinyBlock(width), TinyBlock(width)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
         latents: Tensor = self.layers((image + 1) / 2)
@@ -50,13 +51,19 @@ class TinyEncoder(nn.Module):
 class TinyDecoder(nn.Module):
     """Latents (B, latent_channels, h, w), soft-clipped to [-3, 3] -> image (B, 3, 8h, 8w), by nearest upsampling."""
 
-    def __init__(self, latent_channels: int) -> None:
+    def __init__(self, width: int, latent_channels: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
         for _ in range(3):
             double = nn.Upsample(scale_factor=2.0)
-            layers += [TinyBlock(), TinyBlock(), TinyBlock(), double, nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
-        self.layers = nn.Sequential(*layers, TinyBlock(), nn.Conv2d(WIDTH, 3, 3, padding=1))
+            layers += [
+                TinyBlock(width),
+                TinyBlock(width),
+                TinyBlock(width),
+                double,
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+            ]
+        self.layers = nn.Sequential(*layers, TinyBlock(width), nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, latents: Tensor) -> Tensor:
         image: Tensor = self.layers(torch.tanh(latents / 3) * 3)
@@ -64,11 +71,11 @@ class TinyDecoder(nn.Module):
 
 
 class TinyBlock(nn.Module):
-    """Three 3x3 convolutions with ReLU, and a residual: x (B, 64, h, w)."""
+    """Three 3x3 convolutions with ReLU, and a residual: x (B, width, h, w)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        convs = [nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3)]
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -156,8 +156,18 @@ _ENTRIES = (
         unet=REFINER_UNET,
         texts=(OPENCLIP_G,),
     ),
+    replace(_BLOCKS, name="blocks-tiny", family="tiny", megabytes=1),
     Entry(name="taesd", family="tiny", source="madebyollin/taesd", licence="mit", terms="none", megabytes=10),
     Entry(name="taesdxl", family="tiny", source="madebyollin/taesdxl", licence="mit", terms="none", megabytes=10),
 )
 CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 """Every entry by its name; the first is the one that comes with fewstep."""
+TINY_NAMES = tuple(known.name for known in _ENTRIES if known.family == "tiny")
+TINY: Mapping[Family, str] = {
+    "blocks": "blocks-tiny",
+    "sd1": "taesd",
+    "sd2": "taesd",
+    "sdxl": "taesdxl",
+    "sdxl-refiner": "taesdxl",
+}
+"""The tiny autoencoder that reads and writes the latents of a family."""

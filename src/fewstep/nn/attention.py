@@ -33,8 +33,8 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     slower there.
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1, dtype=torch.float32)
-        return weights.to(v.dtype) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

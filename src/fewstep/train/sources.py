@@ -134,10 +134,9 @@ class Ahead:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="examples")
 
     def examples(self, part: Part) -> Examples:
-        """See `Source`. An error in reading is raised here."""
+        """See `Source`. An error in reading is raised here; nothing is read under the caller's autocast."""
         started = time.monotonic()
-        future = self.coming.pop(part, None)
-        found = self.source.examples(part) if future is None else future.result()
+        found = (self.coming.pop(part, None) or self.reader.submit(self.source.examples, part)).result()
         self.waited += time.monotonic() - started
         following = replace(part, step=part.step + 1)
         if following not in self.coming:

@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError, unknown
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.models.config import AutoencoderConfig, TextConfig, TinyConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
-from fewstep.models.zoo import CATALOGUE
+from fewstep.models.zoo import CATALOGUE, TINY_NAMES
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.fetch import ASSETS, located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
@@ -39,7 +39,7 @@ MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30
 SHOWN = 3  # names of each kind of problem
 _IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
 
-Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig)
+Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig, TinyConfig)
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -80,12 +80,11 @@ def load_parts(
 
 
 def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CPU) -> TinyAutoencoder:
-    """A tiny autoencoder by its name ("taesd"), folder or hub id; raises as `load_parts` does."""
+    """A tiny autoencoder by its name (of `TINY_NAMES`), folder or hub id; raises as `load_parts` does."""
     path, _ = located(what, half=dtype.itemsize == 2)
     if not path.is_dir() or (path / "model_index.json").is_file():
-        raise InputError(f"{what} is not the folder of a tiny autoencoder; those are taesd and taesdxl")
-    with torch.device("meta"):
-        network = TinyAutoencoder()
+        raise InputError(f"{what} is not the folder of a tiny autoencoder; those are {', '.join(TINY_NAMES)}")
+    network = _network(path, TinyAutoencoder, TinyConfig.from_diffusers)
     _fill([_filling(path, network, half=dtype.itemsize == 2)], dtype, device)
     return network
 
@@ -230,7 +229,9 @@ def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device)
             network.requires_grad_(False).eval()
 
 
-def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
+def _layers(config: UNetConfig | AutoencoderConfig | TextConfig | TinyConfig) -> int:
+    if isinstance(config, TinyConfig):
+        return 1
     if isinstance(config, TextConfig):
         return config.layers
     if isinstance(config, AutoencoderConfig):

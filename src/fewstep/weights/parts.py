@@ -10,6 +10,7 @@ from fewstep.errors import CheckpointError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import UNetConfig
 from fewstep.models.text_encoder import TextEncoder
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ class Parts:
     """The networks of one model with what belongs to them; text towers and tokenizers in the same order.
 
     `name`: the catalogue's, the folder's or the file's. `force_zeros_for_empty_prompt`: as SDXL's base was trained.
+    `tiny`: decodes in the autoencoder's place.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Parts:
     defaults: Defaults
     licence: str
     force_zeros_for_empty_prompt: bool = False
+    tiny: TinyAutoencoder | None = None
 
 
 def family_of(unet: UNetConfig) -> Family:

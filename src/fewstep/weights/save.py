@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import InputError
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.files import TensorFile
 from fewstep.weights.layouts import gathered, single_places
 from fewstep.weights.parts import Parts, family_of
@@ -60,6 +61,12 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
         raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
     notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
     _write_tensors(tensors, path, dtype, notes)
+
+
+def save_tiny(network: TinyAutoencoder, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder of a tiny autoencoder, as diffusers' `AutoencoderTiny` has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_part(folder, network, network.config.to_diffusers(), dtype)
 
 
 def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
