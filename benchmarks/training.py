@@ -1,0 +1,185 @@
+"""Pictures a second of a training step, beside that of diffusers' text-to-image script, on blocks-base's UNet.
+
+    python -m benchmarks.training --hardware NAME [--runs 15] [--batch 32] [--threads 2]
+
+Both train the same 6.27 M parameters for pictures of 128 pixels, by turns in one process, with AdamW, clipped gradients
+and a moving average. Diffusers' step is that of its `train_text_to_image.py`, which encodes pictures and captions in
+each step, and once more from latents and text states that are there; each in float32 and bfloat16. Fewstep's is a
+`Trainer`'s with all that belongs to it, data included: files that `fewstep data` prepared and cached. How long it
+waited for them is told too. Writes `results/training_<hardware>_<date>.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fewstep
+from fewstep.data.cache import latent_key, open_cache
+from fewstep.data.shards import open_shards
+from fewstep.train.diffusion import DiffusionTask
+from fewstep.train.plan import Part, Plan, Precision
+from fewstep.train.process import computing_in
+from fewstep.train.sources import CachedLatents, Prepared
+from fewstep.train.trainer import Trainer
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "diffusers", "transformers", "fewstep")
+PICTURES = 600
+CPU = torch.device("cpu")
+CLIP, RATE = 1.0, 1e-4
+
+Step = Callable[[int], None]
+
+
+def prepared(folder: Path) -> CachedLatents:
+    """Scenes as files, prepared and cached by the commands that users give."""
+    web, shards, latents = (folder / name for name in ("web", "shards", "latents"))
+    for arguments in (
+        ["blockworld", "--count", str(PICTURES), "--out", str(web)],
+        ["prepare", str(web), "--out", str(shards), "--min-size", "64", "--side", "128"],
+        ["cache", str(shards), "--out", str(latents), "--store", "float32"],
+    ):
+        subprocess.run([sys.executable, "-m", "fewstep", "data", *arguments], check=True, stdout=subprocess.DEVNULL)
+    data, parts = Prepared(folder=shards), fewstep.load("blocks-base", device="cpu").parts
+    key = latent_key(
+        open_shards(shards), parts.autoencoder.state_dict(), parts.autoencoder.config.scaling_factor, torch.float32
+    )
+    return CachedLatents(data=data, cache=open_cache(latents, data.shards(), key))
+
+
+def our_steps(source: CachedLatents, folder: Path, batch: int) -> dict[str, tuple[Step, Callable[[], float]]]:
+    """A step of ours by its name, and how many seconds it has waited for data."""
+    found = {}
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        plan = Plan(folder=folder / precision, steps=10**6, batch=batch, rate=RATE, clip=CLIP, precision=precision)
+        work = DiffusionTask(model="blocks-base", data=source).prepare(plan)
+        trainer = Trainer(work.turns, plan)
+        found[f"fewstep, cached latents, {precision}"] = (_advancing(trainer), work.waited)
+    return found
+
+
+def _advancing(trainer: Trainer) -> Step:
+    return lambda step: trainer.advance()
+
+
+class TheirStep:
+    """The body of the training loop of diffusers' `train_text_to_image.py`, on the saved blocks-base."""
+
+    def __init__(self, folder: Path, source: CachedLatents, batch: int, precision: Precision, *, cached: bool) -> None:
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from diffusers.training_utils import EMAModel
+        from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+        self.source, self.precision, self.cached, self.batch = source, precision, cached, batch
+        self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).train()
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
+        self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32).eval()
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        self.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=RATE)
+        self.ema = EMAModel(self.unet.parameters())
+
+    def __call__(self, step: int) -> None:
+        """One step: the example's, from pictures or from what is cached."""
+        part = Part(seed=0, step=step, whole=self.batch, first=0, count=self.batch)
+        with computing_in(self.precision, CPU):
+            latents, states = self._encoded(part)
+            noise = torch.randn_like(latents)
+            t = torch.randint(0, 1000, (len(latents),))
+            noisy = self.scheduler.add_noise(latents, noise, t)
+            wanted = self.scheduler.get_velocity(latents, noise, t)
+            output = self.unet(noisy, t, states, return_dict=False)[0]
+            loss = F.mse_loss(output.float(), wanted.float(), reduction="mean")
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.unet.parameters())
+
+    @torch.no_grad()
+    def _encoded(self, part: Part) -> tuple[Tensor, Tensor]:
+        examples = (self.source if self.cached else self.source.data).examples(part)
+        said = self.tokenizer(examples.captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
+        latents = examples.latents
+        if latents is None:
+            latents = self.vae.encode(examples.pictures).latent_dist.sample() * self.vae.config.scaling_factor
+        return latents, self.text(said).last_hidden_state
+
+
+def timed(steps: Mapping[str, Step], runs: int) -> dict[str, list[float]]:
+    """Seconds of each step, by turns, after two of each that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for run in range(runs + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(run)
+            if run >= 2:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], asked: argparse.Namespace) -> str:
+    """The results file."""
+    rates = {name: asked.batch / median(values) for name, values in seconds.items()}
+    best = max(rate for name, rate in rates.items() if name.startswith("diffusers"))
+    lines = [
+        "# Training throughput on blocks-base's UNet (6,272,708 parameters, 128 pixels)",
+        "",
+        f"{asked.hardware}, {asked.threads} threads, batch {asked.batch}, {datetime.date.today()}; "
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        + f". Medians of {asked.runs} steps, by turns in one process.",
+        "",
+        "| step | pictures/s | slowest to fastest | of diffusers' best | waited for data |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        low, high = asked.batch / max(values), asked.batch / min(values)
+        wait = f"{waited[name]:.1%}" if name in waited else ""
+        lines.append(f"| {name} | {rates[name]:.1f} | {low:.1f} to {high:.1f} | {rates[name] / best:.2f} | {wait} |")
+    command = f"python -m benchmarks.training --hardware {asked.hardware} --runs {asked.runs} --batch {asked.batch}"
+    return "\n".join([*lines, "", f"Command: `{command} --threads {asked.threads}`.", ""])
+
+
+def main() -> None:
+    """Measure and keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = prepared(folder)
+        fewstep.load("blocks-base", device="cpu", dtype="float32").save(folder / "model")
+        ours = our_steps(source, folder, asked.batch)
+        steps: dict[str, Step] = {}
+        precisions: tuple[Precision, ...] = ("fp32", "bf16")
+        for precision in precisions:
+            for cached, what in ((False, "pictures encoded in each step"), (True, "cached latents")):
+                their = TheirStep(folder / "model", source, asked.batch, precision, cached=cached)
+                steps[f"diffusers, {what}, {precision}"] = their
+        seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, asked.runs)
+        waited = {name: wait() / sum(seconds[name]) for name, (_, wait) in ours.items()}
+        path = RESULTS / f"training_{asked.hardware}_{datetime.date.today()}.md"
+        path.write_text(report(seconds, waited, asked), encoding="utf-8")
+    print(path.read_text(encoding="utf-8"), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
