@@ -1,11 +1,11 @@
 """How often an embedded model draws what its prompt says, judged by two readers: the report and a sheet for the docs.
 
-    python -m benchmarks.blocks_exam [MODEL ...] [--count 1000] [--sheet docs/images/blocks-base.png]
+    python -m benchmarks.blocks_exam [MODEL ...] [--count 1000] [--name exam] [--images docs/images]
 
 Runs `fewstep evaluate blocks` (which see) on blocks-base and the models named, of which each that draws in a few steps
-comes at 1 and 4, with the undistilled base at 1 and 4 beside it. Copies the report to `results/blocks_exam_<date>.md`,
-and the sheet of the last model named, or of blocks-base, to `--sheet`: its first prompts, nothing picked by hand.
-Pictures that were drawn before are not drawn again.
+comes at 1 and 4, with the undistilled base at 1 and 4 beside it. Copies the report to `results/blocks_<name>_<date>.md`,
+and its chart and the sheets of answers to `--images`: the first prompts of each model, nothing picked by hand. Pictures
+that were drawn before are not drawn again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fewstep.evaluate.features import load_features
 from fewstep.evaluate.report import write_text
 
 RESULTS = Path(__file__).parent / "results"
+SHEETS = ("answers", "neighbours")
 
 
 def main() -> None:
@@ -31,20 +32,28 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/blocks-exam"))
-    parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--name", default="exam")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"))
     asked = parser.parse_args()
     pictures = asked.folder / "pictures"
     models = contestants(
         asked.models, "blocks-base", lambda name: Easel(name, fewstep.load(name, device="cpu"), pictures)
     )
     report = write_blocks(models, Extent(count=asked.count), load_features(), asked.folder)
-    path = RESULTS / f"blocks_exam_{datetime.date.today()}.md"
-    command = f"Command: `python -m benchmarks.blocks_exam {' '.join(asked.models)} --count {asked.count}`.\n"
-    write_text(path, f"{report.read_text(encoding='utf-8')}\n{command}")
+    path = RESULTS / f"blocks_{asked.name}_{datetime.date.today()}.md"
+    text = report.read_text(encoding="utf-8")
+    for picture in (*(sheet_name(model, what) for model in models for what in SHEETS), "blocks.svg"):
+        text = text.replace(f"]({picture})", f"](../../{asked.images}/{asked.name}-{picture})")
+        if "neighbours" not in picture:
+            (asked.images / f"{asked.name}-{picture}").write_bytes((asked.folder / picture).read_bytes())
+    command = f"python -m benchmarks.blocks_exam {' '.join(asked.models)} --count {asked.count} --name {asked.name}"
+    write_text(path, f"{_without_neighbours(text)}\nCommand: `{command}`.\n")
     print(path.read_text(encoding="utf-8"), path, sep="\n")
-    if asked.sheet:
-        last = next(model for model in reversed(models) if not asked.models or model.easel.name in asked.models[-1])
-        asked.sheet.write_bytes((asked.folder / sheet_name(last, "answers")).read_bytes())
+
+
+def _without_neighbours(text: str) -> str:
+    """Their sheets stay in the working folder: they are large, and looked at once."""
+    return "\n\n".join(part for part in text.split("\n\n") if not (part.startswith("![") and "neighbours" in part))
 
 
 if __name__ == "__main__":

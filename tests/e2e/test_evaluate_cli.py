@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,11 @@ def test_blocks(cli: Cli, tmp_path: Path) -> None:
     for words in ("second-reader (sha256", "Diversity", "Nearest training pictures", "Too few pictures", "Split "):
         assert words in text
     sheets = sorted(path.name for path in report.parent.glob("*.png"))
-    assert sheets == [f"blocks-base-{s}-{w}.png" for s in ("1-step", "2-steps") for w in ("answers", "neighbours")]
+    own = [f"blocks-base-{s}-{w}.png" for s in ("1-step", "2-steps") for w in ("answers", "neighbours")]
+    assert sheets == [*own, "blocks.png"]
+    scores = json.loads((report.parent / "blocks-base-2-steps-scores.json").read_text())
+    assert {"what", "value", "low", "high", "count", "how"} <= scores[0].keys()
+    assert "diversity" in scores[-1]["what"]
     drawn = {path: path.stat().st_mtime_ns for path in report.parent.glob("pictures/*/*.png")}
     assert cli(*asked, "--training", 20, "--device", "cpu").code == 0
     assert {path: path.stat().st_mtime_ns for path in report.parent.glob("pictures/*/*.png")} == drawn

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fewstep.data.blockworld import split_digest
+from fewstep.evaluate.blocks_chart import write_chart
 from fewstep.evaluate.blocks_suite import Extent, Judge, Measured
 from fewstep.evaluate.composition import READERS, versus
 from fewstep.evaluate.contestants import Contestant
 from fewstep.evaluate.diversity import SEEDS
 from fewstep.evaluate.features import Features
+from fewstep.evaluate.pareto_chart import require_matplotlib
 from fewstep.evaluate.report import Cell, Rows, csv_text, machine, save_picture, spelt, table, write_text
 from fewstep.evaluate.training import Score
 
@@ -24,8 +26,9 @@ WIDE = 0.1
 def write_blocks(models: Sequence[Contestant], extent: Extent, features: Features, folder: Path) -> Path:
     """Examine `models`, the first being what the others are compared with; the path of the report.
 
-    Writes `blocks.md`, `blocks.csv`, and for each model two sheets and the scores of its card into `folder`.
+    Writes `blocks.md`, `.csv`, `.svg` and `.png` into `folder`, and for each model two sheets and its card's scores.
     """
+    require_matplotlib()
     judge = Judge(models[0].easel.pipe.parts.defaults.width, extent, features)
     found = [judge.measure(model) for model in models]
     for one in found:
@@ -33,6 +36,8 @@ def write_blocks(models: Sequence[Contestant], extent: Extent, features: Feature
             save_picture(sheet, folder / sheet_name(one.contestant, what))
         scores = [asdict(score) for score in _scores(one, found[0])]
         write_text(folder / file_name(one.contestant, "scores.json"), json.dumps(scores, indent=1) + "\n")
+    title = f"{extent.count} held-out prompts of either kind; FID by {features.card.name}"
+    write_chart(found, title, [folder / "blocks.svg", folder / "blocks.png"])
     write_text(folder / "blocks.csv", csv_text(_marks(found)))
     write_text(folder / "blocks.md", _report(found, judge))
     return folder / "blocks.md"
@@ -82,9 +87,10 @@ def _report(found: Sequence[Measured], judge: Judge) -> str:
         *_doubts(found),
         "Under each picture the algorithm's verdict on the left, the network's on the right; green is right.",
         *_sheets(found, "answers"),
-        "## Diversity",
+        "![the chart](blocks.svg)",
+        "## Diversity, and likeness to renders",
         f"{extent.varied} held-out prompts with {SEEDS} seeds each: variance of the features, entropy in bits of place "
-        "and of size. Wrong pictures raise all three.",
+        "and of size. Wrong pictures raise all three. FID and KID: of the pictures with two objects, held out.",
         table([_diversity(one, found[0]) for one in found]),
         "## Nearest training pictures",
         f"Of pictures with two objects, held out, among {len(judge.training)} {where}. `distance`: "
@@ -128,7 +134,9 @@ def _doubts(found: Sequence[Measured]) -> list[str]:
 def _diversity(one: Measured, base: Measured) -> dict[str, Cell]:
     row: dict[str, Cell] = {"model": one.contestant.label, **one.diversity.means()}
     shares = one.diversity.share_of(base.diversity)
-    return row | {f"{name} of {base.contestant.label}": spelt(share) for name, share in shares.items()}
+    row |= {f"{name} of {base.contestant.label}": spelt(share) for name, share in shares.items()}
+    far = one.distances
+    return row | ({"FID": spelt(far.fid), "KID": spelt(far.kid.interval)} if far else {"FID": None, "KID": None})
 
 
 def _neighbours(one: Measured) -> dict[str, Cell]:

@@ -11,9 +11,11 @@ from PIL import Image
 from fewstep.data.blockworld import captions, render, scenes
 from fewstep.evaluate.composition import Answer, Examiner, questions
 from fewstep.evaluate.contestants import Contestant
+from fewstep.evaluate.distances import Distances, distances
 from fewstep.evaluate.diversity import SEEDS, Diversity, diversity
 from fewstep.evaluate.drawing import Drawn
 from fewstep.evaluate.features import Features
+from fewstep.evaluate.fid import FEWEST_PICTURES
 from fewstep.evaluate.neighbours import Neighbours, nearest
 from fewstep.evaluate.pixels import PictureFiles, Pictures, picture_files
 from fewstep.evaluate.sheets import exam_sheet, neighbours_sheet
@@ -22,6 +24,7 @@ from fewstep.images import to_pil
 CHUNK = 250  # pictures rendered at a time
 TRAINING_SEED, REAL_SEED, VARIED_SEED = 5_000_000_000, 5_100_000_000, 5_200_000_000
 REAL = 200  # fresh pictures whose neighbours are sought too
+PAIRS = 2000  # fresh pictures with two objects, for FID
 SHOWN = 20
 SHEET = "two objects, held out"
 
@@ -44,6 +47,7 @@ class Measured:
     """All about one contestant: how it drew, its answers, its diversity, its neighbours, and two sheets to look at.
 
     `closer`: the distance of its pictures from the training pictures as a share of that of fresh real ones.
+    `distances`: those of its pictures with two objects from renders of other scenes of the same kind; None of too few.
     """
 
     contestant: Contestant
@@ -52,6 +56,7 @@ class Measured:
     diversity: Diversity
     neighbours: Neighbours
     closer: float
+    distances: Distances | None
     sheets: dict[str, Image.Image]
 
 
@@ -65,6 +70,7 @@ class Judge:
         self.known = features.of(self.training)
         real = rendered(REAL, side, seed=REAL_SEED, split="heldout")
         self.usual = nearest(real, features.of(real), self.training, self.known)
+        self.pairs = features.of(rendered(PAIRS, side, seed=REAL_SEED + 1, split="heldout", single=0.0))
 
     def measure(self, model: Contestant) -> Measured:
         """Draw everything with `model` and judge it."""
@@ -72,7 +78,8 @@ class Judge:
         answers = [self.examiner.grades(q, d.pictures) for q, d in zip(self.questions, drawings, strict=True)]
         shown = next(i for i, question in enumerate(self.questions) if question.part == SHEET)
         pictures, prompts = drawings[shown].pictures, self.questions[shown].prompts
-        neighbours = nearest(pictures, self.features.of(pictures), self.training, self.known)
+        seen = self.features.of(pictures)
+        neighbours = nearest(pictures, seen, self.training, self.known)
         return Measured(
             contestant=model,
             drawings=drawings,
@@ -80,6 +87,7 @@ class Judge:
             diversity=self._diversity(model),
             neighbours=neighbours,
             closer=neighbours.closer_than(self.usual),
+            distances=None if len(seen) < FEWEST_PICTURES else distances(seen, self.pairs, str(self.features.card)),
             sheets={
                 "answers": exam_sheet(answers[shown], pictures, SHOWN),
                 "neighbours": neighbours_sheet(pictures, self.training, neighbours.index, prompts),
@@ -99,8 +107,8 @@ def _training(extent: Extent, side: int) -> Pictures:
     return rendered(extent.training, side, seed=TRAINING_SEED, split="train")
 
 
-def rendered(count: int, side: int, *, seed: int, split: str) -> list[Image.Image]:
-    """Pictures of fresh scenes of a split, a part of them with one object, of 8 bits like drawn ones."""
-    drawn = scenes(count, seed=seed, split=split)
+def rendered(count: int, side: int, *, seed: int, split: str, single: float = 0.3) -> list[Image.Image]:
+    """Pictures of fresh scenes of a split, a share `single` of them with one object, of 8 bits like drawn ones."""
+    drawn = scenes(count, seed=seed, split=split, single=single)
     parts = (drawn[first : first + CHUNK] for first in range(0, count, CHUNK))
     return [picture for part in parts for picture in to_pil(render(part, side))]

@@ -40,7 +40,7 @@ def write_chart(curves: Mapping[str, Sequence[Point]], title: str, paths: Sequen
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         for path in paths:
-            _save(figure, path)
+            save_figure(figure, path)
 
 
 def _add(axes: Any, name: str, points: Sequence[Point], colour: str) -> None:
@@ -63,7 +63,8 @@ def _add(axes: Any, name: str, points: Sequence[Point], colour: str) -> None:
     axes.plot(best.clip.value, best.fid, marker="o", markersize=12, fillstyle="none", color=colour)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a chart that appears, or is replaced, when all of it is on the disk; equal charts give equal files."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
