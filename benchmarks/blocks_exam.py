@@ -3,8 +3,8 @@
     python -m benchmarks.blocks_exam [MODEL ...] [--count 1000] [--name exam] [--images docs/images]
 
 Runs `fewstep evaluate blocks` (which see) on blocks-base and the models named, of which each that draws in a few steps
-comes at 1 and 4, with the undistilled base at 1 and 4 beside it. Copies the report to `results/blocks_<name>_<date>.md`,
-and its chart and the sheets of answers to `--images`: the first prompts of each model, nothing picked by hand. Pictures
+comes at 1 and 4, with the undistilled base at 1 and 4 beside it. Copies the report to `results`, and its chart
+and the sheets of answers to `--images`: the first prompts of each model, nothing picked by hand. Pictures
 that were drawn before are not drawn again.
 """
 

@@ -32,7 +32,7 @@ from fewstep.weights.load import load_parts
 
 RANK = 32
 COUNT = 8192
-SHARES = (1 / 6, 1 / 6, 1 / 6, 1 / 2)
+BOTH = AddSettings(shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0)
 SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
 PROMPTS = (
     "a red cube on top of a blue sphere",
@@ -47,30 +47,25 @@ PROMPTS = (
 
 
 def stages(out: Path) -> Sequence[Run]:
-    """The teacher's walks, learned by heart; then adversarial distillation, and the two halves of its loss alone."""
-    begun = out / "turbo-walks"
-    both = AddSettings(shares=SHARES, distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0)
-    ablation = {
-        "blocks-turbo": both,
-        "distilled_only": replace(both, adversarial=0.0),
-        "adversarial_only": replace(both, distill=0.0),
-    }
+    """The teacher's walks, learned by heart; then adversarial distillation; then what each half of its loss gives."""
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
     learned = WalkTask(model="blocks-base", data=data, walks=out / "walks", settings=WalkSettings(count=COUNT))
-    plan = Plan(folder=begun, seconds=10 * 60, rate=3e-4, decay=0.5, **SHARED)  # type: ignore[arg-type]
-    return [Run(task=learned, plan=plan), *(_run(out, name, settings) for name, settings in ablation.items())]
+    plan = Plan(folder=out / "turbo-walks", seconds=10 * 60, rate=3e-4, decay=0.5, **SHARED)  # type: ignore[arg-type]
+    alone = replace(BOTH, anchor=0.0)
+    ablation = {
+        "ablation-both": alone,
+        "ablation-distilled": replace(alone, adversarial=0.0),
+        "ablation-adversarial": replace(alone, distill=0.0),
+    }
+    return [
+        Run(task=learned, plan=plan),
+        _run(out, "blocks-turbo", BOTH, seconds=30 * 60),
+        *(_run(out, name, settings, steps=300) for name, settings in ablation.items()),
+    ]
 
 
-def _run(out: Path, name: str, settings: AddSettings) -> Run:
-    plan = Plan(
-        folder=out / name,
-        seconds=30 * 60,
-        rate=1e-4,
-        decay=0.3,
-        weight_decay=0.0,
-        sample_steps=250,
-        **SHARED,  # type: ignore[arg-type]
-    )
+def _run(out: Path, name: str, settings: AddSettings, **length: int) -> Run:
+    shared = {**SHARED, "rate": 1e-4, "decay": 0.3, "weight_decay": 0.0, "sample_steps": 100, **length}
     task = TurboTask(
         model="blocks-base",
         data=Walks(folder=out / "walks"),
@@ -79,7 +74,7 @@ def _run(out: Path, name: str, settings: AddSettings) -> Run:
         discriminator_rate=5.0,
         sample_prompts=PROMPTS,
     )
-    return Run(task=task, plan=plan)
+    return Run(task=task, plan=Plan(folder=out / name, **shared))  # type: ignore[arg-type]
 
 
 def extract(model: Path, folder: Path) -> None:

@@ -24,6 +24,9 @@ def describe(path: Path) -> Description:
         return _model(path)
     if (path / "config.json").is_file():
         return _network(path)
+    if (path / "lora.safetensors").is_file():
+        found = _single_file(path / "lora.safetensors")
+        return {**found, "parts": {"lora": found["parts"]["all"]}}
     raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers folder; name a file in it")
 
 
@@ -38,7 +41,10 @@ def _model(folder: Path) -> Description:
     notes = index.get("_fewstep", {})
     unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
     scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
-    parts = {name: open_part(folder / name) for name in parts_of(index)}
+    own = [
+        name for name in parts_of(index) if "base" not in notes or (folder / name).is_dir()
+    ]  # the rest is the base's
+    parts = {name: open_part(folder / name) for name in own}
     return {
         "family": notes.get("family", family_of(unet)),
         "layout": f"diffusers folder of a {index.get('_class_name')}",

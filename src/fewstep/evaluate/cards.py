@@ -138,7 +138,7 @@ def _recipe(training: Training) -> str:
     rows: list[dict[str, Cell]] = [
         {
             "stage": stage.name,
-            "steps": f"{stage.steps:,}",
+            "steps": "not kept" if stage.steps is None else f"{stage.steps:,}",
             "batch": f"{stage.batch:,}",
             "precision": stage.precision,
             "hours": stage.hours,

@@ -43,10 +43,13 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStage:
-    """One stage; `batch` over all devices, `watts` the mean power of all the hardware, in `hours` of wall time."""
+    """One stage; `batch` over all devices, `watts` the mean power of all the hardware, in `hours` of wall time.
+
+    `steps` is None where nobody kept the number.
+    """
 
     name: str
-    steps: int
+    steps: int | None
     batch: int
     precision: str
     hours: float
@@ -56,8 +59,9 @@ class TrainingStage:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "hours", "watts"):
-            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"stage {self.name}: {name} {getattr(self, name)} is not a number of at least 0")
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value >= 0):
+                raise InputError(f"stage {self.name}: {name} {value} is not a number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
