@@ -50,4 +50,4 @@ def embedded() -> Any:
     """The pipeline of the embedded model, loaded once."""
     import fewstep
 
-    return fewstep.load(device="cpu")
+    return fewstep.load("blocks-base", device="cpu")

@@ -122,7 +122,7 @@ def cache(
     shards: Annotated[Path, Argument(help="A prepared folder.")],
     *,
     out: Out,
-    model: Annotated[str | None, Option("--model", "-m", help="Whose networks encode (else blocks-base).")] = None,
+    model: Annotated[str, Option("--model", "-m", help="Whose networks encode.")] = "blocks-base",
     what: Annotated[str, Option(help="latents or text.")] = "latents",
     store: Annotated[str, Option(help="float16, bfloat16 or float32.")] = "float16",
     batch: Annotated[int, Option(help="Pictures encoded at once.")] = 16,

@@ -19,7 +19,7 @@ Output = Annotated[
 ]
 Model = Annotated[
     str | None,
-    Option("--model", "-m", help="Name, folder, file or hub id (else blocks-base)."),
+    Option("--model", "-m", help="Name, folder, file or hub id (else blocks-turbo)."),
 ]
 Lora = Annotated[
     list[str] | None,

@@ -13,7 +13,7 @@ from fewstep.models.zoo import CATALOGUE, TINY
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.weights.load import load_parts, load_tiny
 
-EMBEDDED = "blocks-base"
+EMBEDDED = "blocks-turbo"
 
 
 def load(
