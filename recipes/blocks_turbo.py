@@ -32,7 +32,9 @@ from fewstep.weights.load import load_parts
 
 RANK = 32
 COUNT = 8192
-BOTH = AddSettings(shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0)
+BOTH = AddSettings(
+    shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0, judged=(0, 300)
+)
 SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
 PROMPTS = (
     "a red cube on top of a blue sphere",
@@ -59,19 +61,19 @@ def stages(out: Path) -> Sequence[Run]:
     }
     return [
         Run(task=learned, plan=plan),
-        _run(out, "blocks-turbo", BOTH, seconds=30 * 60),
+        _run(out, "blocks-turbo", BOTH, seconds=22 * 60),
         *(_run(out, name, settings, steps=300) for name, settings in ablation.items()),
     ]
 
 
 def _run(out: Path, name: str, settings: AddSettings, **length: int) -> Run:
-    shared = {**SHARED, "rate": 1e-4, "decay": 0.3, "weight_decay": 0.0, "sample_steps": 100, **length}
+    shared = {**SHARED, "rate": 2e-4, "decay": 0.4, "weight_decay": 0.0, "sample_steps": 100, **length}
     task = TurboTask(
         model="blocks-base",
         data=Walks(folder=out / "walks"),
         student=out / "turbo-walks" / "model",
         settings=settings,
-        discriminator_rate=5.0,
+        discriminator_rate=10.0,
         sample_prompts=PROMPTS,
     )
     return Run(task=task, plan=Plan(folder=out / name, **shared))  # type: ignore[arg-type]

@@ -1,0 +1,232 @@
+"""3x3 convolutions on CPUs with fewer products, exact up to rounding, out of plain tensor operations.
+
+Two minimal-filtering schemes (arXiv:1509.09308) for stride 1 and a zero border of 1:
+
+- `WINOGRAD`: F(4x4, 3x3), 36 products for each 4x4 outputs where the definition takes 144;
+- `STRICT`: F(2x2, 3x3), 16 products for each 2x2 outputs where it takes 36, with smaller rounding errors than its own;
+- `UPSAMPLED`: the convolution of a nearest-neighbour 2x enlargement that is never built, 25 products for 4x4 outputs.
+
+Tensors have the shape (B, C, H, W) and lie in memory as channels last, so that every slice taken below runs over
+contiguous channels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 8 << 20
+"""Of transformed input at a time: what fits into a third of a last-level cache."""
+
+Activation = Callable[[slice, Tensor, Tensor], object]
+"""Maps rows (b, h, W, C) of some of the input's pictures on their way in, into the last tensor."""
+
+_Copy = Callable[[Tensor, Tensor], object]
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A convolution in one dimension, `outputs` at a time; pictures nest it both ways."""
+
+    step: int  # input samples from one tile to the next
+    outputs: int
+    taps: tuple[tuple[float, float, float], ...]  # what each product takes of the three taps
+    enter: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    leave: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+
+    @property
+    def samples(self) -> int:
+        """Input samples that a tile looks at."""
+        return self.step + 2
+
+
+def transformed_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Filters (O, C, 3, 3) as the matrices (36, 16 or 25, C, O) of the scheme's products."""
+    taps = torch.tensor(scheme.taps, dtype=torch.float64)
+    flat = weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
+    return (torch.kron(taps, taps).to(weight.dtype) @ flat).view(-1, weight.shape[1], weight.shape[0])
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    *,
+    activate: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The convolution of x (B, C, H, W) with `transformed_weight`s: (B, O, H, W), or twice as large with `UPSAMPLED`.
+
+    `activate` maps the input on its way in; the border stays 0. `residual`, of the output's shape, is added to it.
+    """
+    (batch, channels, height, width), out_channels = x.shape, weight.shape[2]
+    down, across, scale = -(-height // scheme.step), -(-width // scheme.step), scheme.outputs // scheme.step
+    shape = (batch, out_channels, height * scale, width * scale)
+    out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    source, target = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
+    extra = None if residual is None else residual.permute(0, 2, 3, 1)
+    rows = max(1, CHUNK_BYTES // (x.element_size() * len(weight) * channels * across))  # of tiles, at a time
+    pictures = max(1, rows // down)
+    for first in range(0, batch, pictures):
+        for top in range(0, down, rows):
+            tiles = _Tiles(top, min(top + rows, down), across)
+            part = slice(first, first + pictures), slice(scheme.outputs * top, scheme.outputs * tiles.last)
+            entering = None if activate is None else partial(activate, part[0])
+            y = _convolved(source[part[0]], tiles, weight, bias, scheme, entering)
+            y = y[:, : target[part].shape[1], : target.shape[2]]
+            if extra is None:
+                target[part].copy_(y)
+            else:
+                torch.add(y, extra[part], out=target[part])
+    return out
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Rows of tiles from `top` to below `last`, `across` in each."""
+
+    top: int
+    last: int
+    across: int
+
+    @property
+    def down(self) -> int:
+        return self.last - self.top
+
+
+def _convolved(
+    x: Tensor, tiles: _Tiles, weight: Tensor, bias: Tensor | None, scheme: Scheme, enter: _Copy | None
+) -> Tensor:
+    """The outputs (B, h, w, O) of some rows of tiles, for x (B, H, W, C)."""
+    batch, points, out_channels = len(x), len(scheme.taps), weight.shape[2]
+    window = _window(x, tiles, scheme, enter)
+    grid = (batch, tiles.down, tiles.across)
+    half = _scratch("half", (points, batch, tiles.down, *window.shape[2:]))
+    scheme.enter(_samples(window, 1, scheme, tiles.down), half.unbind())
+    entered = _scratch("entered", (points, points, *grid, x.shape[3]))
+    scheme.enter(_samples(half, 3, scheme, tiles.across), entered.unbind(1))
+    products = _scratch("products", (points, points, *grid, out_channels))
+    flat = entered.view(points**2, -1, x.shape[3]), products.view(points**2, -1, out_channels)
+    torch.bmm(flat[0], weight, out=flat[1])
+    if bias is not None:
+        products[1, 1].add_(bias)  # the product that counts once in every output
+    size = scheme.outputs
+    half = _scratch("half", (size, points, *grid, out_channels))
+    scheme.leave(products.unbind(), half.unbind())
+    y = _scratch("left", (batch, tiles.down, size, tiles.across, size, out_channels))
+    scheme.leave(half.unbind(1), y.permute(2, 4, 0, 1, 3, 5).unbind(1))
+    return y.view(batch, size * tiles.down, size * tiles.across, out_channels)
+
+
+def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, enter: _Copy | None) -> Tensor:
+    """What the tiles look at of x (B, H, W, C), with zeros where that lies outside."""
+    batch, height, width, channels = x.shape
+    step, down = scheme.step, tiles.down
+    window = _scratch("window", (batch, down * step + 2, tiles.across * step + 2, channels))
+    first, lead = tiles.top * step - 1, int(tiles.top == 0)
+    kept = min(tiles.last * step + 1, height) - first
+    for border in (window[:, :lead], window[:, kept:], window[:, :, :1], window[:, :, width + 1 :]):
+        border.zero_()
+    inside, rows = window[:, lead:kept, 1 : width + 1], x[:, first + lead : first + kept]
+    if enter is None:
+        inside.copy_(rows)
+    else:
+        enter(rows, inside)
+    return window
+
+
+def _samples(x: Tensor, dim: int, scheme: Scheme, tiles: int) -> list[Tensor]:
+    """Sample i of every tile along `dim`, for each i."""
+    span = (tiles - 1) * scheme.step + 1
+    return [x[(slice(None),) * dim + (slice(i, i + span, scheme.step),)] for i in range(scheme.samples)]
+
+
+def _scratch(name: str, shape: Sequence[int]) -> Tensor:
+    """An uninitialised float32 tensor on memory that each thread keeps from call to call."""
+    pool: dict[str, Tensor] = _local.__dict__.setdefault("pool", {})
+    size = torch.Size(shape).numel()
+    if name not in pool or pool[name].numel() < size:
+        pool[name] = torch.empty(size)
+    return pool[name][:size].view(tuple(shape))
+
+
+def _enter_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Six neighbouring samples to the points 0, 1, -1, 2, -2 and infinity."""
+    even = torch.sub(x[4], x[2], out=out[0])
+    odd = torch.sub(x[3], x[1], out=out[5])
+    torch.add(even, odd, alpha=2, out=out[3])
+    torch.sub(even, odd, alpha=2, out=out[4])
+    torch.sub(x[4], x[2], alpha=4, out=even)
+    torch.sub(x[3], x[1], alpha=4, out=odd)
+    torch.add(even, odd, out=out[1])
+    torch.sub(even, odd, out=out[2])
+    torch.sub(x[4], x[2], alpha=5, out=out[0]).add_(x[0], alpha=4)
+    torch.sub(x[5], x[3], alpha=5, out=out[5]).add_(x[1], alpha=4)
+
+
+def _leave_4(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Products at the six points to four neighbouring outputs; overwrites `m`."""
+    odd = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    even = m[1].add_(m[2])
+    odd2 = torch.sub(m[3], m[4], out=m[2])
+    even2 = m[3].add_(m[4])
+    torch.add(odd, odd2, alpha=2, out=out[1])
+    torch.add(even, even2, alpha=4, out=out[2])
+    torch.add(m[0], even.add_(even2), out=out[0])
+    torch.add(m[5], odd.add_(odd2, alpha=8), out=out[3])
+
+
+def _enter_2(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Four neighbouring samples to the points 0, 1, -1 and infinity."""
+    torch.sub(x[0], x[2], out=out[0])
+    torch.add(x[1], x[2], out=out[1])
+    torch.sub(x[2], x[1], out=out[2])
+    torch.sub(x[3], x[1], out=out[3])
+
+
+def _leave_2(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Products at the four points to two neighbouring outputs; overwrites `m`."""
+    odd = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    torch.add(m[0], m[1].add_(m[2]), out=out[0])
+    torch.add(m[3], odd, out=out[1])
+
+
+def _enter_upsampled(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Four samples, the inner two of which lie, enlarged, under the four outputs."""
+    torch.sub(x[0], x[2], out=out[0])
+    torch.add(x[1], x[2], out=out[1])
+    torch.sub(x[2], x[1], out=out[2])
+    out[3].copy_(out[2])
+    torch.sub(x[3], x[1], out=out[4])
+
+
+def _leave_upsampled(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    low = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    high = m[1].add_(m[2])
+    torch.add(low, m[3], out=out[1])
+    torch.add(high, m[3], out=out[2])
+    torch.add(m[0], low.sub_(m[3]), out=out[0])
+    torch.add(m[4], high.sub_(m[3]), out=out[3])
+
+
+_TAPS_4 = (
+    (1 / 4, 0.0, 0.0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0.0, 0.0, 1.0),
+)
+_TAPS_2 = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_TAPS_UPSAMPLED = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.0, 0.5, 0.0), (-0.5, 0.0, 0.5), (0.0, 0.0, 1.0))
+
+WINOGRAD = Scheme(4, 4, _TAPS_4, _enter_4, _leave_4)
+STRICT = Scheme(2, 2, _TAPS_2, _enter_2, _leave_2)
+UPSAMPLED = Scheme(2, 4, _TAPS_UPSAMPLED, _enter_upsampled, _leave_upsampled)

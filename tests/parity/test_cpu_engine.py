@@ -1,0 +1,158 @@
+"""The engine exam: what the engine for CPUs draws is what the plain engine draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fewstep
+from fewstep import Pipeline
+from fewstep.engines.cpu import engine
+from fewstep.engines.cpu.choices import Choices, Ways
+from fewstep.engines.cpu.engine import CpuEngine
+from fewstep.engines.eager import EagerEngine
+from fewstep.weights.load import load_parts
+
+PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
+SIZE = {"width": 72, "height": 104}
+
+
+class Last(Choices):
+    """Takes the last way each time: never the plain one."""
+
+    def run(self, key: str, ways: Ways) -> Tensor:
+        return list(ways.values())[-1]()
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny models have fewer channels than fast convolutions ask for."""
+    monkeypatch.setattr(engine, "FEWEST_CHANNELS", 1)
+
+
+Pair = tuple[Pipeline, Pipeline]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    tiny.quiet()
+
+    @cache
+    def make(kind: str) -> Path:
+        path = tmp_path_factory.mktemp(kind)
+        tiny.pipeline(kind, path).save_pretrained(path / "model")
+        return path / "model"
+
+    return make
+
+
+def pair(path: Path | str, *, strict: bool = False) -> Pair:
+    """The same model with the plain engine and with that for CPUs, both with weights of their own."""
+    first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
+    return Pipeline(first, EagerEngine(first)), Pipeline(second, CpuEngine(second, strict=strict, choices=Last()))
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def pictures(draw: Callable[..., fewstep.Result], **options: object) -> tuple[Tensor, np.ndarray]:
+    latents = draw(**options, output="latent").latents
+    assert latents is not None
+    return latents, draw(**options, output="numpy").array
+
+
+def assert_same(both: Pair, task: str, *arguments: object, **options: object) -> None:
+    (plain, wanted), (fast, found) = (
+        pictures(lambda pipe=pipe, **more: getattr(pipe, task)(PROMPTS, *arguments, **options, **more)) for pipe in both
+    )
+    assert error(fast, plain) <= 1e-4
+    assert np.abs(found.astype(float) - wanted.astype(float)).max() <= 1e-4 * max(1, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
+def test_pictures_of_odd_sizes_in_batches(folder: Callable[[str], Path], kind: str) -> None:
+    assert_same(pair(folder(kind)), "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 72, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "refiner"])
+def test_pictures_from_pictures(folder: Callable[[str], Path], kind: str) -> None:
+    assert_same(pair(folder(kind)), "image_to_image", picture(), steps=4, strength=0.5, seed=[1, 2])
+
+
+@pytest.mark.parametrize("kind", ["sd1", "inpaint"])
+def test_inpainting(folder: Callable[[str], Path], kind: str) -> None:
+    mask = Image.new("L", (72, 104))
+    mask.paste(255, (16, 8, 48, 56))
+    assert_same(pair(folder(kind)), "inpaint", picture(), mask, steps=2, seed=[1, 2])
+
+
+def test_the_embedded_model_and_its_tiny_decoder() -> None:
+    assert_same(pair("blocks-base"), "text_to_image", steps=2, seed=[1, 2])
+
+
+def test_the_strict_engine_is_closer(folder: Callable[[str], Path]) -> None:
+    options = {"steps": 2, "seed": [1, 2], "output": "latent", **SIZE}
+    plain, strict = (pipe.text_to_image(PROMPTS, **options).latents for pipe in pair(folder("sd2"), strict=True))
+    assert error(strict, plain) <= 1e-5
+
+
+def test_weights_that_change_and_prompts_that_change_count_at_once(folder: Callable[[str], Path]) -> None:
+    both = pair(folder("sd1"))
+    options = {"steps": 2, "seed": 1, "guidance_scale": 3.0, "output": "latent", "width": 64, "height": 64}
+    for prompt in PROMPTS:
+        plain, fast = (pipe.text_to_image(prompt, **options).latents for pipe in both)
+        assert error(fast, plain) <= 1e-4
+    before = plain
+    for pipe in both:
+        for name, parameter in pipe.parts.unet.named_parameters():
+            if name.endswith(("conv1.weight", "to_k.weight", "to_q.weight")):
+                parameter *= 1.5
+    plain, fast = (pipe.text_to_image(PROMPTS[-1], **options).latents for pipe in both)
+    assert error(plain, before) > 1e-3
+    assert error(fast, plain) <= 1e-4
+
+
+def test_a_way_is_measured_once_and_remembered(tmp_path: Path) -> None:
+    path, calls = tmp_path / "cache" / "cpu.json", []
+
+    def way(name: str, work: int) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            calls.append(name)
+            return sum((torch.ones(300, 300) @ torch.ones(300, 300) for _ in range(work)), torch.zeros(1))
+
+        return run
+
+    ways = {"slow": way("slow", 60), "quick": way("quick", 1)}
+    Choices(path).run("a", ways)
+    assert set(calls) == {"slow", "quick"}
+    assert json.loads(path.read_text()) == {"a": "quick"}
+    calls.clear()
+    Choices(path).run("a", ways)
+    assert calls == ["quick"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": "gone"}'])
+def test_a_damaged_memory_is_made_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "cpu.json"
+    path.write_text(content)
+    assert Choices(path).run("a", {"only": lambda: torch.ones(1)}) == 1
+    assert json.loads(path.read_text())["a"] == "only"
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert Choices(tmp_path / "file" / "cpu.json").run("a", {"only": lambda: torch.ones(1)}) == 1
