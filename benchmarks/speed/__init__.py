@@ -1,0 +1,1 @@
+"""Speed beside the peers, each at its best settings, in turn in one run."""
