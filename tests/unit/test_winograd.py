@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fewstep.engines.cpu import winograd
 from fewstep.engines.cpu.layers import norm_as_affine
-from fewstep.nn import winograd
-from fewstep.nn.winograd import STRICT, UPSAMPLED, WINOGRAD, Scheme, conv3x3, transformed_weight
+from fewstep.engines.cpu.winograd import STRICT, UPSAMPLED, WINOGRAD, Scheme, conv3x3, transformed_weight
 
 SHAPES = [(1, 8, 16, 9, 13), (2, 16, 8, 70, 33), (1, 5, 3, 1, 1), (3, 32, 32, 4, 6)]
 SCHEMES = pytest.mark.parametrize("scheme", [WINOGRAD, STRICT, UPSAMPLED], ids=["4x4", "2x2", "upsampled"])
@@ -45,6 +45,14 @@ def test_chunks_of_any_size_give_the_same(scheme: Scheme, monkeypatch: pytest.Mo
         monkeypatch.setattr(winograd, "CHUNK_BYTES", size)
         found = conv3x3(x, transformed_weight(weight, scheme), bias, scheme)
         assert error(found, exact(x, weight, bias, scheme)) < 3e-6
+
+
+def test_it_runs_in_inference_mode_and_out_of_it_again() -> None:
+    x, weight, bias = inputs(1, 64, 64, 40, 40)
+    with torch.inference_mode():
+        conv3x3(x, transformed_weight(weight, WINOGRAD), bias, WINOGRAD)
+    found = conv3x3(x, transformed_weight(weight, WINOGRAD), bias, WINOGRAD)
+    assert error(found, exact(x, weight, bias, WINOGRAD)) < 3e-6
 
 
 @SCHEMES

@@ -22,13 +22,13 @@ from fewstep.engines.cpu.layers import (
     FastUpsample,
     Means,
 )
+from fewstep.engines.cpu.winograd import STRICT, WINOGRAD
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
-from fewstep.nn.winograd import STRICT, WINOGRAD
 from fewstep.weights.parts import Parts
 
 BUDGET = 1 << 30

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.cpu.choices import Choices
+from fewstep.engines.cpu.winograd import UPSAMPLED, WINOGRAD, Activation, Scheme, conv3x3, transformed_weight
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
-from fewstep.nn.winograd import UPSAMPLED, WINOGRAD, Activation, Scheme, conv3x3, transformed_weight
 
 FEWEST_CHANNELS = 32
 """Convolutions with fewer channels on either side stay plain: the transforms would cost more than the products."""
@@ -109,7 +109,8 @@ class FastConv(nn.Module):
         state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._stored is not None and self._stored[0] == state:
             return self._stored[1]
-        made = transformed_weight(weight, self.scheme)
+        with torch.inference_mode(False):
+            made = transformed_weight(weight, self.scheme)
         if made.nbytes <= self.means.budget or self._stored is not None:
             self.means.budget -= 0 if self._stored is not None else made.nbytes
             self._stored = (state, made)

@@ -149,11 +149,12 @@ def _samples(x: Tensor, dim: int, scheme: Scheme, tiles: int) -> list[Tensor]:
 
 
 def _scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """An uninitialised float32 tensor on memory that each thread keeps from call to call."""
+    """An uninitialised float32 tensor on memory that each thread keeps from call to call, in inference mode or not."""
     pool: dict[str, Tensor] = _local.__dict__.setdefault("pool", {})
     size = torch.Size(shape).numel()
     if name not in pool or pool[name].numel() < size:
-        pool[name] = torch.empty(size)
+        with torch.inference_mode(False):
+            pool[name] = torch.empty(size)
     return pool[name][:size].view(tuple(shape))
 
 
