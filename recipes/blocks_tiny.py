@@ -22,7 +22,6 @@ from blocks_base import noisy_means, psnr
 from blocks_data import Cached, read_once
 from torch import Tensor
 
-from fewstep.models.config import TinyConfig
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.train.losses import AutoencoderLoss
 from fewstep.train.plan import Part, Plan
@@ -54,7 +53,7 @@ class Tiny:
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
         torch.manual_seed(plan.seed)
-        large, tiny = load_parts(self.model, dtype=torch.float32).autoencoder, TinyAutoencoder(TinyConfig(width=WIDTH))
+        large, tiny = load_parts(self.model, dtype=torch.float32).autoencoder, TinyAutoencoder(WIDTH)
         weigh = AutoencoderLoss()
 
         def loss(part: Part) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.models.config import AutoencoderConfig, TextConfig, TinyConfig, UNetConfig
+from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -112,9 +112,9 @@ def test_full_size_autoencoder() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("width", [64, 16])
 def test_tiny_autoencoder(width: int) -> None:
-    config = TinyConfig(width=width)
-    theirs = random_(diffusers.AutoencoderTiny.from_config(config.to_diffusers()))
-    ours = holding(lambda: TinyAutoencoder(TinyConfig.from_diffusers(theirs.config)), theirs.state_dict())
+    widths = [width] * 4
+    theirs = random_(diffusers.AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths))
+    ours = holding(lambda: TinyAutoencoder(width), theirs.state_dict())
     image, latents = torch.rand(1, 3, 64, 32) * 2 - 1, 3 * torch.randn(1, 4, 8, 4)
     assert relative(ours.encode(image), theirs.encode(image).latents) <= 1e-4
     assert relative(ours.decode(latents), theirs.decode(latents).sample) <= 1e-4

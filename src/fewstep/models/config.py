@@ -162,36 +162,6 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyConfig:
-    """The shape of a tiny autoencoder: TAESD's, with layers of `width` channels."""
-
-    width: int = 64
-    latent_channels: int = 4
-
-    @classmethod
-    def from_diffusers(cls, config: Config) -> TinyConfig:
-        """From an `AutoencoderTiny` config.json; CheckpointError where its layers are not all of one width."""
-        _check(config, "tiny autoencoder", _TINY_FIXED)
-        widths = {*config.get("encoder_block_out_channels", (64,)), *config.get("decoder_block_out_channels", (64,))}
-        if len(widths) > 1:
-            raise CheckpointError(
-                f"tiny autoencoder: its layers are {sorted(widths)} channels wide; expected one width"
-            )
-        return cls(width=widths.pop(), latent_channels=config.get("latent_channels", 4))
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """A config.json from which diffusers builds this autoencoder."""
-        widths = [self.width] * 4
-        return {
-            "_class_name": "AutoencoderTiny",
-            "latent_channels": self.latent_channels,
-            "encoder_block_out_channels": widths,
-            "decoder_block_out_channels": widths,
-            **_TINY_FIXED,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The shape of a CLIP text tower. `projection`: width of the pooled embedding, None without that layer."""
 
@@ -254,13 +224,6 @@ _UNET_FIXED: Config = {
     "conv_in_kernel": 3,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
-}
-_TINY_FIXED: Config = {
-    "act_fn": "relu",
-    "num_encoder_blocks": [1, 3, 3, 3],
-    "num_decoder_blocks": [3, 3, 3, 1],
-    "scaling_factor": 1.0,
-    "shift_factor": 0.0,
 }
 _AUTOENCODER_FIXED: Config = {
     "act_fn": "silu",

@@ -9,39 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.models.config import TinyConfig
-
 
 class TinyAutoencoder(nn.Module):
     """Pictures to latents and back, without attention or norms; latents are scaled already (factor 1)."""
 
-    def __init__(self, config: TinyConfig | None = None) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.config = config or TinyConfig()
-        self.encoder = TinyEncoder(self.config.width, self.config.latent_channels)
-        self.decoder = TinyDecoder(self.config.width, self.config.latent_channels)
+        self.width = width
+        self.encoder = TinyEncoder(width)
+        self.decoder = TinyDecoder(width)
 
     def encode(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8)."""
+        """image (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8)."""
         latents: Tensor = self.encoder(image)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, latent_channels, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""
+        """latents (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""
         image: Tensor = self.decoder(latents)
         return image
 
 
 class TinyEncoder(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8), by strided convolutions."""
+    """Image (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), by strided convolutions."""
 
-    def __init__(self, width: int, latent_channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), TinyBlock(width)]
         for _ in range(3):
             halve = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
             layers += [halve, TinyBlock(width), TinyBlock(width), TinyBlock(width)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 4, 3, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
         latents: Tensor = self.layers((image + 1) / 2)
@@ -49,11 +47,11 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents (B, latent_channels, h, w), soft-clipped to [-3, 3] -> image (B, 3, 8h, 8w), by nearest upsampling."""
+    """Latents (B, 4, h, w), soft-clipped to [-3, 3] -> image (B, 3, 8h, 8w), by nearest upsampling."""
 
-    def __init__(self, width: int, latent_channels: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(4, width, 3, padding=1), nn.ReLU()]
         for _ in range(3):
             double = nn.Upsample(scale_factor=2.0)
             layers += [

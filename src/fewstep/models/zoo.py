@@ -163,11 +163,5 @@ _ENTRIES = (
 CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 """Every entry by its name; the first is the one that comes with fewstep."""
 TINY_NAMES = tuple(known.name for known in _ENTRIES if known.family == "tiny")
-TINY: Mapping[Family, str] = {
-    "blocks": "blocks-tiny",
-    "sd1": "taesd",
-    "sd2": "taesd",
-    "sdxl": "taesdxl",
-    "sdxl-refiner": "taesdxl",
-}
+TINY = {"blocks": "blocks-tiny", "sd1": "taesd", "sd2": "taesd", "sdxl": "taesdxl", "sdxl-refiner": "taesdxl"}
 """The tiny autoencoder that reads and writes the latents of a family."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError, unknown
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.models.config import AutoencoderConfig, TextConfig, TinyConfig, UNetConfig
+from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -39,7 +39,7 @@ MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30
 SHOWN = 3  # names of each kind of problem
 _IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
 
-Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig, TinyConfig)
+Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig)
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -84,7 +84,9 @@ def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CP
     path, _ = located(what, half=dtype.itemsize == 2)
     if not path.is_dir() or (path / "model_index.json").is_file():
         raise InputError(f"{what} is not the folder of a tiny autoencoder; those are {', '.join(TINY_NAMES)}")
-    network = _network(path, TinyAutoencoder, TinyConfig.from_diffusers)
+    width = parsed(path / "config.json", lambda config: int(config.get("decoder_block_out_channels", [64])[0]))
+    with torch.device("meta"):
+        network = TinyAutoencoder(width)
     _fill([_filling(path, network, half=dtype.itemsize == 2)], dtype, device)
     return network
 
@@ -229,9 +231,7 @@ def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device)
             network.requires_grad_(False).eval()
 
 
-def _layers(config: UNetConfig | AutoencoderConfig | TextConfig | TinyConfig) -> int:
-    if isinstance(config, TinyConfig):
-        return 1
+def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
     if isinstance(config, TextConfig):
         return config.layers
     if isinstance(config, AutoencoderConfig):

@@ -66,7 +66,9 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
 def save_tiny(network: TinyAutoencoder, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the folder of a tiny autoencoder, as diffusers' `AutoencoderTiny` has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_part(folder, network, network.config.to_diffusers(), dtype)
+    widths = [network.width] * 4
+    config = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths}
+    _write_part(folder, network, {"_class_name": "AutoencoderTiny", "latent_channels": 4, **config}, dtype)
 
 
 def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
