@@ -182,7 +182,7 @@ print([is_cached(known) for known in CATALOGUE.values()] and 'torch' in sys.modu
 def test_an_embedded_model_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fewstep.weights.fetch.ASSETS", tmp_path)
     embedded = [known.name for known in CATALOGUE.values() if known.source is None]
-    assert embedded == ["blocks-base", "blocks-small", "blocks-turbo"]
+    assert embedded == ["blocks-base", "blocks-small", "blocks-turbo", "blocks-tiny"]
     assert not is_cached(entry("blocks-base"))
     with pytest.raises(CheckpointError, match="install fewstep again"):
         load_parts("blocks-base", dtype=torch.float32)
