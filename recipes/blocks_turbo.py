@@ -35,6 +35,7 @@ COUNT = 8192
 BOTH = AddSettings(
     shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0, judged=(0, 300)
 )
+FINISH = replace(BOTH, distill=2.5, guidance=2.5, anchor=2.0, walked=True)
 SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
 PROMPTS = (
     "a red cube on top of a blue sphere",
@@ -61,17 +62,18 @@ def stages(out: Path) -> Sequence[Run]:
     }
     return [
         Run(task=learned, plan=plan),
-        _run(out, "blocks-turbo", BOTH, seconds=22 * 60),
-        *(_run(out, name, settings, steps=300) for name, settings in ablation.items()),
+        _run(out, "turbo-walks", "turbo-begun", BOTH, seconds=22 * 60),
+        _run(out, "turbo-begun", "blocks-turbo", FINISH, seconds=18 * 60),
+        *(_run(out, "turbo-walks", name, settings, steps=150) for name, settings in ablation.items()),
     ]
 
 
-def _run(out: Path, name: str, settings: AddSettings, **length: int) -> Run:
+def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int) -> Run:
     shared = {**SHARED, "rate": 2e-4, "decay": 0.4, "weight_decay": 0.0, "sample_steps": 100, **length}
     task = TurboTask(
         model="blocks-base",
         data=Walks(folder=out / "walks"),
-        student=out / "turbo-walks" / "model",
+        student=out / start / "model",
         settings=settings,
         discriminator_rate=10.0,
         sample_prompts=PROMPTS,

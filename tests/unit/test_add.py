@@ -113,6 +113,19 @@ def test_an_anchored_student_draws_from_the_noise_of_its_teachers_walk_and_is_he
     assert add.astray(there + 1, clean, PART) == pytest.approx(1)
 
 
+def test_a_walked_student_starts_from_the_points_of_its_time_steps_and_all_rows_are_anchored() -> None:
+    add = distillation(AddSettings(timesteps=(249, 999), shares=(0.5, 0.5), anchor=1.0, walked=True))
+    clean = walked_batch(PART)
+    assert clean.walked is not None
+    drawn = add.drawn(clean, PART)
+    assert torch.equal(drawn, add.drawn(clean._replace(x0=clean.x0 + 1), PART)), "nothing of the real latents"
+    points = clean.walked.points.clone()
+    points[:, 0] += 1
+    moved = clean._replace(walked=clean.walked._replace(points=points))
+    assert (drawn != add.drawn(moved, PART)).flatten(1).any(1).sum() == 4, "half of the batch starts at 249"
+    assert add.astray(clean.walked.end + 1, clean, PART) == pytest.approx(1)
+
+
 def test_an_anchor_without_walks_is_an_error() -> None:
     with pytest.raises(InputError, match="Walks"):
         distillation(AddSettings(anchor=1.0)).student_loss(PART)

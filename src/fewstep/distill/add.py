@@ -17,6 +17,7 @@ from fewstep.models.unet import UNet
 from fewstep.train.diffusion import Clean
 from fewstep.train.plan import Part
 from fewstep.train.process import of_rows, predicted
+from fewstep.train.sources import Walked
 from fewstep.train.trainer import Turn
 
 
@@ -32,6 +33,8 @@ class AddSettings:
     another picture's words count as drawn (not published; 0 leaves them out). `anchor`: the weight of the distance,
     from noise alone, to where the teacher's whole walk led from the same noise, which keeps as many pictures of a
     prompt as the teacher has (not published here, but in arXiv:2311.18828; needs `fewstep.distill.walks.Walks`).
+    `walked`: the student starts from points of these walks at all time steps, not from real latents with noise, and all
+    that it draws is anchored: in several steps it comes by such points, and errors would add up (not published).
     """
 
     timesteps: tuple[int, ...] = (249, 499, 749, 999)
@@ -44,6 +47,7 @@ class AddSettings:
     judged: tuple[int, int] = (0, 750)
     mismatched: float = 0.0
     anchor: float = 0.0
+    walked: bool = False
 
 
 class _Evidence(NamedTuple):
@@ -126,20 +130,15 @@ class AdversarialDistillation:
 
         That is the noise that the teacher's walk began with, where it is known.
         """
-        real = clean.x0
-        t, alone = self._begun(part, real.device)
-        eps = part.randn("student noise", *real.shape[1:]).to(real.device)
-        first = eps if clean.walked is None else clean.walked.points[:, -1].to(real.device)
-        x = torch.where(alone[:, None, None, None], first, self.process.noised(real, eps, t))
+        t, alone = self._begun(part, clean.x0.device)
+        x = self._first(clean, t, alone, part)
         return self.process.x0(predicted(self.student, x, t, clean.told), x, t)
 
     def astray(self, drawn: Tensor, clean: Clean, part: Part) -> Tensor:
-        """Mean squared distance to the ends of the teacher's walks, of what was drawn from noise alone."""
-        if clean.walked is None:
-            raise InputError("an anchor needs the teacher's walks; give `fewstep.distill.walks.Walks` as data")
+        """Mean squared distance to the ends of the teacher's walks, of what was drawn from their noise or points."""
         _, alone = self._begun(part, drawn.device)
-        error = (drawn - clean.walked.end.to(drawn.device)).square().mean((1, 2, 3))
-        return (error * alone).sum() / alone.sum().clamp(min=1)
+        error = (drawn - _walks_of(clean).end.to(drawn.device)).square().mean((1, 2, 3))
+        return error.mean() if self.settings.walked else (error * alone).sum() / alone.sum().clamp(min=1)
 
     @torch.no_grad()
     def known(self, real: Tensor, part: Part) -> Tensor:
@@ -163,6 +162,16 @@ class AdversarialDistillation:
         weight = self.process.alpha_bar(t).sqrt()
         return (weight * (view - wanted).square()).mean()
 
+    def _first(self, clean: Clean, t: Tensor, alone: Tensor, part: Part) -> Tensor:
+        """The latents with noise that the student starts from."""
+        real = clean.x0
+        if self.settings.walked:
+            places = torch.searchsorted(torch.tensor(self.settings.timesteps, device=t.device), t)
+            return _walks_of(clean).points.to(real.device)[torch.arange(len(t), device=t.device), places]
+        eps = part.randn("student noise", *real.shape[1:]).to(real.device)
+        noise = eps if clean.walked is None else clean.walked.points[:, -1].to(real.device)
+        return torch.where(alone[:, None, None, None], noise, self.process.noised(real, eps, t))
+
     def _begun(self, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
         """The time steps (B,) that the student begins at, and where that is noise alone."""
         times = torch.tensor(self.settings.timesteps)
@@ -184,6 +193,12 @@ class AdversarialDistillation:
         with torch.no_grad():
             seen = self._seen(evidence.real, evidence._replace(told=others), part, "mismatched")
         return hinge(self.discriminator(seen), -1.0)
+
+
+def _walks_of(clean: Clean) -> Walked:
+    if clean.walked is None:
+        raise InputError("there are no walks of the teacher; give `fewstep.distill.walks.Walks` as data")
+    return clean.walked
 
 
 def _mean(logits: list[Tensor]) -> Tensor:
