@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 from blocks_data import Cached
+from safetensors.torch import save_file
 
-from fewstep.adapters.edition import FILE
+from fewstep.adapters.edition import FILE, VECTORS, vectors
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings
@@ -30,7 +31,7 @@ from fewstep.train.plan import Plan
 from fewstep.train.run import Run
 from fewstep.weights.load import load_parts
 
-RANK = 32
+RANK = 36
 COUNT = 8192
 BOTH = AddSettings(
     shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0, judged=(0, 300)
@@ -63,7 +64,7 @@ def stages(out: Path) -> Sequence[Run]:
     return [
         Run(task=learned, plan=plan),
         _run(out, "turbo-walks", "turbo-begun", BOTH, seconds=22 * 60),
-        _run(out, "turbo-begun", "blocks-turbo", FINISH, seconds=18 * 60),
+        _run(out, "turbo-begun", "blocks-turbo", FINISH, seconds=16 * 60),
         *(_run(out, "turbo-walks", name, settings, steps=150) for name, settings in ablation.items()),
     ]
 
@@ -82,10 +83,11 @@ def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int)
 
 
 def extract(model: Path, folder: Path) -> None:
-    """Write what `model` has over blocks-base as a LoRA, in half precision."""
+    """Write what `model` has over blocks-base as a LoRA, and its biases and norms, in half precision."""
     base, tuned = (load_parts(what, dtype=torch.float32) for what in ("blocks-base", model))
     lora, left = extracted_lora(base, tuned, rank=RANK, name="blocks-turbo")
     save_lora(lora, folder / FILE, dtype=torch.float16)
+    save_file({name: value.half() for name, value in vectors(tuned.unet).items()}, folder / VECTORS)
     print(f"{folder / FILE}: {left:.1%} of the difference left out")
 
 
