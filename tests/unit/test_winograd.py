@@ -9,7 +9,16 @@ from torch import nn
 
 from fewstep.engines.cpu import winograd
 from fewstep.engines.cpu.layers import norm_as_affine
-from fewstep.engines.cpu.winograd import STRICT, UPSAMPLED, WINOGRAD, Scheme, conv3x3, transformed_weight
+from fewstep.engines.cpu.winograd import (
+    STRICT,
+    UPSAMPLED,
+    WINOGRAD,
+    Scheme,
+    conv3x3,
+    products_by_onednn,
+    products_by_torch,
+    transformed_weight,
+)
 
 SHAPES = [(1, 8, 16, 9, 13), (2, 16, 8, 70, 33), (1, 5, 3, 1, 1), (3, 32, 32, 4, 6)]
 SCHEMES = pytest.mark.parametrize("scheme", [WINOGRAD, STRICT, UPSAMPLED], ids=["4x4", "2x2", "upsampled"])
@@ -33,9 +42,10 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_convolution_is_exact_up_to_rounding(scheme: Scheme, shape: tuple[int, ...]) -> None:
     x, weight, bias = inputs(*shape)
-    found = conv3x3(x, transformed_weight(weight, scheme), bias, scheme)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert error(found, exact(x, weight, bias, scheme)) < 3e-6
+    for products in (products_by_torch, products_by_onednn):
+        found = conv3x3(x, transformed_weight(weight, scheme), bias, scheme, products=products)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert error(found, exact(x, weight, bias, scheme)) < 3e-6
 
 
 @SCHEMES

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.cpu.choices import Choices
-from fewstep.engines.cpu.winograd import UPSAMPLED, WINOGRAD, Activation, Scheme, conv3x3, transformed_weight
+from fewstep.engines.cpu.winograd import (
+    UPSAMPLED,
+    WINOGRAD,
+    Activation,
+    Products,
+    Scheme,
+    conv3x3,
+    products_by_onednn,
+    products_by_torch,
+    transformed_weight,
+)
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Upsample
 from fewstep.nn.resblock import ResBlock
@@ -96,12 +106,17 @@ class FastConv(nn.Module):
             out = F.conv2d(h, conv.weight, conv.bias, padding=1)
             return out if residual is None else out.add_(residual)
 
-        def fast() -> Tensor:
-            activate = None if norm is None else normed_silu(x, norm)
-            return conv3x3(x, self._transformed(), conv.bias, self.scheme, activate=activate, residual=residual)
+        def fast(products: Products) -> Tensor:
+            enter, weight = None if norm is None else normed_silu(x, norm), self._transformed()
+            return conv3x3(x, weight, conv.bias, self.scheme, products=products, activate=enter, residual=residual)
 
         key = f"conv {len(self.scheme.taps)} {tuple(x.shape)} {len(conv.weight)} {norm is None}"
-        return self.means.choices.run(key, {"direct": direct, "fewer products": fast})
+        ways = {
+            "direct": direct,
+            "fewer products": lambda: fast(products_by_torch),
+            "fewer products, onednn": lambda: fast(products_by_onednn),
+        }
+        return self.means.choices.run(key, ways)
 
     def _transformed(self) -> Tensor:
         """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
