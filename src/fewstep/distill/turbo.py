@@ -81,6 +81,10 @@ class TurboTask:
 
 
 def turbo_edition(parts: Parts) -> Parts:
-    """The same with the defaults of a turbo model: one step of Euler from the highest level, without guidance."""
-    defaults = replace(parts.defaults, steps=1, guidance_scale=0.0, sampler="euler", schedule="trailing")
-    return replace(parts, defaults=defaults, scheduler=replace(parts.scheduler, sampler="euler", spacing="trailing"))
+    """The same with the defaults of a turbo model: one step from the highest level, without guidance.
+
+    Of several steps each adds fresh noise, as with SDXL-Turbo: what one step got wrong the next does not build on.
+    """
+    how = "euler_ancestral"
+    defaults = replace(parts.defaults, steps=1, guidance_scale=0.0, sampler=how, schedule="trailing")
+    return replace(parts, defaults=defaults, scheduler=replace(parts.scheduler, sampler=how, spacing="trailing"))

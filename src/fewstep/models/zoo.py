@@ -139,7 +139,9 @@ _ENTRIES = (
         name="blocks-turbo",
         base="blocks-base",
         megabytes=21,
-        defaults=Defaults(steps=1, guidance_scale=0.0, sampler="euler", schedule="trailing", width=128, height=128),
+        defaults=Defaults(
+            steps=1, guidance_scale=0.0, sampler="euler_ancestral", schedule="trailing", width=128, height=128
+        ),
     ),
     _SD1,
     replace(_SD1, name="small-sd", source="OFA-Sys/small-stable-diffusion-v0", megabytes=3144, unet=SMALL_UNET),
