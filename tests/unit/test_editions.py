@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewstep
+from fewstep.adapters.edition import VECTORS, vectors
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.inject import ATTENTION
 from fewstep.adapters.lora import layers_of, networks
 from fewstep.adapters.merge import fuse_lora
 from fewstep.errors import CheckpointError, InputError
+from fewstep.weights.fetch import ASSETS
 from fewstep.weights.parts import Parts
 
 
@@ -75,6 +78,28 @@ def test_the_embedded_turbo_draws_at_once_and_by_itself() -> None:
     assert (drawn - blurred).square().mean() > 0.05
     fewstep.remove_lora(turbo)  # takes out what the user merged, which is nothing
     assert torch.equal(turbo.text_to_image(prompt, steps=1, seed=3, output="latent").latents, drawn)
+
+
+def test_the_embedded_turbo_has_biases_and_norms_of_its_own() -> None:
+    turbo, plain = (fewstep.load(name, device="cpu").parts.unet for name in ("blocks-turbo", "blocks-base"))
+    own = load_file(ASSETS / "blocks-turbo" / VECTORS)
+    assert own.keys() == vectors(turbo).keys()
+    assert all(torch.equal(value, own[name].float()) for name, value in vectors(turbo).items())
+    assert any(not torch.equal(value, vectors(plain)[name]) for name, value in vectors(turbo).items())
+
+
+def test_the_tiny_decoder_draws_what_the_large_one_draws() -> None:
+    quick, plain = (fewstep.load("blocks-base", device="cpu", decoder=which) for which in ("tiny", None))
+    latents = plain.text_to_image("a red cube", steps=4, seed=3, output="latent").latents
+    one, other = (pipe.engine.decode(latents).clamp(-1, 1) for pipe in (quick, plain))
+    assert (one - other).square().mean() < 0.02
+    with pytest.raises(InputError, match="blocks-tiny"):
+        fewstep.load("blocks-base", device="cpu", decoder=ASSETS / "blocks-base")
+
+
+def test_the_embedded_models_are_small_together() -> None:
+    files = [path for folder in ASSETS.glob("blocks-*") for path in folder.rglob("*.safetensors")]
+    assert sum(path.stat().st_size for path in files) < 30_000_000
 
 
 def test_the_small_model_shares_the_other_parts_of_its_base() -> None:
