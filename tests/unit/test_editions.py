@@ -71,7 +71,7 @@ def test_models_of_other_layers_are_refused() -> None:
 def test_the_embedded_turbo_draws_at_once_and_by_itself() -> None:
     turbo, plain = fewstep.load("blocks-turbo", device="cpu"), fewstep.load("blocks-base", device="cpu")
     assert turbo.parts.name == "blocks-turbo"
-    assert (turbo.parts.defaults.steps, turbo.parts.defaults.guidance_scale) == (1, 0.0)
+    assert (turbo.parts.defaults.steps, turbo.parts.defaults.guidance_scale) == (4, 0.0)
     assert (plain.parts.defaults.steps, plain.parts.name) == (10, "blocks-base")
     prompt = "a red cube on top of a blue sphere"
     drawn, blurred = (pipe.text_to_image(prompt, steps=1, seed=3, output="latent").latents for pipe in (turbo, plain))

@@ -140,7 +140,7 @@ _ENTRIES = (
         base="blocks-base",
         megabytes=21,
         defaults=Defaults(
-            steps=1, guidance_scale=0.0, sampler="euler_ancestral", schedule="trailing", width=128, height=128
+            steps=4, guidance_scale=0.0, sampler="euler_ancestral", schedule="trailing", width=128, height=128
         ),
     ),
     _SD1,
