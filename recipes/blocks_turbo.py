@@ -2,20 +2,20 @@ r"""blocks-turbo: blocks-base in one to four steps, by adversarial diffusion dis
 
     torchrun --nproc-per-node 2 -m fewstep train recipes/blocks_turbo.py --out runs/blocks
 
-The teacher's walks come first: 8,192 of them are kept, and a student learns to be at their ends at once. Then adversarial
-distillation (arXiv:2311.17042), anchored to the walks; last the same from points of the walks, so that four steps are as
-clean as one. Unlike as published, the discriminator sees the teacher's features of noisy latents (arXiv:2403.12015), the
-teacher is guided, and real latents under another picture's words count as drawn. The ablation's stages, 150 steps each
-from the student of walks and without the anchor, are for `benchmarks/results`.
+The teacher's walks come first: 8,192 of them are kept, and a student learns to be at their ends at once. Then comes
+adversarial distillation (arXiv:2311.17042), anchored to the walks; last the same from points of the walks, so that four
+steps are as clean as one. Unlike as published, the discriminator sees the teacher's features of noisy latents
+(arXiv:2403.12015), the teacher is guided, and real latents under another picture's words count as drawn. The stages of
+the ablation, 150 steps each from the student of walks and without the anchor, are for `benchmarks/results`.
 
 It needs the latents of blocks_base.py's last stage. `python recipes/blocks_turbo.py runs/blocks/blocks-turbo/model`
 writes what is shipped: a LoRA as large as one of rank 36, biases and norms.
 
-Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), bfloat16, no GPU; 10 minutes for the walks, then 10, 22 and 16:
-@@STEPS@@ steps. Score: @@SCORE@@
+Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), bfloat16, no GPU; 10 minutes for the walks, then 10, 22 and 16
+for 1,375, 1,075 and 775 steps. Score: @@SCORE@@
 
-What mattered: the walks. By adversarial distillation alone, 45 minutes of it, all prompts were drawn right and each always
-in the same picture: 7 % of the teacher's variance over seeds, and mottled stages.
+What mattered: the walks. By adversarial distillation alone, 45 minutes of it, nearly all prompts were drawn right, and
+each always as the same picture: 7 % of the teacher's variance over seeds, and mottled stages.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def write_chart(found: Sequence[Measured], title: str, paths: Sequence[Path]) ->
                 _dots(right, shares, shift=0.2 * i + 0.1 * j - 0.15, label=f"{part}; by the {reader}", **look)
         _dots(varied, [one.diversity.share_of(found[0].diversity)["variance"] for one in found])
         _dots(real, [one.distances.fid if one.distances else UNKNOWN for one in found])
-        right.set(xlabel="drawn right (further right is better)", xlim=(None, 1.0))
+        right.set(xlabel="drawn right (further right is better)", xlim=(None, 1.02))
         varied.set(xlabel=f"diversity, of {found[0].contestant.label}")
         real.set(xlabel="FID (further left is better)")
         right.set_yticks(range(len(found)), [one.contestant.label for one in found])

@@ -11,6 +11,7 @@ from fewstep.errors import InputError
 from fewstep.evaluate.licences import licence_of, strictest
 from fewstep.evaluate.report import Cell, figure, table, write_text
 from fewstep.evaluate.training import Training
+from fewstep.models.zoo import CATALOGUE
 
 CARD = "README.md"
 HUB_RELATIONS = ("finetune", "adapter", "merge")
@@ -109,21 +110,26 @@ def _about(training: Training, parameters: Mapping[str, int]) -> str:
 
 
 def _use(training: Training) -> str:
-    example = training.example.replace('"', "'")
+    example, known = training.example.replace('"', "'"), CATALOGUE.get(training.name)
+    embedded = known is not None and known.source is None
+    name, where = "FOLDER", "`FOLDER` is where this file is; it has the layout of diffusers."
+    if embedded:
+        name, where = training.name, "It comes with fewstep, under this name."
+    option, keyword = ("--model", "") if known is None or known.family != "tiny" else ("--decoder", "decoder=")
     return f"""## How to use it
 
 ```sh
-fewstep generate "{example}" --model FOLDER
+fewstep generate "{example}" {option} {name}
 ```
 
 ```python
 import fewstep
 
-pipe = fewstep.load("FOLDER")
+pipe = fewstep.load({keyword}"{name}")
 pipe.text_to_image("{example}", seed=7).images[0].save("picture.png")
 ```
 
-`FOLDER` is where this file is; it has the layout of diffusers."""
+{where}"""
 
 
 def _data(training: Training) -> str:
