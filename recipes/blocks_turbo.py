@@ -12,7 +12,8 @@ It needs the latents of blocks_base.py's last stage. `python recipes/blocks_turb
 writes what is shipped: a LoRA as large as one of rank 36, biases and norms.
 
 Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), bfloat16, no GPU; 10 minutes for the walks, then 10, 22 and 16
-for 1,375, 1,075 and 775 steps. Score: @@SCORE@@
+for 1,375, 1,075 and 775 steps. Score of what is shipped, by `benchmarks.blocks_exam` on 500 held-out prompts of either
+kind, mean of both readers, as a share of the base's: 1.00 and 0.96 in one step, 1.02 and 1.00 in four; diversity 0.89.
 
 What mattered: the walks. By adversarial distillation alone, 45 minutes of it, nearly all prompts were drawn right, and
 each always as the same picture: 7 % of the teacher's variance over seeds, and mottled stages.
