@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.data.files import whole_file
 from fewstep.distill.teacher import Teacher
+from fewstep.distill.turbo import turbo_edition
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
@@ -104,10 +105,11 @@ class WalkTask:
             alone = chosen == len(times) - 1
             return {"loss": error.mean(), "from_noise": (error * alone).sum() / alone.sum().clamp(min=1)}
 
+        turbo = turbo_edition(parts)
         return Work(
             turns={"student": Turn(network=student, loss=loss)},
-            finish=lambda trainer: save_result(parts, trainer, student, "student"),
-            sample=(lambda trainer: sample_sheet(parts, self.sample_prompts)) if self.sample_prompts else None,
+            finish=lambda trainer: save_result(turbo, trainer, student, "student"),
+            sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,
         )
 

@@ -24,7 +24,7 @@ def write_chart(found: Sequence[Measured], title: str, paths: Sequence[Path]) ->
     matplotlib = require_matplotlib()
     with matplotlib.rc_context(LOOK):
         figure = matplotlib.figure.Figure(figsize=(11, 1.6 + 0.42 * len(found)), layout="constrained")
-        right, varied, real = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+        right, varied, real = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1.1, 1))
         for i, (part, marker) in enumerate(zip(SHOWN, "os", strict=True)):
             for j, (reader, filled) in enumerate(zip(READERS, (True, False), strict=True)):
                 shares = [_answer(one, part).exact(reader) for one in found]
@@ -33,8 +33,8 @@ def write_chart(found: Sequence[Measured], title: str, paths: Sequence[Path]) ->
         _dots(varied, [one.diversity.share_of(found[0].diversity)["variance"] for one in found])
         _dots(real, [one.distances.fid if one.distances else UNKNOWN for one in found])
         right.set(xlabel="drawn right (further right is better)", xlim=(None, 1.02))
-        varied.set(xlabel=f"diversity, of {found[0].contestant.label}")
-        real.set(xlabel="FID (further left is better)")
+        varied.set(xlabel="diversity, as a share of the first")
+        real.set(xlabel="FID (lower is better)")
         right.set_yticks(range(len(found)), [one.contestant.label for one in found])
         right.invert_yaxis()
         for axes in (right, varied, real):

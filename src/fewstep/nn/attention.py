@@ -30,8 +30,8 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention: q (B, heads, N, C), k and v (B, heads, M, C) -> (B, heads, N, C)."""
     # the gradients of PyTorch 2.13's fused attention in bfloat16 on a CPU take four times as long as plain products'
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+        with torch.autocast("cpu", enabled=False):  # its softmax would be of float32 copies
+            return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
