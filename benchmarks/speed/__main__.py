@@ -113,7 +113,8 @@ def report(found: list[Found], absent: dict[str, str], task: Task, asked: argpar
     lines += [f"- {one.name}: not run. {one.problem}" for one in found if one.problem]
     lines += [f"- {name}: not run; `{install}`" for name, install in absent.items()]
     command = f"--model {asked.model} --part {task.part} --size {task.size} --batch {task.batch} --runs {asked.runs}"
-    return "\n".join([*lines, "", f"Command: `python -m benchmarks.speed {command} --hardware {asked.hardware}`.", ""])
+    command += f' --threads {task.threads} --peers "{asked.peers}" --hardware {asked.hardware}'
+    return "\n".join([*lines, "", f"Command: `python -m benchmarks.speed {command}`.", ""])
 
 
 def main() -> None:
