@@ -178,7 +178,7 @@ class Contender(NamedTuple):
     peer: bool = True
 
     def said(self) -> str:
-        """`openvino 2026.4.1`; InputError-like text when it is not installed."""
+        """`openvino 2026.4.1`: its packages, which must be installed."""
         return ", ".join(f"{name} {version(name)}" for name in self.packages)
 
     def missing(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import pytest
@@ -24,10 +24,6 @@ PROMPTS = ("a red cube on top of a blue sphere", "a small green cone")
 FEW = WalkSettings(count=300, steps=4, guidance=2.0)
 
 
-def seeded(count: int) -> Sequence[int]:
-    return range(count)
-
-
 def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
     from fewstep import Pipeline
     from fewstep.rng import SeededNoise
@@ -35,7 +31,7 @@ def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
     from fewstep.train.sources import Examples
 
     assert isinstance(embedded, Pipeline)
-    seeds = seeded(len(PROMPTS))
+    seeds = range(len(PROMPTS))
     drawn = embedded.text_to_image(
         PROMPTS, seed=seeds, steps=4, guidance_scale=2.0, sampler="ddim", schedule="trailing", output="latent"
     )
@@ -84,8 +80,6 @@ def test_a_student_learns_the_end_of_its_teachers_walks(tmp_path: Path) -> None:
     plan = Plan(folder=tmp_path / "run", steps=12, batch=16, rate=3e-4, warmup=2, log_steps=1, decay=0.0)
     trainer = Trainer(task.prepare(plan).turns, plan)
     trainer.run()
-    import json
-
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
