@@ -9,8 +9,12 @@ Everything is imported when it is first used, so that `import fewstep` costs nex
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# PyTorch reads it once, when it is imported: large tensors on huge pages, whose first use costs a fraction
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from fewstep.adapters.merge import add_lora, remove_lora

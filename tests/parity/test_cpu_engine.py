@@ -16,10 +16,12 @@ from torch import Tensor
 
 import fewstep
 from fewstep import Pipeline
-from fewstep.engines.cpu import engine
+from fewstep.engines.cpu import convolution, engine
 from fewstep.engines.cpu.choices import Choices, Ways
+from fewstep.engines.cpu.compiled import kernels
 from fewstep.engines.cpu.engine import CpuEngine
 from fewstep.engines.eager import EagerEngine
+from fewstep.engines.engine import Conditioning
 from fewstep.weights.load import load_parts
 
 PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
@@ -33,10 +35,14 @@ class Last(Choices):
         return list(ways.values())[-1]()
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models have fewer channels than fast convolutions ask for."""
-    monkeypatch.setattr(engine, "FEWEST_CHANNELS", 1)
+@pytest.fixture(autouse=True, params=["kernels", "tensor operations"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled kernels and without; the tiny models have fewer channels than fast convolutions ask for."""
+    if request.param == "kernels" and kernels() is None:
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    monkeypatch.setattr(engine, "kernels", kernels if request.param == "kernels" else lambda: None)
+    for module in (engine, convolution):
+        monkeypatch.setattr(module, "FEWEST_CHANNELS", 1)
 
 
 Pair = tuple[Pipeline, Pipeline]
@@ -110,6 +116,32 @@ def test_the_strict_engine_is_closer(folder: Callable[[str], Path]) -> None:
     assert error(strict, plain) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_weights_in_half_the_memory(folder: Callable[[str], Path], kind: str) -> None:
+    halves = load_parts(folder(kind), dtype=torch.float16)
+    wide = load_parts(folder(kind), dtype=torch.float16)
+    for network in (wide.unet, wide.autoencoder, *wide.text_encoders):
+        network.float()
+    both = Pipeline(wide, EagerEngine(wide)), Pipeline(halves, CpuEngine(halves, choices=Last()))
+    assert_same(both, "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
+    assert_same(both, "image_to_image", picture(), steps=2, strength=0.5, seed=[1, 2])
+    assert all(each.dtype == torch.float16 for each in halves.unet.parameters())
+
+
+def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
+    folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = load_parts(folder("sd1"), dtype=torch.float32)
+    fast = CpuEngine(parts, choices=Last())
+    x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, parts.unet.config.context))
+    before = fast.predict(x, 10.0, told)
+    parts.unet.bfloat16()
+    with caplog.at_level("DEBUG", logger="fewstep"):
+        assert error(fast.predict(x, 10.0, told), before) < 0.1
+        fast.predict(x, 10.0, told)
+    assert [record.message.split(": ")[1] for record in caplog.records] == ["the plain engine runs it"]
+
+
 def test_weights_that_change_and_prompts_that_change_count_at_once(folder: Callable[[str], Path]) -> None:
     both = pair(folder("sd1"))
     options = {"steps": 2, "seed": 1, "guidance_scale": 3.0, "output": "latent", "width": 64, "height": 64}
@@ -149,10 +181,12 @@ def test_a_way_is_measured_once_and_remembered(tmp_path: Path) -> None:
 def test_a_damaged_memory_is_made_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "cpu.json"
     path.write_text(content)
-    assert Choices(path).run("a", {"only": lambda: torch.ones(1)}) == 1
-    assert json.loads(path.read_text())["a"] == "only"
+    ways = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
+    assert Choices(path).run("a", ways) == 1
+    assert json.loads(path.read_text())["a"] in ways
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert Choices(tmp_path / "file" / "cpu.json").run("a", {"only": lambda: torch.ones(1)}) == 1
+    ways = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
+    assert Choices(tmp_path / "file" / "cpu.json").run("a", ways) == 1

@@ -245,8 +245,8 @@ def test_devices_and_number_formats() -> None:
         choose_dtype("int8", cpu)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_cpu_is_not_made_to_emulate_halves(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_a_cpu_is_not_made_to_emulate_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    with pytest.raises(InputError, match="emulates"):
-        choose_dtype(dtype, torch.device("cpu"))
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16  # for weights alone, see the engine for CPUs
+    with pytest.raises(InputError, match="emulates bfloat16"):
+        choose_dtype("bfloat16", torch.device("cpu"))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fewstep.engines.cpu import winograd
-from fewstep.engines.cpu.layers import norm_as_affine
+from fewstep.engines.cpu.convolution import affine_of, sums_of
 from fewstep.engines.cpu.winograd import (
     STRICT,
     UPSAMPLED,
@@ -100,7 +100,7 @@ def test_a_norm_is_its_scale_and_shift_where_values_lie_far_from_zero() -> None:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = (torch.randn(3, 32, 20, 12) + 10).contiguous(memory_format=torch.channels_last)
-    scale, shift = norm_as_affine(x, norm)
+    scale, shift = affine_of(sums_of(x), x.shape[2] * x.shape[3], norm)
     found = x.permute(0, 2, 3, 1) * scale + shift
     wanted = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
     assert error(found.permute(0, 3, 1, 2), wanted) < 1e-5

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli import card, compare, data, evaluate, exits, generate, inspect, models, train
+from fewstep.cli import bench, card, compare, data, evaluate, exits, generate, inspect, models, train
 
 app = typer.Typer(
     name="fewstep",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("models")(models.models)
 app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
 app.command("card")(card.card)

@@ -6,8 +6,6 @@ import torch
 
 from fewstep.errors import InputError, unknown
 
-_HALVES = (torch.float16, torch.bfloat16)
-
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """The device named, or the best one here: CUDA, then Apple's MPS, then the CPU.
@@ -30,16 +28,19 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The number format named, or the fastest that `device` computes without emulating it.
 
-    A CPU computes in float32 unless it has bfloat16 matrix instructions, and then only if asked: emulated halves were
-    measured to be hundreds of times slower. Raises InputError for such a request.
+    A CPU computes in float32, and float16 there only halves the memory of the weights. It computes in bfloat16 if asked
+    and if it has instructions for it: emulated, it is hundreds of times slower. Raises InputError for such a request.
     """
     if name is None:
         return _native(device)
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if dtype not in (torch.float32, *_HALVES):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(unknown("dtype", str(name), ("float32", "float16", "bfloat16")))
-    if device.type == "cpu" and dtype in _HALVES and not _cpu_computes(dtype):
-        raise InputError(f"this CPU emulates {dtype}, hundreds of times slower than float32; use dtype='float32'")
+    if device.type == "cpu" and dtype == torch.bfloat16 and not _cpu_computes_bfloat16():
+        raise InputError(
+            "this CPU emulates bfloat16, hundreds of times slower than float32; use dtype='float32', or 'float16' for "
+            "weights in half the memory"
+        )
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -50,7 +51,6 @@ def _native(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
-def _cpu_computes(dtype: torch.dtype) -> bool:
+def _cpu_computes_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    wanted = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
-    return any(bool(capabilities.get(name)) for name in wanted)
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
-from fewstep.engines.eager import EagerEngine
+from fewstep.engines.best import best_engine
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
@@ -24,11 +24,11 @@ from fewstep.weights.save import save_parts
 
 
 class Pipeline:
-    """Draws with one loaded model. `fewstep.load` makes it; `engine` defaults to plain PyTorch."""
+    """Draws with one loaded model. `fewstep.load` makes it; `engine` defaults to the best here."""
 
     def __init__(self, parts: Parts, engine: Engine | None = None) -> None:
         self.parts = parts
-        self.engine: Engine = engine or EagerEngine(parts)
+        self.engine: Engine = engine or best_engine(parts)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.parts.name!r}, {self.parts.family}, {self.engine.device})"

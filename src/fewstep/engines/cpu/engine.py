@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.choices import Choices, of_this_machine
-from fewstep.engines.cpu.layers import (
-    FEWEST_CHANNELS,
-    FastAttention,
-    FastConv,
-    FastLinear,
-    FastPixelAttention,
-    FastResBlock,
-    FastTransformer,
-    FastUpsample,
-    Means,
-)
-from fewstep.engines.cpu.winograd import STRICT, WINOGRAD
+from fewstep.engines.cpu.compiled import kernels
+from fewstep.engines.cpu.convolution import FEWEST_CHANNELS, FastConv, FastResBlock, FastUpsample
+from fewstep.engines.cpu.limits import memory_errors, spare_threads
+from fewstep.engines.cpu.linear import FastLinear
+from fewstep.engines.cpu.means import Means, state_of
+from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cpu.widened import FastEmbedding, Widened
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.nn.attention import Attention, PixelAttention
@@ -32,60 +30,104 @@ from fewstep.nn.transformer import SpatialTransformer
 from fewstep.weights.parts import Parts
 
 BUDGET = 1 << 30
-"""Bytes of transformed weights that are kept; those of other layers are made at each call."""
+"""Bytes of transformed weights that are kept without kernels; those of other layers are made at each call."""
+
+STORED = (torch.float32, torch.float16)
+"""Formats of weights that it computes with, in float32 always."""
+
+PROMPTS = 16
+"""Embeddings of texts that are kept."""
 
 Network = TypeVar("Network", bound=nn.Module)
+Embedding = tuple[Tensor, Tensor | None]
+
+_log = logging.getLogger(__name__)
 
 
 class CpuEngine:
-    """Runs `parts`, in float32 on a CPU, with the same result up to rounding; `strict` keeps rounding smaller still.
+    """Runs `parts` on a CPU in float32, with the same result up to rounding; `strict` keeps rounding smaller still.
 
-    Weights are those of `parts` themselves: what is merged into them or taken out again counts at the next call.
+    Weights are those of `parts` themselves: what is merged into them or taken out again counts at the next call. They
+    may be in float16, in half the memory: each is widened as it is read. If they are moved to another device or to a
+    format that is neither, the plain engine takes over.
     """
 
     def __init__(
-        self, parts: Parts, *, strict: bool = False, budget: int = BUDGET, choices: Choices | None = None
+        self,
+        parts: Parts,
+        *,
+        strict: bool = False,
+        tricks: Tricks | None = None,
+        budget: int = BUDGET,
+        choices: Choices | None = None,
     ) -> None:
-        assert runs(parts), "the engine for CPUs computes in float32 on a CPU"
-        means = Means(choices=choices or of_this_machine(), budget=budget, scheme=STRICT if strict else WINOGRAD)
-        self.parts = parts
-        tiny = None if parts.tiny is None else fast(parts.tiny, means)
-        networks = replace(
-            parts,
-            unet=fast(parts.unet, means),
-            autoencoder=fast(parts.autoencoder, means),
-            text_encoders=tuple(fast(tower, means) for tower in parts.text_encoders),
-            tiny=tiny,
-        )
-        self.plain = EagerEngine(networks)
-        self.device, self.dtype = self.plain.device, self.plain.dtype
+        assert runs(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
+        spare_threads()
+        onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        tricks = replace(tricks or Tricks(), **({} if onednn else {"onednn": False}))
+        built = kernels() if tricks.kernels else None
+        chosen = choices or of_this_machine()
+        means = Means(choices=chosen, kernels=built, tricks=tricks, budget=budget, strict=strict)
+        self.parts, self._fast = parts, EagerEngine(_fast_parts(parts, means))
+        self._fast.dtype = torch.float32  # of what goes through the networks
+        self.device, self.dtype = self._fast.device, self._fast.dtype
+        self._embeddings: dict[object, Embedding] = {}
+        self._said = False
 
-    def encode_text(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """See `Engine`."""
-        with torch.no_grad():
-            return self.plain.encode_text(ids)
+    def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
+        """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
+        weights = [weight for tower in self.parts.text_encoders for weight in tower.parameters()]
+        key = (*((tuple(each.shape), each.numpy().tobytes()) for each in ids), state_of(*weights))
+        if key not in self._embeddings:
+            with self._ready() as engine:
+                made = engine.encode_text(ids)
+            while len(self._embeddings) >= PROMPTS:
+                del self._embeddings[next(iter(self._embeddings))]
+            self._embeddings[key] = made
+        context, pooled = self._embeddings[key]
+        return context.clone(), None if pooled is None else pooled.clone()
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
-        with torch.no_grad():
-            return self.plain.predict(_pixels_first(x), t, conditioning)
+        with self._ready() as engine:
+            return engine.predict(_pixels_first(x), t, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`."""
-        with torch.no_grad():
-            return self.plain.decode(_pixels_first(latents))
+        with self._ready() as engine:
+            return engine.decode(_pixels_first(latents))
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        with torch.no_grad():
-            return self.plain.encode(_pixels_first(image))
+        with self._ready() as engine:
+            return engine.encode(_pixels_first(image))
+
+    @contextmanager
+    def _ready(self) -> Iterator[EagerEngine]:
+        """The fast engine, or the plain one for weights that it cannot compute with."""
+        fits = runs(self.parts)
+        if not fits and not self._said:
+            _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.parts.name)
+            self._said = True
+        with torch.no_grad(), memory_errors():
+            yield self._fast if fits else EagerEngine(self.parts)
 
 
 def runs(parts: Parts) -> bool:
     """Whether the engine for CPUs can run `parts`."""
-    weight = parts.unet.conv_in.weight
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and available
+    weights = [parts.unet.conv_in.weight, next(parts.autoencoder.parameters())]
+    weights += [next(tower.parameters()) for tower in parts.text_encoders]
+    return all(each.device.type == "cpu" and each.dtype in STORED for each in weights)
+
+
+def _fast_parts(parts: Parts, means: Means) -> Parts:
+    return replace(
+        parts,
+        unet=fast(parts.unet, means),
+        autoencoder=fast(parts.autoencoder, means),
+        text_encoders=tuple(fast(tower, means) for tower in parts.text_encoders),
+        tiny=None if parts.tiny is None else fast(parts.tiny, means),
+    )
 
 
 def fast(network: Network, means: Means) -> Network:
@@ -94,23 +136,20 @@ def fast(network: Network, means: Means) -> Network:
 
 
 def _copied(module: nn.Module, means: Means) -> nn.Module:
-    if isinstance(module, SpatialTransformer):
-        blocks = _copied(module.transformer_blocks, means)
-        assert isinstance(blocks, nn.ModuleList)
-        return FastTransformer(module, blocks, means)
     swap = _SWAPS.get(type(module))
     if swap is not None:
         return swap(module, means)
     if isinstance(module, nn.Conv2d) and _is_plain_3x3(module):
         return FastConv(module, means)
-    copied = copy.copy(module)  # the dict of parameters stays the original's: new ones are seen here too
+    copied = copy.copy(module)  # its parameters stay the original's: new ones are seen here too
+    copied.__dict__["_parameters"] = Widened(module._parameters)
     copied._modules = {name: child and _copied(child, means) for name, child in module._modules.items()}
     return copied
 
 
 def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), 1) and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
+    return shape == ((3, 3), (1, 1), (1, 1), 1) and conv.in_channels >= FEWEST_CHANNELS
 
 
 def _pixels_first(x: Tensor) -> Tensor:
@@ -118,9 +157,11 @@ def _pixels_first(x: Tensor) -> Tensor:
 
 
 _SWAPS: dict[type[nn.Module], Callable[[Any, Means], nn.Module]] = {
+    nn.Embedding: lambda layer, means: FastEmbedding(layer),
     nn.Linear: FastLinear,
     Attention: FastAttention,
     PixelAttention: FastPixelAttention,
     ResBlock: FastResBlock,
+    SpatialTransformer: FastTransformer,
     Upsample: FastUpsample,
 }

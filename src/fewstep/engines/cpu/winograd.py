@@ -12,13 +12,14 @@ contiguous channels.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from fewstep.engines.cpu.scratch import scratch
 
 CHUNK_BYTES = 8 << 20
 """Of transformed input at a time: what fits into a third of a last-level cache."""
@@ -30,7 +31,6 @@ Products = Callable[[Tensor, Tensor, Tensor], None]
 """Multiplies (P, N, C) with (P, O, C) into (P, N, O)."""
 
 _Copy = Callable[[Tensor, Tensor], object]
-_local = threading.local()
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,18 @@ def _convolved(
     """The outputs (B, h, w, O) of some rows of tiles, for what they look at (B, H, W, C)."""
     (batch, *_, channels), points, out_channels = window.shape, len(scheme.taps), weight.shape[1]
     grid = (batch, tiles.down, tiles.across)
-    half = _scratch("half", (points, batch, tiles.down, *window.shape[2:]))
+    half = scratch("half", (points, batch, tiles.down, *window.shape[2:]))
     scheme.enter(_samples(window, 1, scheme, tiles.down), half.unbind())
-    entered = _scratch("entered", (points, points, *grid, channels))
+    entered = scratch("entered", (points, points, *grid, channels))
     scheme.enter(_samples(half, 3, scheme, tiles.across), entered.unbind(1))
-    made = _scratch("products", (points, points, *grid, out_channels))
+    made = scratch("products", (points, points, *grid, out_channels))
     products(entered.view(points**2, -1, channels), weight, made.view(points**2, -1, out_channels))
     if bias is not None:
         made[1, 1].add_(bias)  # the product that counts once in every output
     size = scheme.outputs
-    half = _scratch("half", (size, points, *grid, out_channels))
+    half = scratch("half", (size, points, *grid, out_channels))
     scheme.leave(made.unbind(), half.unbind())
-    y = _scratch("left", (batch, tiles.down, size, tiles.across, size, out_channels))
+    y = scratch("left", (batch, tiles.down, size, tiles.across, size, out_channels))
     scheme.leave(half.unbind(1), y.permute(2, 4, 0, 1, 3, 5).unbind(1))
     return y.view(batch, size * tiles.down, size * tiles.across, out_channels)
 
@@ -142,7 +142,7 @@ def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, enter: _Copy | None) -> Te
     """What the tiles look at of x (B, H, W, C), with zeros where that lies outside."""
     batch, height, width, channels = x.shape
     step, down = scheme.step, tiles.down
-    window = _scratch("window", (batch, down * step + 2, tiles.across * step + 2, channels))
+    window = scratch("window", (batch, down * step + 2, tiles.across * step + 2, channels))
     first, lead = tiles.top * step - 1, int(tiles.top == 0)
     kept = min(tiles.last * step + 1, height) - first
     for border in (window[:, :lead], window[:, kept:], window[:, :, :1], window[:, :, width + 1 :]):
@@ -161,16 +161,6 @@ def _samples(x: Tensor, dim: int, scheme: Scheme, tiles: int) -> list[Tensor]:
     return [x[(slice(None),) * dim + (slice(i, i + span, scheme.step),)] for i in range(scheme.samples)]
 
 
-def _scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """An uninitialised float32 tensor on memory that each thread keeps from call to call, in inference mode or not."""
-    pool: dict[str, Tensor] = _local.__dict__.setdefault("pool", {})
-    size = torch.Size(shape).numel()
-    if name not in pool or pool[name].numel() < size:
-        with torch.inference_mode(False):
-            pool[name] = torch.empty(size)
-    return pool[name][:size].view(tuple(shape))
-
-
 def _enter_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Six neighbouring samples to the points 0, 1, -1, 2, -2 and infinity."""
     even = torch.sub(x[4], x[2], out=out[0])
@@ -187,7 +177,7 @@ def _enter_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 def _leave_4(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Products at the six points to four neighbouring outputs; overwrites `m`."""
-    odd = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    odd = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     even = m[1].add_(m[2])
     odd2 = torch.sub(m[3], m[4], out=m[2])
     even2 = m[3].add_(m[4])
@@ -207,7 +197,7 @@ def _enter_2(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 def _leave_2(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Products at the four points to two neighbouring outputs; overwrites `m`."""
-    odd = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    odd = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     torch.add(m[0], m[1].add_(m[2]), out=out[0])
     torch.add(m[3], odd, out=out[1])
 
@@ -222,7 +212,7 @@ def _enter_upsampled(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 
 def _leave_upsampled(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    low = torch.sub(m[1], m[2], out=_scratch("spare", m[1].shape))
+    low = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     high = m[1].add_(m[2])
     torch.add(low, m[3], out=out[1])
     torch.add(high, m[3], out=out[2])

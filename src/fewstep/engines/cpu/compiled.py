@@ -1,0 +1,230 @@
+"""The kernels in `kernels/`: built once for this very processor, where there is a C compiler, and never needed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from ctypes import CDLL, Array, c_int, c_long, c_void_p
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.engines.cpu.choices import cache_folder, processor
+from fewstep.engines.cpu.scratch import Outputs, scratch
+
+SOURCES = Path(__file__).parent / "kernels"
+SCHEMES = ("winograd", "strict", "upsampled")
+"""As convolution.c counts them; what they are says winograd.py."""
+CHUNK = 2 << 20
+"""Floats of a convolution's transformed input at a time: a third of a last-level cache."""
+PIXELS = 512
+"""Summed at a time in float32, before float64 takes over."""
+
+_log = logging.getLogger(__name__)
+
+
+class Kernels:
+    """Convolutions, linear layers, attention and sums of float32 tensors, by as many threads as PyTorch uses.
+
+    Weights may be in float16: then each is widened as it is read.
+    """
+
+    def __init__(self, library: CDLL) -> None:
+        self._library, self._parallel, self._outputs = library, _openmp(), Outputs()
+        library.convolution_scratch.argtypes = [c_void_p, c_int, c_int, c_long]
+        library.convolve.argtypes = [
+            c_void_p,
+            c_void_p,
+            c_int,
+            *[c_void_p] * 6,
+            c_int,
+            c_int,
+            c_long,
+            c_void_p,
+            c_void_p,
+        ]
+        library.attention_scratch.argtypes = [c_void_p, c_int]
+        library.attend.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
+        library.sums.argtypes = [c_void_p, c_void_p, *[c_long] * 4, c_int, c_void_p]
+        library.linear_scratch.argtypes = [c_long, c_int, c_int]
+        library.linear.argtypes = [c_void_p, c_void_p, c_int, *[c_void_p] * 4, c_int, c_int, c_void_p, c_void_p]
+        for function in (library.convolution_scratch, library.attention_scratch, library.linear_scratch, library.wide):
+            function.restype = c_long
+        self.wide: int = library.wide()
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether `linear` can run a layer with `weight` (O, C), or `conv3x3` one with (O, C, 3, 3), and any O."""
+        return weight.shape[1] % self.wide == 0 and (weight.dim() == 4 or weight.shape[0] % self.wide == 0)
+
+    def conv3x3(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scheme: str,
+        *,
+        affine: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
+
+        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in.
+        """
+        if missing := -len(weight) % self.wide:
+            weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
+            assert residual is None
+            return self.conv3x3(x, weight, bias, scheme, affine=affine)[:, :-missing].contiguous()
+        x, (batch, channels, height, width) = _pixels_first(x), x.shape
+        scale = 2 if scheme == "upsampled" else 1
+        out = self._outputs.empty(batch, height * scale, width * scale, len(weight)).permute(0, 3, 1, 2)
+        rows = len(weight) if bias is not None and bias.dim() > 1 else 0
+        sizes = (c_long * 6)(batch, height, width, channels, len(weight), rows)
+        number, threads = SCHEMES.index(scheme), torch.get_num_threads()
+        chunk, space = self._chunk(sizes, number, threads)
+        weight, added = weight.contiguous(), residual if residual is None else _pixels_first(residual)
+        around = [*(_floats(each) for each in (bias, *(affine or (None, None)))), added]
+        self._library.convolve(
+            *(x.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
+            *(each if each is None else each.data_ptr() for each in (*around, out)),
+            sizes,
+            *(number, threads, chunk),
+            space.data_ptr(),
+            self._parallel,
+        )
+        return out
+
+    def _chunk(self, sizes: Array[c_long], number: int, threads: int) -> tuple[int, Tensor]:
+        """How much of the transformed input is kept at a time, and memory for it: less where memory is short."""
+        for chunk in (CHUNK, CHUNK // 8):
+            try:
+                return chunk, scratch("kernels", (self._library.convolution_scratch(sizes, number, threads, chunk),))
+            except RuntimeError:
+                continue
+        return 0, scratch("kernels", (self._library.convolution_scratch(sizes, number, threads, 0),))
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """x (..., C) times weight (O, C), plus bias and residual; `gated`: one half times the GELU of the other."""
+        outputs, depth = len(weight) // (2 if gated else 1), weight.shape[1]
+        x, weight, around = x.contiguous(), weight.contiguous(), [_floats(bias), _floats(residual)]
+        out, threads = self._outputs.empty(*x.shape[:-1], outputs), torch.get_num_threads()
+        self._library.linear(
+            *(x.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
+            *(each if each is None else each.data_ptr() for each in (*around, out)),
+            (c_long * 3)(x.numel() // depth, depth, outputs),
+            *(gated, threads),
+            scratch("kernels", (self._library.linear_scratch(depth, gated, threads),)).data_ptr(),
+            self._parallel,
+        )
+        return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        """Scaled dot-product attention of rows q (B, N, heads * D) to k and v (B, M, heads * D): (B, N, heads * D)."""
+        (batch, queries, channels), keys = q.shape, k.shape[1]
+        q, k, v = (_rows(each) for each in (q, k, v))
+        out, threads = self._outputs.empty(batch, queries, channels), torch.get_num_threads()
+        strides = q.stride(1), k.stride(1), v.stride(1)
+        shape = (c_long * 8)(batch, queries, keys, heads, channels // heads, *strides)
+        space = scratch("kernels", (self._library.attention_scratch(shape, threads),))
+        pointers = (each.data_ptr() for each in (q, k, v, out))
+        self._library.attend(*pointers, shape, threads, space.data_ptr(), self._parallel)
+        return out
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
+        x, (batch, channels, height, width) = _pixels_first(x), x.shape
+        parts = scratch("sums", (batch, -(-height * width // PIXELS), 2, channels))
+        sizes = batch, height * width, channels, PIXELS
+        self._library.sums(x.data_ptr(), parts.data_ptr(), *sizes, torch.get_num_threads(), self._parallel)
+        return parts.double().sum(1)
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, built when first asked for; None without a compiler, or if what they compute is wrong here."""
+    for compiler in _compilers():
+        try:
+            found = Kernels(CDLL(str(_built(compiler))))
+        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            _log.debug("the CPU kernels were not built by %s: %s", compiler[0], error)
+            continue
+        if _right(found):
+            return found
+        _log.debug("the CPU kernels as built by %s compute wrongly here", compiler[0])
+    _log.debug("no compiled CPU kernels; pip install 'fewstep[kernels]' brings a compiler")
+    return None
+
+
+def _compilers() -> list[list[str]]:
+    """The commands to try: $CC, the system's compilers, the one that the extra brings."""
+    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    found = [[path] for name in names if name and (path := shutil.which(name))]
+    if importlib.util.find_spec("ziglang"):
+        found.append([sys.executable, "-m", "ziglang", "cc"])
+    return found
+
+
+def _built(compiler: list[str]) -> Path:
+    """The library, from the cache or made now."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
+    what = (*(source.read_bytes() for source in sources), *flags, *compiler, processor())
+    path = cache_folder() / f"kernels-{blake2b(repr(what).encode(), digest_size=8).hexdigest()}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        files = [str(source) for source in sources if source.suffix == ".c"]
+        subprocess.run([*compiler, *flags, *files, "-o", str(partial)], check=True, capture_output=True, timeout=120)
+        partial.replace(path)
+    return path
+
+
+@torch.no_grad()
+def _right(built: Kernels) -> bool:
+    """Whether what they compute is what PyTorch computes."""
+    x = torch.linspace(-1, 1, 2 * built.wide * 35).sin().view(1, 2 * built.wide, 5, 7)
+    weight = torch.linspace(-1, 1, built.wide * 2 * built.wide * 9).cos().view(built.wide, 2 * built.wide, 3, 3)
+    close = [
+        torch.allclose(built.conv3x3(source, weight, None, scheme), F.conv2d(target, weight, padding=1), atol=1e-2)
+        for scheme in SCHEMES
+        for source, target in [(x, F.interpolate(x, scale_factor=2.0) if scheme == "upsampled" else x)]
+    ]
+    rows = x.view(1, 5, -1)
+    wanted = F.scaled_dot_product_attention(rows, rows, rows)
+    return all(close) and torch.allclose(built.attention(rows, rows, rows, 1), wanted, atol=1e-3)
+
+
+def _openmp() -> c_void_p | None:
+    """The function by which PyTorch's own OpenMP starts its threads, where that is GNU's: others would compete."""
+    package = Path(torch.__file__).parent
+    for path in (*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")):
+        try:
+            return ctypes.cast(CDLL(str(path)).GOMP_parallel, c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _pixels_first(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.float().contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (B, N, C), its channels side by side and its pictures one after the other."""
+    return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()

@@ -1,0 +1,202 @@
+"""Convolutions as a CPU computes them fastest, with the norms, activations and additions around them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.engines.cpu.choices import Ways
+from fewstep.engines.cpu.compiled import Kernels
+from fewstep.engines.cpu.linear import fast_linear, floats
+from fewstep.engines.cpu.means import Kept, Means
+from fewstep.engines.cpu.winograd import (
+    STRICT,
+    UPSAMPLED,
+    WINOGRAD,
+    Activation,
+    Products,
+    conv3x3,
+    products_by_onednn,
+    products_by_torch,
+    transformed_weight,
+)
+from fewstep.nn.convolution import Upsample
+from fewstep.nn.resblock import ResBlock
+
+FEWEST_CHANNELS = 32
+"""Convolutions with fewer channels on either side stay plain: the transforms would cost more than the products."""
+
+FEWEST_PIXELS = 128
+"""With fewer, tiles of 2x2 are the faster ones: transforming the filters for larger ones would be most of the work."""
+
+
+class FastConv(nn.Module):
+    """A 3x3 convolution of stride 1, of a map that is doubled before if `doubled`, with all that is around it."""
+
+    def __init__(self, conv: nn.Conv2d, means: Means, *, doubled: bool = False) -> None:
+        super().__init__()
+        self.conv, self.means, self.doubled = (conv,), means, doubled  # in a tuple, so as not to be a submodule
+        self.scheme = UPSAMPLED if doubled else STRICT if means.strict else WINOGRAD
+        self._transformed = Kept[Tensor]()
+        self._stored = False
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the convolution."""
+        return self.conv[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(None, x)
+
+    def after(
+        self, norm: nn.GroupNorm | None, x: Tensor, *, added: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The convolution of `silu(norm(x))`, or of x without a norm, plus `added` (B, O) and the residual."""
+        if norm is not None and not self.means.tricks.fused_norms:
+            x, norm = F.silu(normed(norm, x), inplace=True), None
+        means = self.means
+        if not (means.tricks.upsampled if self.doubled else means.tricks.fewer_products):
+            return self._direct(norm, x, added, residual)
+        if means.kernels is not None and means.kernels.takes(self.weight):
+            return self._compiled(means.kernels, norm, x, added, residual)
+        if len(self.weight) < FEWEST_CHANNELS:
+            return self._direct(norm, x, added, residual)
+        ways: Ways = {"direct": lambda: self._direct(norm, x, added, residual)}
+        ways["fewer products"] = lambda: self._plain(products_by_torch, norm, x, added, residual)
+        if means.tricks.onednn:
+            ways["fewer products, onednn"] = lambda: self._plain(products_by_onednn, norm, x, added, residual)
+        taps = "doubled" if self.doubled else "strict" if means.strict else "plain"
+        return means.choices.run(f"conv {taps} {tuple(x.shape)} {len(self.weight)} {norm is not None}", ways)
+
+    def _direct(self, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None) -> Tensor:
+        conv, h = self.conv[0], x if norm is None else F.silu(normed(norm, x), inplace=True)
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
+        return _plus(F.conv2d(h, conv.weight.float(), floats(conv.bias), padding=1), added, residual)
+
+    def _plain(
+        self, products: Products, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """With fewer products, in tensor operations."""
+        enter, weight = None if norm is None else normed_silu(x, norm), self._weight()
+        bias = floats(self.conv[0].bias)
+        out = conv3x3(x, weight, bias, self.scheme, products=products, activate=enter, residual=residual)
+        return _plus(out, added, None)
+
+    def _compiled(
+        self, kernels: Kernels, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """With fewer products, by the kernels, which were faster than the definition at all shapes of the family."""
+        pixels, bias = x.shape[2] * x.shape[3], self.conv[0].bias
+        affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
+        whole = bias if added is None else added if bias is None else bias + added
+        strict = self.means.strict or len(x) * pixels < FEWEST_PIXELS
+        scheme = "upsampled" if self.doubled else "strict" if strict else "winograd"
+        return kernels.conv3x3(x, self.weight, whole, scheme, affine=affine, residual=residual)
+
+    def _weight(self) -> Tensor:
+        """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
+        weight, means = self.weight, self.means
+
+        def make() -> Tensor:
+            with torch.inference_mode(False):
+                return transformed_weight(weight.float(), self.scheme)
+
+        size = 4 * weight.numel() // 9 * len(self.scheme.taps) ** 2
+        if not self._stored and size > means.budget:
+            return make()
+        means.budget -= 0 if self._stored else size
+        self._stored = True
+        return self._transformed.get((weight,), make)
+
+
+def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """`norm(x)` in float32."""
+    return F.group_norm(x, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
+
+
+def _plus(out: Tensor, added: Tensor | None, residual: Tensor | None) -> Tensor:
+    out = out if added is None else out.add_(added[:, :, None, None])
+    return out if residual is None else out.add_(residual)
+
+
+def normed_silu(x: Tensor, norm: nn.GroupNorm) -> Activation:
+    """`silu(norm(.))` of rows of x (B, C, H, W): the statistics now, the rest on the rows' way into a convolution."""
+    scale, shift = affine_of(sums_of(x), x.shape[2] * x.shape[3], norm)
+
+    def activate(pictures: slice, rows: Tensor, out: Tensor) -> None:
+        torch.addcmul(shift[pictures], rows, scale[pictures], out=out)
+        F.silu(out, inplace=True)
+
+    return activate
+
+
+def sums_of(x: Tensor) -> Tensor:
+    """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
+    batch, channels = x.shape[:2]
+    pixels = x.permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    sums = torch.zeros(batch, 2, channels, dtype=torch.float64)
+    for block in torch.split(pixels, max(1, (1 << 19) // channels), dim=1):  # sums that stay accurate, in the cache
+        sums[:, 0] += block.sum(1)
+        sums[:, 1] += (block * block).sum(1)
+    return sums
+
+
+def affine_of(sums: Tensor, pixels: int, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift (B, 1, 1, C) that do what `norm` does to a map of `pixels` with these sums (B, 2, C)."""
+    batch, _, channels = sums.shape
+    width = channels // norm.num_groups
+    mean, mean_square = (torch.unflatten(sums, 2, (-1, width)).sum(3, keepdim=True) / (width * pixels)).unbind(1)
+    inverse = (mean_square - mean.square() + norm.eps).rsqrt()
+    scale = inverse.expand(-1, -1, width).reshape(batch, channels) * norm.weight
+    shift = norm.bias - mean.expand(-1, -1, width).reshape(batch, channels) * scale
+    return scale.float()[:, None, None], shift.float()[:, None, None]
+
+
+class FastUpsample(nn.Module):
+    """Doubling and its convolution without the enlarged map, where the size is exactly doubled."""
+
+    def __init__(self, layer: Upsample, means: Means) -> None:
+        super().__init__()
+        self.doubling, self.conv = FastConv(layer.conv, means, doubled=True), FastConv(layer.conv, means)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
+            return self.doubling.after(None, x)
+        return self.conv.after(None, F.interpolate(x, size=size, mode="nearest"))
+
+
+class FastResBlock(nn.Module):
+    """A residual block whose norms and additions happen inside its convolutions."""
+
+    def __init__(self, block: ResBlock, means: Means) -> None:
+        super().__init__()
+        self.block, self.means = (block,), means
+        self.conv1, self.conv2 = FastConv(block.conv1, means), FastConv(block.conv2, means)
+        self._times = Kept[Tensor]()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        block = self.block[0]
+        h = self.conv1.after(block.norm1, x, added=None if emb is None else self._time(emb))
+        return self.conv2.after(block.norm2, h, residual=self._shortcut(x))
+
+    def _time(self, emb: Tensor) -> Tensor | None:
+        """What the first convolution adds for the time: models of one step need it once."""
+        layer = self.block[0].time_emb_proj
+        if layer is None:
+            return None
+        weight, bias = layer.weight, layer.bias
+        return self._times.get((weight, bias), lambda: fast_linear(F.silu(emb), weight, bias, self.means), emb)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        conv = self.block[0].conv_shortcut
+        return x if conv is None else _pixelwise(x, conv, self.means)
+
+
+def _pixelwise(x: Tensor, conv: nn.Conv2d, means: Means) -> Tensor:
+    """A 1x1 convolution of x (B, C, H, W)."""
+    ways: Ways = {"direct": lambda: F.conv2d(x, conv.weight.float(), floats(conv.bias))}
+    if means.tricks.onednn:
+        rows, weight = x.permute(0, 2, 3, 1), conv.weight.flatten(1)
+        ways["linear"] = lambda: fast_linear(rows, weight, conv.bias, means).permute(0, 3, 1, 2)
+    return means.choices.run(f"pixelwise {tuple(x.shape)} {len(conv.weight)}", ways)

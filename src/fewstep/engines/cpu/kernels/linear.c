@@ -1,0 +1,91 @@
+/* Linear layers: a panel of the weight is turned over into the second cache, and multiplied by all the rows of a range. */
+#include "threads.h"
+#include "vector.h"
+
+#define RANGE (72L * ROWS) /* rows that share one panel, at most */
+
+typedef struct {
+    const float *x, *bias, *residual; /* x (rows, depth) */
+    Weight weight;                    /* (outputs, or twice as many if gated, depth) */
+    float *out;                       /* (rows, outputs) */
+    long rows, depth, outputs, ranges;
+    int gated;
+    float *spaces; /* of each worker */
+    long space;
+} Job;
+
+/* WIDE rows of the weight as (depth, WIDE). */
+static void turn(const Job *job, long output, float *panel)
+{
+    for (long k = 0; k < job->depth; k += LANES)
+        for (int j = 0; j < WIDE; j += LANES) {
+            vec block[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) block[i] = weights(job->weight, (output + j + i) * job->depth + k);
+            transpose(block);
+            UNROLL for (int i = 0; i < LANES; i++) store(panel + (k + i) * WIDE + j, block[i]);
+        }
+}
+
+/* x times the normal distribution's integral up to x; erf by Abramowitz and Stegun 7.1.26, to 1.5e-7. */
+INLINE vec gelu(vec x)
+{
+    vec z = larger(x, -x) * 0.70710678f, t = 1.0f / (1.0f + z * 0.3275911f);
+    vec y = t * 1.061405429f - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = (y * t + 0.254829592f) * t * exponential(-z * z) * 0.5f; /* what is missing to 1, halved */
+    return larger(x, all(0)) - larger(x, -x) * y;
+}
+
+INLINE void finish(const Job *job, int count, long row, long output, const float *values, const float *gates)
+{
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < WIDE; j += LANES) {
+            long at = (row + i) * job->outputs + output + j;
+            vec value = load(values + i * WIDE + j);
+            if (job->bias) value += load(job->bias + output + j);
+            if (job->gated) value *= gelu(load(gates + i * WIDE + j) + load(job->bias + job->outputs + output + j));
+            if (job->residual) value += load(job->residual + at);
+            store(job->out + at, value);
+        }
+}
+
+static void linear_item(void *data, long item, int worker)
+{
+    const Job *job = data;
+    long output = item / job->ranges * WIDE, range = item % job->ranges;
+    long begin = job->rows * range / job->ranges, end = job->rows * (range + 1) / job->ranges;
+    float *panel = job->spaces + worker * job->space, *gate = panel + job->depth * WIDE;
+    float values[ROWS * WIDE], gates[ROWS * WIDE];
+    turn(job, output, panel);
+    if (job->gated) turn(job, job->outputs + output, gate);
+    for (long row = begin; row < end; row += ROWS) {
+        int count = (int)MIN(ROWS, end - row);
+        Product p = {job->x + row * job->depth, job->depth, panel, WIDE, job->depth, values, WIDE, 0};
+        product(count, p);
+        if (job->gated) product(count, (Product){p.rows, p.stride, gate, WIDE, p.depth, gates, WIDE, 0});
+        finish(job, count, row, output, values, gates);
+    }
+}
+
+static void measure(Job *job, int threads)
+{
+    long panels = job->outputs / WIDE;
+    job->space = job->depth * WIDE * (job->gated ? 2 : 1) + LANES;
+    job->ranges = MAX((job->rows + RANGE - 1) / RANGE, MIN(4 * threads / panels, job->rows / (4 * ROWS)));
+    job->ranges = MAX(1, job->ranges);
+}
+
+/* Floats of scratch that `linear` wants. */
+long linear_scratch(long depth, int gated, int threads) { return threads * (depth * WIDE * (gated ? 2 : 1) + LANES); }
+
+/* out = x weight^T + bias + residual; if gated, the first half of that times the GELU of the second. bias and residual may be
+ * null, bias not if gated. Depth and outputs are multiples of WIDE. */
+void linear(const float *x, const void *weight, int half, const float *bias, const float *residual, float *out,
+            const long *shape, int gated, int threads, float *scratch, Parallel parallel)
+{
+    Job job = {.x = x, .weight = {weight, half}, .bias = bias, .residual = residual, .out = out, .gated = gated, .spaces = scratch};
+    job.rows = shape[0], job.depth = shape[1], job.outputs = shape[2];
+    measure(&job, threads);
+    share(linear_item, &job, job.outputs / WIDE * job.ranges, threads, parallel);
+}

@@ -1,0 +1,76 @@
+"""Linear layers by the fastest library for the processor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.engines.cpu.choices import Ways
+from fewstep.engines.cpu.means import Means
+
+
+class FastLinear(nn.Module):
+    """A linear layer: by the BLAS that PyTorch takes, or by oneDNN, which is twice as fast on some processors."""
+
+    def __init__(self, layer: nn.Linear, means: Means) -> None:
+        super().__init__()
+        self.layer, self.means = (layer,), means
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer."""
+        return self.layer[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the layer."""
+        return self.layer[0].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fast_linear(x, self.weight, self.bias, self.means)
+
+
+def fast_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, means: Means, *, residual: Tensor | None = None
+) -> Tensor:
+    """`F.linear` of x (..., C), plus a residual of its shape; weights in float16 are widened."""
+    ways: Ways = {"torch": lambda: _plus(F.linear(x, weight.float(), floats(bias)), residual)}
+    if means.tricks.onednn:
+        ways["onednn"] = lambda: _plus(_by_onednn(x, weight, bias), residual)
+    if (kernels := means.kernels) is not None and kernels.takes(weight):
+        ways["kernel"] = lambda: kernels.linear(x, weight, bias, residual=residual)
+    return means.choices.run(f"linear {_key(x, weight, means)} {residual is not None}", ways)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, means: Means) -> Tensor:
+    """The first half of a linear layer's channels times the GELU of the second: GEGLU, arXiv:2002.05202."""
+    ways: Ways = {"torch": lambda: _gated(F.linear(x, weight.float(), bias.float()))}
+    if means.tricks.onednn:
+        ways["onednn"] = lambda: _gated(_by_onednn(x, weight, bias))
+    if (kernels := means.kernels) is not None and len(weight) % (2 * kernels.wide) == 0 and kernels.takes(weight):
+        ways["kernel"] = lambda: kernels.linear(x, weight, bias, gated=True)
+    return means.choices.run(f"gated {_key(x, weight, means)}", ways)
+
+
+def _key(x: Tensor, weight: Tensor, means: Means) -> str:
+    return f"{x.numel() // x.shape[-1]} {tuple(weight.shape)} {weight.dtype} {means.kernels is not None}"
+
+
+def floats(bias: Tensor | None) -> Tensor | None:
+    """A bias in float32."""
+    return None if bias is None else bias.float()
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.float(), floats(bias), "none", [], "")
+    return out
+
+
+def _plus(out: Tensor, residual: Tensor | None) -> Tensor:
+    return out if residual is None else out.add_(residual)
+
+
+def _gated(rows: Tensor) -> Tensor:
+    value, gate = rows.chunk(2, dim=-1)
+    return value * F.gelu(gate)

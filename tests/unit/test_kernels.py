@@ -1,0 +1,173 @@
+"""The compiled kernels compute what PyTorch computes, and nothing depends on them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fewstep
+from fewstep.engines.cpu import compiled
+from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
+from fewstep.engines.cpu.scratch import LARGE, Outputs
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found = compiled.kernels()
+    if found is None:
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    return found
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Kernels are looked for anew, and once more after the test."""
+    compiled.kernels.cache_clear()
+    yield
+    compiled.kernels.cache_clear()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def pixels_first(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 32, 1, 1), (3, 64, 32, 5, 7), (1, 160, 96, 33, 18), (2, 32, 64, 90, 301), (1, 320, 32, 4, 4)]
+)
+def test_convolutions_with_all_that_is_around_them(kernels: Kernels, scheme: str, shape: tuple[int, ...]) -> None:
+    batch, channels, outputs, height, width = shape
+    x, weight = pixels_first(torch.randn(batch, channels, height, width)), torch.randn(outputs, channels, 3, 3)
+    bias, scale, shift = torch.randn(batch, outputs), torch.rand(batch, channels) + 0.5, torch.randn(batch, channels)
+    entered = F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])
+    entered = F.interpolate(entered, scale_factor=2.0) if scheme == "upsampled" else entered
+    wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
+    residual = torch.randn(wanted.shape)
+    found = kernels.conv3x3(x, weight, bias, scheme, affine=(scale, shift), residual=residual)
+    assert error(found, wanted + residual) < 1e-5
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_convolution_to_few_channels(kernels: Kernels) -> None:
+    x, weight, bias = torch.randn(2, 32, 9, 9), torch.randn(3, 32, 3, 3), torch.randn(3)
+    found = kernels.conv3x3(x, weight, bias, "winograd")
+    assert error(found, F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) < 1e-5
+
+
+def test_the_strict_convolution_rounds_less_than_the_plain_one(kernels: Kernels) -> None:
+    x, weight = pixels_first(torch.randn(1, 256, 32, 32)), torch.randn(64, 256, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert error(kernels.conv3x3(x, weight, None, "strict"), exact) < error(F.conv2d(x, weight, padding=1), exact)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "width"), [(1, 1, 1, 8), (57, 77, 2, 40), (300, 1100, 3, 24), (64, 64, 1, 512)]
+)
+def test_attention(kernels: Kernels, queries: int, keys: int, heads: int, width: int) -> None:
+    q, (k, v) = torch.randn(2, queries, heads * width) * 3, torch.randn(2, keys, 2 * heads * width).chunk(2, dim=2)
+    split = [rows.double().unflatten(2, (heads, width)).transpose(1, 2) for rows in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(split[0], split[1], split[2]).transpose(1, 2).flatten(2)
+    assert error(kernels.attention(q, k, v, heads), wanted) < 1e-5
+
+
+def test_attention_to_a_single_key_among_many(kernels: Kernels) -> None:
+    q, k, v = torch.ones(1, 5, 32), torch.zeros(1, 900, 32), torch.randn(1, 900, 32)
+    k[0, 700] = 1000.0
+    torch.testing.assert_close(kernels.attention(q, k, v, 1), v[:, 700:701].expand(-1, 5, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 77, 2500])
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_layers(kernels: Kernels, rows: int, gated: bool) -> None:
+    x, weight, bias = torch.randn(rows, 96), torch.randn(128, 96), torch.randn(128)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    if gated:
+        wanted = wanted[:, :64] * F.gelu(wanted[:, 64:])
+    residual = torch.randn(wanted.shape)
+    assert error(kernels.linear(x, weight, bias, residual=residual, gated=gated), wanted + residual) < 1e-6
+
+
+def test_sums_stay_accurate_over_many_pixels(kernels: Kernels) -> None:
+    x = pixels_first(torch.randn(2, 32, 3 * PIXELS + 1, 7) + 10)
+    wanted = torch.stack([x.double().sum((2, 3)), x.double().square().sum((2, 3))], dim=1)
+    assert error(kernels.sums(x), wanted) < 1e-7
+
+
+def test_threads_do_not_change_a_number(kernels: Kernels) -> None:
+    x, weight = pixels_first(torch.randn(2, 64, 40, 40)), torch.randn(64, 64, 3, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = kernels.conv3x3(x, weight, None, "winograd")
+        torch.set_num_threads(3)
+        assert torch.equal(kernels.conv3x3(x, weight, None, "winograd"), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_is_used_again_only_when_nothing_lies_on_it() -> None:
+    outputs = Outputs()
+    first = outputs.empty(LARGE // 4).fill_(1)
+    view, address = first[5:7], first.data_ptr()
+    del first
+    assert outputs.empty(LARGE // 4).data_ptr() != address
+    assert view.tolist() == [1, 1]
+    del view
+    assert outputs.empty(2, LARGE // 8).data_ptr() == address
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
+    monkeypatch.setattr(compiled, "_compilers", list)
+
+
+def compiler_that_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(compiled, "_compilers", lambda: [["false"]])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+def wrong_results(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
+    monkeypatch.setattr(compiled, "_right", lambda built: False)
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize("trouble", [no_compiler, compiler_that_fails, wrong_results])
+def test_pictures_need_no_kernels(trouble: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trouble(monkeypatch, tmp_path)  # type: ignore[operator]
+    assert compiled.kernels() is None
+    assert fewstep.load(device="cpu").text_to_image("a red cube", steps=1, seed=1).images
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiled.kernels() is None:
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    compiled.kernels.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert compiled.kernels() is not None
+    assert [path.suffix for path in (tmp_path / "fewstep").iterdir()] == [".so"]
+
+
+def test_short_memory_shrinks_the_chunk(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, asked = torch.randn(1, 64, 256, 256), torch.randn(32, 64, 3, 3), list[int]()
+    whole = kernels.conv3x3(x, weight, None, "winograd")
+
+    def short(name: str, shape: tuple[int]) -> Tensor:
+        asked.append(shape[0])
+        if len(asked) < 3:
+            raise RuntimeError("can't allocate memory")
+        return torch.empty(shape)
+
+    monkeypatch.setattr(compiled, "scratch", short)
+    assert torch.equal(kernels.conv3x3(x, weight, None, "winograd"), whole)
+    assert asked[0] > asked[1] >= asked[2]
