@@ -1,47 +1,124 @@
-"""What the machine itself reaches, and how much arithmetic a task is."""
+"""What the machine itself reaches, how much arithmetic a task is, and what the machine is called."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks.speed.contenders import Task, _theirs
+from benchmarks.speed.tasks import STAGES, Piece, Task, inputs
 
 
-def peaks(threads: int) -> str:
-    """Matrix product, convolution and copy, each at its best of a few runs."""
-    torch.set_num_threads(threads)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    x = torch.randn(1, 256, 128, 128).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
-    long, target = torch.randn(1 << 26), torch.empty(1 << 26)
-    product = 2 * 2048**3 / _best(lambda: a @ b) / 1e9
-    convolution = 2 * 9 * 256 * 256 * 128 * 128 / _best(lambda: F.conv2d(x, w, padding=1)) / 1e9
-    copied = 2 * long.nbytes / _best(lambda: target.copy_(long)) / 1e9
-    return f"matrix product {product:.0f} GFLOP/s, 3x3 convolution {convolution:.0f} GFLOP/s, copy {copied:.0f} GB/s"
+class Peaks(NamedTuple):
+    """The best that PyTorch reaches here: products and convolutions in FLOP/s, copying in bytes/s."""
+
+    product: float
+    convolution: float
+    copy: float
+
+    def said(self) -> str:
+        """In words."""
+        product, convolution, copy = (f"{value / 1e9:,.0f}" for value in self)
+        return f"matrix product {product} GFLOP/s, 3x3 convolution {convolution} GFLOP/s, copy {copy} GB/s"
 
 
-def _best(run: Callable[[], Tensor]) -> float:
-    run()
+def peaks(task: Task) -> Peaks:
+    """Of the task's device, number format and threads: each at its best of a few runs."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(task.threads)
+    wait = torch.cuda.synchronize if task.device.startswith("cuda") else lambda: None
+    large = 8192 if task.device.startswith("cuda") else 2048
+    kind: dict[str, Any] = {"device": task.device, "dtype": getattr(torch, task.dtype)}
+    a, b = torch.randn(large, large, **kind), torch.randn(large, large, **kind)
+    x = torch.randn(1, 256, 128, 128, **kind).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, **kind).contiguous(memory_format=torch.channels_last)
+    long = torch.randn(1 << 26, device=task.device)
+    target = torch.empty_like(long)
+    with torch.inference_mode():
+        return Peaks(
+            product=2 * large**3 / _best(lambda: a @ b, wait),
+            convolution=2 * 9 * 256 * 256 * 128 * 128 / _best(lambda: F.conv2d(x, w, padding=1), wait),
+            copy=2 * long.nbytes / _best(lambda: target.copy_(long), wait),
+        )
+
+
+def _best(run: Callable[[], object], wait: Callable[[], None], repeats: int = 8) -> float:
     found = []
-    for _ in range(5):
+    for _ in range(repeats):
+        wait()
         started = perf_counter()
         run()
+        wait()
         found.append(perf_counter() - started)
     return min(found)
 
 
-@torch.no_grad()
-def flops(task: Task) -> float:
-    """Of one run by the definition of convolutions, products and attention, counted on tensors without values."""
-    network, example = _theirs(task)
-    moved: Any = network.to("meta")
-    with FlopCounterMode(display=False) as counter:
-        moved(*(value.to("meta") for value in example))
+def flops(task: Task) -> dict[str, float]:
+    """Of each stage by the definition of convolutions, products and attention, counted on tensors without values."""
+    counted = {piece.kind: _counted(task, piece) for piece in task.pieces}
+    if task.part == "whole":
+        counted["unet"] *= len(task.walk.times)
+        assert tuple(counted) == STAGES
+    return counted
+
+
+def _counted(task: Task, piece: Piece) -> float:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    given = [torch.from_numpy(value).to("meta") for value in inputs(task, piece)]
+    with torch.device("meta"):
+        network = _network(task, piece.kind)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*given)
     return float(counter.get_total_flops())
+
+
+def _network(task: Task, kind: str) -> Any:
+    """fewstep's own plain network of this shape, as a function."""
+    from fewstep.models.autoencoder import AutoencoderKL
+    from fewstep.models.text_encoder import TextEncoder
+    from fewstep.models.tiny_autoencoder import TinyAutoencoder
+    from fewstep.models.unet import UNet
+    from fewstep.models.zoo import entry
+
+    known = entry(task.model)
+    assert known.unet is not None
+    assert known.autoencoder is not None
+    if kind == "text":
+        return TextEncoder(known.texts[0])
+    if kind == "unet":
+        return UNet(known.unet)
+    if kind == "decode" and task.decoder is not None:
+        return TinyAutoencoder().decode
+    return getattr(AutoencoderKL(known.autoencoder), kind)
+
+
+def threads_here() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware_name(device: str, threads: int) -> str:
+    """A short name for files: `nvidia-h100`, `amd-epyc-9b45-2core`."""
+    if device.startswith("cuda"):
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{processor()} {threads}core"
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*?hz|\d+-core", " ", name.lower())
+    return "-".join(re.findall(r"[a-z0-9.]+", words))
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.speed.tasks import Walk
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.diffusion.schedule import sigmas_for
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextEncoder
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
-from fewstep.models.zoo import entry
+from fewstep.models.zoo import Entry, entry
 from fewstep.text.tokenizer import word_tokenizer
 from fewstep.weights.parts import Parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.save import save_parts, save_tiny
 from fewstep.weights.scheduler import SchedulerConfig
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def random_model(name: str, cache: Path) -> Path:
-    """The folder of a model of the catalogue's shape, filled at random; about 5 GB for SD 2."""
+    """The folder of a model of the catalogue's shape, filled at random; 3 GB for Small-SD, 14 GB for SDXL."""
     folder = cache / f"random-{name}"
     if not (folder / "model_index.json").is_file():
-        save_parts(_random_parts(name), folder)
+        _alone(_save_model, name, folder)
     return folder
+
+
+def random_tiny(cache: Path) -> Path:
+    """The folder of a tiny autoencoder, filled at random."""
+    folder = cache / "random-taesd"
+    if not (folder / "config.json").is_file():
+        _alone(_save_tiny, folder)
+    return folder
+
+
+def walk_of(name: str, steps: int, sampler: str) -> Walk:
+    """The levels that a run of a model visits, as fewstep's own pipeline has them."""
+    known, spec = entry(name), SAMPLERS[sampler]
+    config = _scheduler(known)
+    assert known.defaults is not None
+    schedule = known.defaults.schedule
+    sigmas = sigmas_for(
+        schedule, steps, config.noise_schedule, steps_offset=config.steps_offset, reading=spec.reading, family="sd"
+    )
+    times = tuple(config.noise_schedule.sigma_to_t(sigma) for sigma in sigmas[:-1])
+    return Walk(sigmas=sigmas, times=times, scale=spec.initial_scale(schedule, sigmas[0]))
+
+
+def _alone(function: Callable[..., None], *given: Any) -> None:
+    """In a process of its own, whose gigabytes go with it."""
+    process = mp.get_context("spawn").Process(target=function, args=given)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"error: no random model could be made (exit code {process.exitcode}); is there room for it?")
+
+
+def _save_model(name: str, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_parts(_random_parts(name), folder)
+
+
+def _save_tiny(folder: Path) -> None:
+    torch.manual_seed(0)
+    save_tiny(TinyAutoencoder().eval(), folder)
+
+
+def _scheduler(known: Entry) -> SchedulerConfig:
+    assert known.defaults is not None
+    return SchedulerConfig(sampler=known.defaults.sampler, spacing=known.defaults.schedule)
 
 
 def _random_parts(name: str) -> Parts:
@@ -42,7 +93,7 @@ def _random_parts(name: str) -> Parts:
         autoencoder=_perturbed(AutoencoderKL(known.autoencoder)),
         text_encoders=tuple(_perturbed(TextEncoder(config)) for config in known.texts),
         tokenizers=(words,) * len(known.texts),
-        scheduler=SchedulerConfig(sampler=known.defaults.sampler, spacing=known.defaults.schedule),
+        scheduler=_scheduler(known),
         defaults=known.defaults,
         licence=known.licence,
     )
@@ -56,20 +107,3 @@ def _perturbed(network: Network) -> Network:
             module.weight += 0.1 * torch.randn_like(module.weight)
             module.bias += 0.1 * torch.randn_like(module.bias)
     return network.eval().requires_grad_(False)
-
-
-def inputs(part: str, size: int, batch: int, widths: tuple[int, int]) -> tuple[Tensor, ...]:
-    """What a part is called with for pictures of `size` pixels; `widths`: of the text states, and of pooled, or 0."""
-    generator, side = torch.Generator().manual_seed(0), size // 8
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator)
-
-    if part == "decode":
-        return (normal(4, side, side),)
-    if part == "encode":
-        return (normal(3, size, size).clamp(-1, 1),)
-    context, pooled = widths
-    told = (normal(4, side, side), torch.full((batch,), 999.0), normal(77, context))
-    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).repeat(batch, 1)
-    return (*told, normal(pooled), sizes) if pooled else told

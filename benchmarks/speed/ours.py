@@ -1,0 +1,103 @@
+"""fewstep as a contender: one part through an engine, or the whole through its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.speed.tasks import Made, Run, Task, noise, prompt
+
+if TYPE_CHECKING:
+    from fewstep.engines.engine import Engine
+    from fewstep.pipeline.pipeline import Pipeline
+    from fewstep.weights.parts import Parts
+
+HUGE_PAGES, SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}, {"THP_MEM_ALLOC_ENABLE": "0"}
+"""PyTorch's allocator asks for huge pages, or not, as its process's first environment says."""
+
+
+def load(task: Task, *, plain: bool = False, tricks: Mapping[str, bool] | None = None, **options: Any) -> Run:
+    """The engine that fewstep takes here; the one for CPUs with `tricks` as told, or the plain one."""
+    import torch
+
+    from benchmarks.speed.walk import run_of, torch_arrays
+
+    torch.set_num_threads(task.threads)
+    parts, arrays = _parts(task), torch_arrays(task.device)
+    engine = _engine(parts, plain=plain, tricks=tricks, **options)
+    if task.part != "whole":
+        return torch.inference_mode()(run_of(task, _networks(engine, task.scaling), arrays))
+    from fewstep.pipeline.pipeline import Pipeline
+
+    return torch.inference_mode()(_whole(Pipeline(parts, engine), task, arrays.wait))
+
+
+def _parts(task: Task) -> Parts:
+    import torch
+
+    from fewstep.weights.load import load_parts, load_tiny
+
+    where: dict[str, Any] = {"dtype": getattr(torch, task.dtype), "device": torch.device(task.device)}
+    parts = load_parts(task.folder, **where)
+    return parts if task.decoder is None else replace(parts, tiny=load_tiny(task.decoder, **where))
+
+
+def _engine(parts: Parts, *, plain: bool, tricks: Mapping[str, bool] | None, **options: Any) -> Engine:
+    from fewstep.engines.best import best_engine
+    from fewstep.engines.cpu.engine import CpuEngine
+    from fewstep.engines.eager import EagerEngine
+
+    if plain:
+        return EagerEngine(parts)
+    if tricks is None and not options:
+        return best_engine(parts)
+    if tricks is not None:
+        from fewstep.engines.cpu.tricks import Tricks
+
+        options["tricks"] = Tricks(**tricks)
+    return CpuEngine(parts, **options)
+
+
+def _networks(engine: Engine, scaling: float) -> dict[str, Any]:
+    from fewstep.engines.engine import Conditioning
+
+    def predict(x: Any, t: Any, context: Any, pooled: Any = None, sizes: Any = None) -> Any:
+        return engine.predict(x, float(t[0]), Conditioning(context=context, pooled=pooled, sizes=sizes))
+
+    return {
+        "unet": predict,
+        "decode": lambda latents: engine.decode(latents * scaling),
+        "encode": lambda image: engine.encode(image)[0] / scaling,
+    }
+
+
+def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
+    import torch
+
+    options: dict[str, Any] = {
+        "steps": task.steps,
+        "guidance_scale": task.guidance,
+        "sampler": task.sampler,
+        "schedule": task.schedule,
+        "width": task.size,
+        "height": task.size,
+        "images_per_prompt": task.batch,
+        "latents": torch.from_numpy(noise(task)),
+        "output": "latent",
+    }
+    numbers = count()
+
+    def run() -> Made:
+        result = pipe.text_to_image(prompt(next(numbers)), **options)
+        started = perf_counter()
+        assert result.latents is not None
+        picture = pipe.engine.decode(result.latents)
+        wait()
+        seconds = result.seconds
+        stages = {"text": seconds["text"], "unet": seconds["denoise"], "decode": perf_counter() - started}
+        return Made(picture, stages)
+
+    return run

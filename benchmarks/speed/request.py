@@ -1,0 +1,164 @@
+"""What the command line asks for, and the task that it makes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.machine import hardware_name, threads_here
+from benchmarks.speed.tasks import PARTS, Task
+from benchmarks.speed.walk import SAMPLERS
+
+RESULTS = Path(__file__).parent.parent / "results"
+_UNSAID = ("cache", "results")  # of a command: where files lie changes no number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options of `python -m benchmarks.speed`; None is what suits the model or the machine."""
+
+    model: str = "sd-turbo"
+    part: str = "whole"
+    size: int = 512
+    batch: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    decoder: str = "kl"
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    peers: str = "all"
+    without: tuple[str, ...] = ()
+    waterfall: bool = False
+    runs: int = 5
+    turns: int = 2
+    hardware: str | None = None
+    cache: Path = Path("cache")
+    results: Path = RESULTS
+
+    @property
+    def name(self) -> str:
+        """What the row is called, in a suite and in the name of its file."""
+        given = [f"s{self.steps}"] if self.steps and self.part == "whole" else []
+        given += ["tiny"] if self.decoder == "tiny" else []
+        given += ["without", *self.without] if self.without else []
+        given += [self.dtype] if self.dtype else []
+        kind = "waterfall" if self.waterfall else "speed"
+        return "_".join([kind, self.model, self.part, str(self.size), f"b{self.batch}", *given])
+
+    def place(self) -> Path:
+        """The results file."""
+        hardware = self.hardware or hardware_name(self.device, self.threads or threads_here())
+        return self.results / f"{self.name}_{hardware}_{datetime.date.today()}.md"
+
+    def command(self) -> str:
+        """The command that asks for the same: all that is not left to its default."""
+        words = ["python", "-m", "benchmarks.speed"]
+        for each in fields(self):
+            value, flag = getattr(self, each.name), f"--{each.name}"
+            if each.name in _UNSAID or (value == each.default and each.name not in ("model", "part", "size")):
+                continue
+            if each.name == "without":
+                words += [word for name in value for word in (flag, name)]
+            else:
+                words += [flag] if value is True else [flag, str(value)]
+        return shlex.join(words)
+
+
+def parser(tricks: Sequence[str], suites: Sequence[str], about: str | None) -> argparse.ArgumentParser:
+    """The command line; `tricks` are what `--without` knows, `suites` what `--suite` does."""
+    usual = Request()
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def option(name: str, text: str, **options: Any) -> None:
+        found.add_argument(f"--{name}", default=getattr(usual, name), help=text, **options)
+
+    option("model", "a name of fewstep's catalogue, as sd-turbo, sd-v1-4, small-sd, sdxl-base")
+    option("part", "the whole from prompt to picture, or one network", choices=PARTS)
+    option("size", "of the picture in pixels", type=int)
+    option("batch", "pictures at a time", type=int)
+    option("steps", "else 1 for turbo models and 10 for others", type=int)
+    option("guidance", "else the model's own", type=float)
+    option("sampler", "else euler, or dpmpp_2m with guidance", choices=SAMPLERS)
+    option("decoder", "the autoencoder's own, or a tiny one", choices=("kl", "tiny"))
+    option("device", "cpu, cuda, cuda:1")
+    option("dtype", "else float32 on a CPU and float16 on CUDA", choices=("float32", "float16", "bfloat16"))
+    option("threads", "else all processors", type=int)
+    option("peers", "names with a + between them, or all")
+    option("waterfall", "fewstep with one trick after the other, instead of the peers", action="store_true")
+    option("runs", "that count, for each contender", type=int)
+    option("turns", "in how many processes one after the other, by turns with the others", type=int)
+    option("hardware", "a short name for the file, else the processor's or the card's")
+    option("cache", "where random models lie", type=Path)
+    option("results", "where the results go", type=Path)
+    found.add_argument("--without", action="append", default=[], choices=tricks, help="leave out a trick of fewstep's")
+    found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
+    found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")
+    found.add_argument("--keep-exports", action="store_true", help="of a suite: keep what peers had converted")
+    return found
+
+
+def request_of(asked: argparse.Namespace) -> Request:
+    """The request of a command line. Exits where the device is not there or cannot do it."""
+    named = {each.name: getattr(asked, each.name) for each in fields(Request)}
+    request = Request(**{**named, "without": tuple(asked.without)})
+    if request.device != "cpu":
+        _check_cuda(request.device)
+        if request.waterfall or request.without:
+            raise SystemExit("error: --waterfall and --without are of the engine for CPUs; leave --device out")
+    elif request.dtype not in (None, "float32"):
+        raise SystemExit(f"error: --dtype {request.dtype}: all contenders compute in float32 on a CPU; leave it out")
+    if request.runs < 1 or request.turns < 1:
+        raise SystemExit("error: --runs and --turns are at least 1")
+    return request
+
+
+def _check_cuda(device: str) -> None:
+    import torch
+
+    if not device.startswith("cuda"):
+        raise SystemExit(f"error: --device {device}: contenders run on cpu and on cuda")
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"error: --device {device}: PyTorch {torch.__version__} finds no CUDA device here; run this on a machine "
+            "with an NVIDIA card and a PyTorch built for CUDA, or use --device cpu"
+        )
+
+
+def task_of(request: Request) -> Task:
+    """The task, with its models made where they are not there yet."""
+    from benchmarks.speed.models import random_model, random_tiny, walk_of
+    from fewstep.models.zoo import entry
+
+    known = entry(request.model)
+    if known.unet is None or known.defaults is None:
+        raise SystemExit(f"error: --model {request.model} has no shapes in the catalogue; name one such as sd-turbo")
+    if request.part == "whole" and len(known.texts) > 1:
+        raise SystemExit(f"error: --part whole runs models of one text tower; use --part unet for {request.model}")
+    guidance = known.defaults.guidance_scale if request.guidance is None else request.guidance
+    sampler = request.sampler or ("dpmpp_2m" if guidance > 1 else "euler")
+    steps = request.steps or min(known.defaults.steps, 10)
+    return Task(
+        model=request.model,
+        folder=random_model(request.model, request.cache),
+        part=request.part,
+        size=request.size,
+        batch=request.batch,
+        threads=request.threads or threads_here(),
+        device=request.device,
+        dtype=request.dtype or ("float32" if request.device == "cpu" else "float16"),
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        schedule=known.defaults.schedule,
+        walk=walk_of(request.model, steps, sampler),
+        decoder=random_tiny(request.cache) if request.decoder == "tiny" else None,
+    )

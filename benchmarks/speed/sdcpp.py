@@ -1,0 +1,107 @@
+"""stable-diffusion.cpp as a contender. It draws whole pictures alone, from noise of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.tasks import Made, Run, Task, prompt
+
+SAMPLERS = {"euler": "euler", "dpmpp_2m": "dpm++2m"}
+STAGES = {"get_learned_condition": "text", "sampling": "unet", "decode_first_stage": "decode"}
+_TAKEN = re.compile(r"(\w+) completed, taking ([\d.]+)s")
+
+
+def prepare(task: Task) -> None:
+    """The model as an original single file, the one layout that it reads whole."""
+    path = _single_file(task)
+    if path.exists():
+        return
+    import torch
+
+    from fewstep.weights.load import load_parts
+    from fewstep.weights.save import save_single_file
+
+    path.parent.mkdir(exist_ok=True)
+    save_single_file(load_parts(task.folder, dtype=torch.float32), path)
+
+
+def load(task: Task, *, weights: str) -> Run:
+    """It with its weights as `weights`: "f32", "f16" or "q8_0"."""
+    import numpy as np
+    import stable_diffusion_cpp
+
+    said: list[str] = []
+    heard = _listening(said)
+    tiny = {} if task.decoder is None else {"taesd_path": str(_tensors(task.decoder))}
+    model = stable_diffusion_cpp.StableDiffusion(
+        model_path=str(_single_file(task)),
+        wtype=weights,
+        n_threads=task.threads,
+        prediction="eps",
+        vae_decode_only=True,
+        diffusion_flash_attn=True,
+        verbose=False,
+        **tiny,
+    )
+    _check_loaded(model, said)
+    numbers = count()
+
+    def run() -> Made:
+        said.clear()
+        pictures = model.generate_image(
+            prompt(next(numbers)),
+            width=task.size,
+            height=task.size,
+            cfg_scale=max(task.guidance, 1.0),
+            sample_method=SAMPLERS[task.sampler],
+            sample_steps=task.steps,
+            batch_count=task.batch,
+            seed=0,
+        )
+        assert heard is not None
+        return Made(np.stack([np.asarray(picture) for picture in pictures]), stages(said))
+
+    return run
+
+
+def _check_loaded(model: Any, said: list[str]) -> None:
+    """RuntimeError with its own words where it has not loaded: its package finds out only when it draws."""
+    if model._model.model:
+        return
+    model._model.model = None  # there is nothing to free, and to free it crashes
+    why = next((line for line in said if "wrong shape" in line or "failed" in line), "it does not say why")
+    raise RuntimeError(f"it does not load a model of this shape: {why.partition(' - ')[2].strip() or why}")
+
+
+def stages(said: list[str]) -> Mapping[str, float]:
+    """The seconds of each stage by what the library says of itself; of a batch it draws one after the other."""
+    found: dict[str, float] = {}
+    for match in filter(None, map(_TAKEN.search, said)):
+        if (name := STAGES.get(match[1])) is not None:
+            found[name] = found.get(name, 0.0) + float(match[2])
+    return found
+
+
+def _listening(said: list[str]) -> Any:
+    """Put what the library says into `said`, for as long as the value lives."""
+    import stable_diffusion_cpp
+
+    @stable_diffusion_cpp.sd_log_callback
+    def hear(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+        said.append(text.decode("utf-8", errors="replace"))
+
+    stable_diffusion_cpp.sd_set_log_callback(hear, ctypes.c_void_p(0))
+    return hear
+
+
+def _single_file(task: Task) -> Path:
+    return task.folder / "single" / "model.safetensors"
+
+
+def _tensors(folder: Path) -> Path:
+    return folder / "diffusion_pytorch_model.safetensors"

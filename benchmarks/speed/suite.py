@@ -1,0 +1,81 @@
+"""Suites: the rows of a table, one after the other, each with a results file of its own."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.request import Request
+
+EXPORTS = ("openvino", "onnx", "tensorrt", "single")
+"""The folders in a model's folder in which peers keep what they had converted: gigabytes each."""
+
+_CPU: tuple[dict[str, Any], ...] = (
+    {"model": "sd-turbo", "part": "decode"},
+    {"model": "sd-turbo", "part": "encode"},
+    {"model": "sd-turbo", "part": "unet"},
+    {"model": "sd-turbo", "part": "unet", "batch": 2},
+    {"model": "sd-turbo", "part": "whole", "steps": 1},
+    {"model": "sd-turbo", "part": "whole", "steps": 1, "decoder": "tiny"},
+    {"model": "small-sd", "part": "unet"},
+    {"model": "small-sd", "part": "unet", "batch": 2},
+    {"model": "small-sd", "part": "whole", "steps": 10},
+    {"model": "sd-v1-4", "part": "unet"},
+    {"model": "sd-v1-4", "part": "unet", "batch": 2},
+    {"model": "sdxl-base", "part": "unet"},
+)
+_WATERFALLS: tuple[dict[str, Any], ...] = (
+    {"model": "sd-turbo", "part": "decode", "waterfall": True},
+    {"model": "sd-turbo", "part": "unet", "waterfall": True},
+    {"model": "sd-turbo", "part": "whole", "steps": 1, "waterfall": True},
+)
+SUITES = {"cpu": _CPU, "cuda": _CPU, "waterfall": _WATERFALLS}
+"""The rows of each suite by what they ask for; rows of one model stand together."""
+
+
+def requests(name: str, request: Request) -> list[Request]:
+    """The rows of a suite, with all else as in `request`."""
+    return [replace(request, **row) for row in SUITES[name]]
+
+
+def run_suite(rows: Sequence[Request], measure: Callable[[Request], Path], *, resume: bool, keep: bool) -> int:
+    """Measure every row, say which are done, and return how many failed.
+
+    `resume` leaves out those that have a file of today. Unless `keep`, what peers had converted of a model is removed
+    after its last row.
+    """
+    failed = 0
+    for index, row in enumerate(rows):
+        say(f"[{index + 1}/{len(rows)}] {row.name}")
+        if resume and row.place().is_file():
+            say(f"  has a file of today: {row.place().name}")
+        else:
+            failed += not _done(row, measure)
+        if not keep and all(row.model != later.model for later in rows[index + 1 :]):
+            remove_exports(row.cache / f"random-{row.model}")
+    say(f"{len(rows) - failed} of {len(rows)} rows are done")
+    return failed
+
+
+def remove_exports(folder: Path) -> None:
+    """Remove what peers had converted of the model in `folder`; the model stays."""
+    for name in EXPORTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def say(text: str) -> None:
+    """Tell people, not files."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _done(row: Request, measure: Callable[[Request], Path]) -> bool:
+    try:
+        say(f"  done: {measure(row)}")
+    except (Exception, SystemExit) as error:  # the other rows are worth their hours
+        say(f"  failed: {type(error).__name__}: {error}")
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""What is measured, and the numbers that every contender is given for it: plain arrays, so that none needs PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PARTS = ("whole", "decode", "encode", "unet")
+STAGES = ("text", "unet", "decode")
+WINDOW = 77
+PAD, BOS, EOS, WORD = 0, 1, 2, 4
+"""Ids of a vocabulary that knows one word, so that no contender needs the tokenizer."""
+
+
+class Piece(NamedTuple):
+    """One network of a task: "text", "unet", "decode" or "encode", called with so many rows."""
+
+    kind: str
+    rows: int
+
+
+class Walk(NamedTuple):
+    """The levels to visit, falling to 0, with the time step of each but the last, and how large the noise starts."""
+
+    sigmas: tuple[float, ...] = ()
+    times: tuple[float, ...] = ()
+    scale: float = 1.0
+
+
+class Made(NamedTuple):
+    """What a run made, and the seconds of its stages where it has some."""
+
+    output: Any
+    stages: Mapping[str, float] = {}
+
+
+Run = Callable[[], Made]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A part of the model in `folder`, for `batch` pictures of `size` pixels, with `threads` on `device`.
+
+    `part`: one of `PARTS`. The whole takes a prompt through `steps` of `sampler` ("euler" or "dpmpp_2m") along `walk`,
+    whose levels are those of `schedule`. `decoder`: the folder of a tiny decoder to take the autoencoder's place.
+    """
+
+    model: str
+    folder: Path
+    part: str = "whole"
+    size: int = 512
+    batch: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+    steps: int = 1
+    guidance: float = 0.0
+    sampler: str = "euler"
+    schedule: str = "trailing"
+    walk: Walk = field(default_factory=Walk)
+    decoder: Path | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step predicts twice, with the prompt and without."""
+        return self.guidance > 1
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The networks it needs."""
+        if self.part != "whole":
+            return (Piece(self.part, self.batch),)
+        rows = 2 if self.guided else 1
+        return Piece("text", rows), Piece("unet", rows * self.batch), Piece("decode", self.batch)
+
+    @property
+    def scaling(self) -> float:
+        """What latents are divided by before they are decoded."""
+        return 1.0 if self.decoder else float(_config(self, "vae").get("scaling_factor", 0.18215))
+
+    def place(self, peer: str, piece: Piece) -> Path:
+        """The folder in which `peer` keeps a network in a form of its own."""
+        tiny = "-tiny" if piece.kind == "decode" and self.decoder else ""
+        return self.folder / peer / f"{piece.kind}{tiny}-{self.size}-{piece.rows}-{self.dtype}"
+
+
+def inputs(task: Task, piece: Piece) -> tuple[Any, ...]:
+    """What a network is called with, the same in every process.
+
+    text: ids (B, 77). decode: latents (B, 4, h, w) as the autoencoder has them. encode: picture (B, 3, H, W). unet:
+    latents, times (B), text states (B, 77, D), and for SDXL pooled text (B, P) and sizes (B, 6).
+    """
+    random, side = np.random.default_rng(0), task.size // 8
+
+    def normal(*shape: int) -> Any:
+        return random.standard_normal((piece.rows, *shape), dtype=np.float32)
+
+    if piece.kind == "text":
+        return (token_ids(prompt(0), guided=piece.rows == 2),)
+    if piece.kind == "decode":
+        return (normal(4, side, side),)
+    if piece.kind == "encode":
+        return (normal(3, task.size, task.size).clip(-1, 1),)
+    config = _config(task, "unet")
+    times = np.full(piece.rows, 999.0, dtype=np.float32)
+    told = (normal(4, side, side), times, normal(WINDOW, config["cross_attention_dim"]))
+    addition = config.get("projection_class_embeddings_input_dim")
+    if not addition:
+        return told
+    sizes = np.tile(np.array([[task.size, task.size, 0, 0, task.size, task.size]], dtype=np.float32), (piece.rows, 1))
+    return (*told, normal(addition - 6 * 256), sizes)
+
+
+def prompt(run: int) -> str:
+    """A text that no run before has had: an engine that remembers texts is not measured by what it remembers."""
+    return " ".join(["a"] * (1 + run % (WINDOW - 2)))
+
+
+def token_ids(text: str, *, guided: bool) -> Any:
+    """Ids (1, 77) int64 of a text, or (2, 77) with those of an empty one before."""
+    told = [BOS, *[WORD] * len(text.split()), EOS]
+    rows = [[BOS, EOS], told] if guided else [told]
+    return np.array([row + [PAD] * (WINDOW - len(row)) for row in rows], dtype=np.int64)
+
+
+def noise(task: Task) -> Any:
+    """Unit noise (B, 4, h, w) that a whole run starts from."""
+    shape = task.batch, 4, task.size // 8, task.size // 8
+    return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+
+
+def _config(task: Task, part: str) -> dict[str, Any]:
+    path = task.folder / part / "config.json"
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]

@@ -1,0 +1,239 @@
+"""Contenders by turns, each turn in a process of its own that is alone on the machine."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from benchmarks.speed.contenders import Contender
+from benchmarks.speed.tasks import Run, Task
+
+GIVE_UP = 3600.0
+"""Seconds to wait for a contender."""
+
+
+class Told(NamedTuple):
+    """What a contender says after a run: its seconds, those of its stages, its peak memory and what it made."""
+
+    seconds: float
+    stages: Mapping[str, float]
+    peak_bytes: int
+    output: Any
+    loaded: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """All that a contender said, or what went wrong.
+
+    `first`: seconds from the start of its process to the first output, one a turn; `loaded` likewise of loading.
+    `seconds`: of each run that counts; `stages`: the same by stage.
+    """
+
+    contender: Contender
+    first: tuple[float, ...] = ()
+    loaded: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    stages: tuple[Mapping[str, float], ...] = ()
+    peak: int = 0
+    output: Any = None
+    problem: str | None = None
+
+    @property
+    def middle(self) -> float:
+        """The median of its runs."""
+        return median(self.seconds)
+
+    def stage(self, name: str) -> float | None:
+        """The median of a stage, None where it has not told."""
+        taken = [each[name] for each in self.stages if name in each]
+        return median(taken) if taken else None
+
+    def begun(self, first: float, told: Told) -> Found:
+        """With the first output of a turn."""
+        peak = max(self.peak, told.peak_bytes)
+        return replace(self, first=(*self.first, first), loaded=(*self.loaded, told.loaded), peak=peak)
+
+    def ran(self, told: Told) -> Found:
+        """With one more run."""
+        return replace(
+            self,
+            seconds=(*self.seconds, told.seconds),
+            stages=(*self.stages, told.stages),
+            peak=max(self.peak, told.peak_bytes),
+            output=told.output,
+        )
+
+
+def measured(contenders: Sequence[Contender], task: Task, runs: int, turns: int) -> list[Found]:
+    """Every contender on the task: `runs` that count, in `turns`, one after the other within a turn."""
+    found = {each.name: Found(contender=each, problem=_prepared(each, task)) for each in contenders}
+    for count in shares(runs, turns):
+        for each in contenders:
+            if found[each.name].problem is None:
+                print(f"  {each.name} ...", file=sys.stderr, flush=True)
+                found[each.name] = _turn(found[each.name], task, count)
+    return list(found.values())
+
+
+def shares(runs: int, turns: int) -> list[int]:
+    """`runs` in at most `turns` parts, as even as can be, the larger ones first."""
+    turns = min(runs, turns)
+    return [runs // turns + (turn < runs % turns) for turn in range(turns)]
+
+
+def _turn(found: Found, task: Task, count: int) -> Found:
+    """One process: a first run, and `count` that count."""
+    started = perf_counter()
+    with _process(found.contender, task) as line:
+        told = _answer(line)
+        if isinstance(told, str):
+            return replace(found, problem=told)
+        found = found.begun(perf_counter() - started, told)
+        for _ in range(count):
+            line.send(True)
+            told = _answer(line)
+            if isinstance(told, str):
+                return replace(found, problem=told)
+            found = found.ran(told)
+    return found
+
+
+@contextmanager
+def _process(contender: Contender, task: Task) -> Iterator[Connection]:
+    """The line to a new process that serves the contender, and ends with the block."""
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(contender, task, theirs), daemon=True)
+    with _environment(contender.environment):
+        process.start()
+    theirs.close()  # so that the end of the process is the end of the line
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join(60)
+        process.kill()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """With variables that a process started inside has from its beginning: PyTorch reads some only once."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _answer(line: Connection) -> Told | str:
+    if not line.poll(GIVE_UP):
+        return f"no answer in {GIVE_UP:.0f} s"
+    try:
+        return line.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return "its process ended (out of memory?)"
+
+
+def _prepared(contender: Contender, task: Task) -> str | None:
+    """Have the contender write its files; what went wrong, if something did."""
+    if contender.prepare is None or contender.missing():
+        return None
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=prepare, args=(contender, task, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        problem: str | None = ours.recv()
+    except EOFError:
+        problem = "the process that exports it ended (out of memory?)"
+    process.join()
+    return problem
+
+
+def prepare(contender: Contender, task: Task, line: Connection) -> None:
+    """Write the contender's files and say what went wrong, or nothing."""
+    assert contender.prepare is not None
+    _give_way()
+    try:
+        contender.prepare(task)
+    except Exception as error:  # whatever a peer raises is a row of the table
+        line.send(_said(error))
+    else:
+        line.send(None)
+
+
+def serve(contender: Contender, task: Task, line: Connection) -> None:
+    """Load and run once, then once for each message until the line closes; say after each run how it went."""
+    _give_way()
+    try:
+        memory = Memory(task.device)
+        started = perf_counter()
+        run = contender.load(task, **contender.options)
+        loaded = perf_counter() - started
+        while True:
+            line.send(_run(run, memory, loaded))
+            line.recv()
+    except (EOFError, BrokenPipeError):
+        pass
+    except Exception as error:  # whatever a peer raises is a row of the table
+        line.send(_said(error))
+
+
+def _run(run: Run, memory: Memory, loaded: float) -> Told:
+    started = perf_counter()
+    made = run()
+    seconds, output = perf_counter() - started, made.output
+    if hasattr(output, "cpu"):
+        output = output.float().cpu().numpy()
+    return Told(seconds, made.stages, memory.peak(), output, loaded)
+
+
+def _give_way() -> None:
+    """Where memory runs out, Linux shall end this process, and not the one that keeps the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+class Memory:
+    """Of this process: the most it has had of the machine's, or on CUDA what it has taken of the card's."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device if device.startswith("cuda") else None
+        self.before = self._free() if self.device else 0
+
+    def peak(self) -> int:
+        """In bytes."""
+        return self.before - self._free() if self.device else _resident_peak()
+
+    def _free(self) -> int:
+        import torch
+
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+def _resident_peak() -> int:
+    """Linux's own mark of this program; the usual one also holds what the parent had when it started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,56 @@
+"""fewstep's tricks one by one: the plain engine, huge pages, then each trick of the engine for CPUs on top."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from benchmarks.speed import ours
+from benchmarks.speed.contenders import SWITCHES, Contender
+from fewstep.engines.cpu.tricks import Tricks
+
+TOLD = {"plain engine": "Plain PyTorch.", "+ huge_pages": "Memory in pages of 2 MB."}
+
+
+def names() -> tuple[str, ...]:
+    """All that can be left out, in the order in which it is added."""
+    return (*SWITCHES, *(each.name for each in fields(Tricks)))
+
+
+def rows(without: Sequence[str] = ()) -> list[Contender]:
+    """The contenders of a waterfall, each with all that those before it have; those `without` are left out."""
+    pages = ours.SMALL_PAGES if "huge_pages" in without else ours.HUGE_PAGES
+    found = [_row("plain engine", {"plain": True}, ours.SMALL_PAGES)]
+    if pages == ours.HUGE_PAGES:
+        found.append(_row("+ huge_pages", {"plain": True}, pages))
+    tricks = {each.name: False for each in fields(Tricks)}
+    for name in tricks:
+        if name not in without:
+            tricks[name] = True
+            found.append(_row(f"+ {name}", {"tricks": dict(tricks)}, pages))
+    return found
+
+
+def told() -> dict[str, str]:
+    """What the trick of each row is: the line below its field."""
+    (record,) = ast.parse(inspect.getsource(Tricks)).body
+    assert isinstance(record, ast.ClassDef)
+    lines = dict(TOLD)
+    for field, text in zip(record.body, record.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            lines[f"+ {ast.unparse(field.target)}"] = str(ast.literal_eval(text.value))
+    return lines
+
+
+def _row(name: str, options: dict[str, Any], environment: dict[str, str]) -> Contender:
+    return Contender(
+        name=name,
+        load=ours.load,
+        packages=("fewstep", "torch"),
+        options=options,
+        environment=environment,
+        peer=False,
+    )
