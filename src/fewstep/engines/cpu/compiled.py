@@ -84,14 +84,14 @@ class Kernels:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             assert residual is None
             return self.conv3x3(x, weight, bias, scheme, affine=affine)[:, :-missing].contiguous()
-        x, (batch, channels, height, width) = _pixels_first(x), x.shape
+        x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
         out = self._outputs.empty(batch, height * scale, width * scale, len(weight)).permute(0, 3, 1, 2)
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
         sizes = (c_long * 6)(batch, height, width, channels, len(weight), rows)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
-        weight, added = weight.contiguous(), residual if residual is None else _pixels_first(residual)
+        weight, added = weight.contiguous(), residual if residual is None else pixels_first(residual)
         around = [*(_floats(each) for each in (bias, *(affine or (None, None)))), added]
         self._library.convolve(
             *(x.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
@@ -143,7 +143,7 @@ class Kernels:
 
     def sums(self, x: Tensor) -> Tensor:
         """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
-        x, (batch, channels, height, width) = _pixels_first(x), x.shape
+        x, (batch, channels, height, width) = pixels_first(x), x.shape
         parts = scratch("sums", (batch, -(-height * width // PIXELS), 2, channels))
         sizes = batch, height * width, channels, PIXELS
         self._library.sums(x.data_ptr(), parts.data_ptr(), *sizes, torch.get_num_threads(), self._parallel)
@@ -217,7 +217,8 @@ def _openmp() -> c_void_p | None:
     return None
 
 
-def _pixels_first(x: Tensor) -> Tensor:
+def pixels_first(x: Tensor) -> Tensor:
+    """x (B, C, H, W) with its channels side by side in memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.cpu.choices import Ways
-from fewstep.engines.cpu.compiled import Kernels
+from fewstep.engines.cpu.compiled import Kernels, pixels_first
 from fewstep.engines.cpu.linear import fast_linear, floats
 from fewstep.engines.cpu.means import Kept, Means
 from fewstep.engines.cpu.winograd import (
@@ -21,7 +21,7 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
-from fewstep.nn.convolution import Upsample
+from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
 
 FEWEST_CHANNELS = 32
@@ -164,6 +164,26 @@ class FastUpsample(nn.Module):
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return self.doubling.after(None, x)
         return self.conv.after(None, F.interpolate(x, size=size, mode="nearest"))
+
+
+class FastDownsample(nn.Module):
+    """Halving: directly, or with fewer products at all pixels, every second of which is kept."""
+
+    def __init__(self, layer: Downsample, means: Means) -> None:
+        super().__init__()
+        self.layer, self.conv, self.means = (layer,), FastConv(layer.conv, means), means
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, first = self.layer[0].conv, 1 if self.layer[0].conv.padding == (0, 0) else 0  # 1: padded below and right
+
+        def direct() -> Tensor:
+            padded = F.pad(x, (0, 1, 0, 1)) if first else x
+            return F.conv2d(padded, conv.weight.float(), floats(conv.bias), stride=2, padding=1 - first)
+
+        ways: Ways = {"direct": direct}
+        if self.means.tricks.fewer_products and self.means.kernels is not None:
+            ways["kernel"] = lambda: pixels_first(self.conv.after(None, x)[:, :, first::2, first::2])
+        return self.means.choices.run(f"halved {first} {tuple(x.shape)} {len(conv.weight)} {conv.weight.dtype}", ways)
 
 
 class FastResBlock(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.choices import Choices, of_this_machine
-from fewstep.engines.cpu.compiled import kernels
-from fewstep.engines.cpu.convolution import FEWEST_CHANNELS, FastConv, FastResBlock, FastUpsample
+from fewstep.engines.cpu.compiled import kernels, pixels_first
+from fewstep.engines.cpu.convolution import FEWEST_CHANNELS, FastConv, FastDownsample, FastResBlock, FastUpsample
 from fewstep.engines.cpu.limits import memory_errors, spare_threads
 from fewstep.engines.cpu.linear import FastLinear
 from fewstep.engines.cpu.means import Means, state_of
@@ -24,7 +24,7 @@ from fewstep.engines.cpu.widened import FastEmbedding, Widened
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.nn.attention import Attention, PixelAttention
-from fewstep.nn.convolution import Upsample
+from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
 from fewstep.weights.parts import Parts
@@ -90,17 +90,17 @@ class CpuEngine:
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.predict(_pixels_first(x), t, conditioning)
+            return engine.predict(pixels_first(x), t, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.decode(_pixels_first(latents))
+            return engine.decode(pixels_first(latents))
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.encode(_pixels_first(image))
+            return engine.encode(pixels_first(image))
 
     @contextmanager
     def _ready(self) -> Iterator[EagerEngine]:
@@ -152,14 +152,11 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     return shape == ((3, 3), (1, 1), (1, 1), 1) and conv.in_channels >= FEWEST_CHANNELS
 
 
-def _pixels_first(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 _SWAPS: dict[type[nn.Module], Callable[[Any, Means], nn.Module]] = {
     nn.Embedding: lambda layer, means: FastEmbedding(layer),
     nn.Linear: FastLinear,
     Attention: FastAttention,
+    Downsample: FastDownsample,
     PixelAttention: FastPixelAttention,
     ResBlock: FastResBlock,
     SpatialTransformer: FastTransformer,

@@ -4,6 +4,8 @@
 
 #define RANGE (72L * ROWS) /* rows that share one panel, at most */
 
+#define AHEAD 64 /* weights that are fetched before they are needed */
+
 typedef struct {
     const float *x, *bias, *residual; /* x (rows, depth) */
     Weight weight;                    /* (outputs, or twice as many if gated, depth) */
@@ -20,7 +22,11 @@ static void turn(const Job *job, long output, float *panel)
     for (long k = 0; k < job->depth; k += LANES)
         for (int j = 0; j < WIDE; j += LANES) {
             vec block[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) block[i] = weights(job->weight, (output + j + i) * job->depth + k);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                long at = (output + j + i) * job->depth + k;
+                __builtin_prefetch((const char *)job->weight.numbers + (at + AHEAD) * (job->weight.half ? 2 : 4));
+                block[i] = weights(job->weight, at);
+            }
             transpose(block);
             UNROLL for (int i = 0; i < LANES; i++) store(panel + (k + i) * WIDE + j, block[i]);
         }
