@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewstep
 from fewstep import Pipeline
@@ -20,8 +20,13 @@ from fewstep.engines.cpu import convolution, engine
 from fewstep.engines.cpu.choices import Choices, Ways
 from fewstep.engines.cpu.compiled import kernels
 from fewstep.engines.cpu.engine import CpuEngine
+from fewstep.engines.cpu.means import Means
+from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
+from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.unet import UNet
+from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_parts
 
 PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
@@ -140,6 +145,42 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
         assert error(fast.predict(x, 10.0, told), before) < 0.1
         fast.predict(x, 10.0, told)
     assert [record.message.split(": ")[1] for record in caplog.records] == ["the plain engine runs it"]
+
+
+def fast_copy(network: nn.Module) -> nn.Module:
+    means = Means(choices=Last(), kernels=engine.kernels(), tricks=Tricks(), budget=engine.BUDGET)
+    return engine.fast(network.eval().requires_grad_(False), means)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner"])
+def test_full_size_unets(name: str) -> None:
+    config = CATALOGUE[name].unet
+    assert config is not None
+    unet = UNet(config)
+    x, context = torch.randn(2, config.in_channels, 32, 45), torch.randn(2, 77, config.context)
+    told = [torch.full((2,), 500.0), context]
+    if config.addition is not None:
+        pooled = config.addition - config.size_numbers * config.size_features
+        told += [torch.randn(2, pooled), torch.randn(2, config.size_numbers).abs() * 512]
+    with torch.no_grad():
+        found = error(fast_copy(unet)(x.contiguous(memory_format=torch.channels_last), *told), unet(x, *told))
+    print(f"{name}: {found:.1e}")
+    assert found <= 1e-4
+
+
+@pytest.mark.slow
+def test_the_full_size_autoencoder_at_520_by_712() -> None:
+    config = CATALOGUE["sd-v1-4"].autoencoder
+    assert config is not None
+    plain = AutoencoderKL(config)
+    quick = fast_copy(plain)
+    latents, image = torch.randn(1, 4, 65, 89), torch.randn(1, 3, 520, 712).clamp(-1, 1)
+    latents, image = (x.contiguous(memory_format=torch.channels_last) for x in (latents, image))
+    with torch.no_grad():
+        found = [error(quick.decode(latents), plain.decode(latents)), error(quick.encode(image), plain.encode(image))]
+    print(f"decode {found[0]:.1e}, encode {found[1]:.1e}")
+    assert max(found) <= 1e-4
 
 
 def test_weights_that_change_and_prompts_that_change_count_at_once(folder: Callable[[str], Path]) -> None:

@@ -171,3 +171,11 @@ def test_short_memory_shrinks_the_chunk(kernels: Kernels, monkeypatch: pytest.Mo
     monkeypatch.setattr(compiled, "scratch", short)
     assert torch.equal(kernels.conv3x3(x, weight, None, "winograd"), whole)
     assert asked[0] > asked[1] >= asked[2]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("scheme", ["winograd", "strict"])
+def test_a_convolution_of_which_every_second_pixel_is_kept(kernels: Kernels, scheme: str, first: int) -> None:
+    x, weight, bias = torch.randn(2, 32, 13, 10), torch.randn(64, 32, 3, 3), torch.randn(64)
+    whole = kernels.conv3x3(x, weight, bias, scheme)
+    assert torch.equal(kernels.conv3x3(x, weight, bias, scheme, every=2, first=first), whole[:, :, first::2, first::2])

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.models.config import AutoencoderConfig
 from fewstep.nn.attention import PixelAttention
-from fewstep.nn.convolution import Downsample, Upsample
+from fewstep.nn.convolution import Downsample, Upsample, normed_conv
 from fewstep.nn.resblock import ResBlock
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's is 1e-5
@@ -60,8 +59,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-        return moments
+        return normed_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -80,8 +78,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        image: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
-        return image
+        return normed_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Level(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.config import Stage, UNetConfig
-from fewstep.nn.convolution import Downsample, Upsample
+from fewstep.nn.convolution import Downsample, Upsample, normed_conv
 from fewstep.nn.embedding import TimestepEmbedding, sinusoidal_embedding
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
@@ -52,8 +52,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, emb, context)
         for up in self.up_blocks:
             x = up(x, emb, context, skips)
-        out: Tensor = self.conv_out(nn.functional.silu(self.conv_norm_out(x)))
-        return out
+        return normed_conv(self.conv_norm_out, self.conv_out, x)
 
     def embedding(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         """(B, emb): what every residual block is told of the time step, and with SDXL of pooled text and sizes."""

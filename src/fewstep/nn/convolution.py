@@ -6,6 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def normed_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv(silu(norm(x)))`; an engine's convolution may do all of it in one pass, with a method `after`."""
+    after = getattr(conv, "after", None)
+    return conv(F.silu(norm(x))) if after is None else after(norm, x)  # type: ignore[no-any-return]
+
+
 class Downsample(nn.Module):
     """A 3x3 convolution with stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
 

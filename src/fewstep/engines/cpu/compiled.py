@@ -75,20 +75,25 @@ class Kernels:
         *,
         affine: tuple[Tensor, Tensor] | None = None,
         residual: Tensor | None = None,
+        every: int = 1,
+        first: int = 0,
     ) -> Tensor:
         """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
 
-        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in.
+        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in. Of the rows and columns each
+        `every`th is kept, from number `first` on.
         """
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             assert residual is None
-            return self.conv3x3(x, weight, bias, scheme, affine=affine)[:, :-missing].contiguous()
+            wider = self.conv3x3(x, weight, bias, scheme, affine=affine, every=every, first=first)
+            return pixels_first(wider[:, :-missing])
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
-        out = self._outputs.empty(batch, height * scale, width * scale, len(weight)).permute(0, 3, 1, 2)
+        size = (len(range(first, side * scale, every)) for side in (height, width))
+        out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2)
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
-        sizes = (c_long * 6)(batch, height, width, channels, len(weight), rows)
+        sizes = (c_long * 8)(batch, height, width, channels, len(weight), rows, every, first)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
         weight, added = weight.contiguous(), residual if residual is None else pixels_first(residual)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.cpu.choices import Ways
-from fewstep.engines.cpu.compiled import Kernels, pixels_first
+from fewstep.engines.cpu.compiled import Kernels
 from fewstep.engines.cpu.linear import fast_linear, floats
 from fewstep.engines.cpu.means import Kept, Means
 from fewstep.engines.cpu.winograd import (
@@ -90,8 +90,7 @@ class FastConv(nn.Module):
         pixels, bias = x.shape[2] * x.shape[3], self.conv[0].bias
         affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
         whole = bias if added is None else added if bias is None else bias + added
-        strict = self.means.strict or len(x) * pixels < FEWEST_PIXELS
-        scheme = "upsampled" if self.doubled else "strict" if strict else "winograd"
+        scheme = "upsampled" if self.doubled else _scheme(x, self.means)
         return kernels.conv3x3(x, self.weight, whole, scheme, affine=affine, residual=residual)
 
     def _weight(self) -> Tensor:
@@ -108,6 +107,11 @@ class FastConv(nn.Module):
         means.budget -= 0 if self._stored else size
         self._stored = True
         return self._transformed.get((weight,), make)
+
+
+def _scheme(x: Tensor, means: Means) -> str:
+    """The kernels' scheme for maps of this size."""
+    return "strict" if means.strict or len(x) * x.shape[2] * x.shape[3] < FEWEST_PIXELS else "winograd"
 
 
 def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -171,18 +175,20 @@ class FastDownsample(nn.Module):
 
     def __init__(self, layer: Downsample, means: Means) -> None:
         super().__init__()
-        self.layer, self.conv, self.means = (layer,), FastConv(layer.conv, means), means
+        self.layer, self.means = (layer,), means
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, first = self.layer[0].conv, 1 if self.layer[0].conv.padding == (0, 0) else 0  # 1: padded below and right
+        kernels, conv = self.means.kernels, self.layer[0].conv
+        first = 1 if self.layer[0].conv.padding == (0, 0) else 0  # 1: padded below and right
 
         def direct() -> Tensor:
             padded = F.pad(x, (0, 1, 0, 1)) if first else x
             return F.conv2d(padded, conv.weight.float(), floats(conv.bias), stride=2, padding=1 - first)
 
         ways: Ways = {"direct": direct}
-        if self.means.tricks.fewer_products and self.means.kernels is not None:
-            ways["kernel"] = lambda: pixels_first(self.conv.after(None, x)[:, :, first::2, first::2])
+        if self.means.tricks.fewer_products and kernels is not None and kernels.takes(conv.weight):
+            scheme = _scheme(x, self.means)
+            ways["kernel"] = lambda: kernels.conv3x3(x, conv.weight, conv.bias, scheme, every=2, first=first)
         return self.means.choices.run(f"halved {first} {tuple(x.shape)} {len(conv.weight)} {conv.weight.dtype}", ways)
 
 

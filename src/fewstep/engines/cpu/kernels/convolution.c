@@ -30,6 +30,7 @@ typedef struct {
     Weight weight;                                    /* (O, C, 3, 3) */
     float *out;
     long batch, height, width, channels, outputs, bias_stride;
+    long every, from;       /* of the outputs' rows and columns those are kept, from this one on */
     long down, across;      /* tiles of a picture */
     long first, last;       /* rows of tiles of this chunk, counted over all pictures */
     long ranges;            /* that the chunk's tiles are split into for each panel of output channels */
@@ -186,20 +187,26 @@ INLINE void weigh_panel(int scheme, const Job *job, long output, long first, flo
     }
 }
 
+/* How many of the first n rows or columns are kept, and from which on of those that begin at `start`. */
+INLINE long kept(const Job *job, long n) { return (n - job->from + job->every - 1) / job->every; }
+INLINE int first(const Job *job, long start) { return (int)((job->from - start % job->every + job->every) % job->every); }
+
 INLINE void write_tile(int scheme, const Job *job, long tile, long output, const float *products)
 {
     int points = points_of(scheme), outputs = outputs_of(scheme), scale = outputs / step_of(scheme);
     long row = job->first + tile / job->across, across = tile % job->across, picture = row / job->down;
     long height = job->height * scale, width = job->width * scale, top = row % job->down * outputs, left = across * outputs;
+    long kept_rows = kept(job, height), kept_columns = kept(job, width);
     for (int j = 0; j < WIDE; j += LANES) {
         vec seen[36], half[24], made[16];
         for (int i = 0; i < points * points; i++) seen[i] = load(products + i * PRODUCTS + j);
         for (int k = 0; k < points; k++) leave(scheme, seen + k, points, half + k, points);
         for (int i = 0; i < outputs; i++) leave(scheme, half + i * points, 1, made + i * outputs, 1);
         vec bias = job->bias ? load(job->bias + picture * job->bias_stride + output + j) : (vec){0};
-        for (int i = 0; i < MIN(outputs, height - top); i++)
-            for (int k = 0; k < MIN(outputs, width - left); k++) {
-                long at = ((picture * height + top + i) * width + left + k) * job->outputs + output + j;
+        for (int i = first(job, top); i < MIN(outputs, height - top); i += job->every)
+            for (int k = first(job, left); k < MIN(outputs, width - left); k += job->every) {
+                long y = picture * kept_rows + kept(job, top + i), x = kept(job, left + k);
+                long at = (y * kept_columns + x) * job->outputs + output + j;
                 vec value = made[i * outputs + k] + bias;
                 if (job->residual) value += load(job->residual + at);
                 store(job->out + at, value);
@@ -262,14 +269,15 @@ long convolution_scratch(const long *shape, int scheme, int threads, long chunk)
 }
 
 /* out = conv(silu(x * scale + shift)) + bias + residual; all but x, weight and out may be null. shape: batch, height,
- * width, channels, outputs, and from one picture's bias to the next; channels and outputs are multiples of WIDE. */
+ * width, channels, outputs, from one picture's bias to the next, and which rows and columns are kept: every second, say,
+ * from the first or the second on. Channels and outputs are multiples of WIDE. */
 void convolve(const float *x, const void *weight, int half, const float *bias, const float *scale, const float *shift,
               const float *residual, float *out, const long *shape, int scheme, int threads, long chunk, float *scratch,
               Parallel parallel)
 {
     Job job = {.x = x, .weight = {weight, half}, .bias = bias, .scale = scale, .shift = shift, .residual = residual, .out = out};
     job.batch = shape[0], job.height = shape[1], job.width = shape[2], job.channels = shape[3], job.outputs = shape[4];
-    job.bias_stride = shape[5];
+    job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7];
     job.scheme = scheme;
     measure(&job);
     long rows = chunk_rows(&job, chunk), forms = forms_of(scheme), all_rows = job.batch * job.down;
