@@ -28,20 +28,21 @@ INLINE vec some(const float *p, long count)
     return load(numbers);
 }
 
-/* WIDE keys of one head turned over, and their values in whole vectors; zeros where there are no more. */
+/* WIDE keys of one head turned over and scaled, and their values in whole vectors; zeros where there are no more. */
 static void pack_item(void *data, long item, int worker)
 {
     const Job *job = data;
     long head = item / job->panels, first = item % job->panels * WIDE, start = head / job->heads * job->keys + first;
     long offset = head % job->heads * job->width, there = job->keys - first;
     float *turned = job->turned + item * job->width * WIDE, *values = job->values + item * WIDE * job->padded;
+    float scale = 1.44269504f / __builtin_sqrtf((float)job->width); /* the exponential is a power of two */
     (void)worker;
     for (long j = 0; j < job->width; j += LANES) {
         for (int k = 0; k < WIDE; k += LANES) {
             vec block[LANES];
             for (int i = 0; i < LANES; i++) {
                 const float *key = job->k + (start + k + i) * job->k_stride + offset + j;
-                block[i] = k + i < there ? some(key, job->width - j) : (vec){0};
+                block[i] = (k + i < there ? some(key, job->width - j) : (vec){0}) * scale;
             }
             transpose(block);
             for (int i = 0; i < MIN(LANES, job->width - j); i++) store(turned + (j + i) * WIDE + k, block[i]);
@@ -67,19 +68,16 @@ INLINE float total(vec v)
     return sum;
 }
 
-/* Scores of one query to weights that are not divided by their sum yet; what came before is scaled to the new largest. */
-INLINE void soften(float *scores, long count, float scale, float *most, float *sum, float *mixed, long padded)
+/* Scores of one query, as powers of two, to weights that are not divided by their sum yet; what came before is scaled to
+ * the new largest. */
+INLINE void soften(float *scores, long count, float *most, float *sum, float *mixed, long padded)
 {
     vec high = all(*most);
-    for (long i = 0; i < count; i += LANES) {
-        vec score = load(scores + i) * scale;
-        store(scores + i, score);
-        high = larger(score, high);
-    }
-    float now = largest(high), kept = exponential(all(*most - now))[0];
+    for (long i = 0; i < count; i += LANES) high = larger(load(scores + i), high);
+    float now = largest(high), kept = power_of_two(all(*most - now))[0];
     vec added = {0};
     for (long i = 0; i < count; i += LANES) {
-        vec weight = exponential(load(scores + i) - now);
+        vec weight = power_of_two(load(scores + i) - now);
         store(scores + i, weight);
         added += weight;
     }
@@ -105,7 +103,7 @@ static void attend_item(void *data, long item, int worker)
     long queries = MIN(QUERIES, job->queries - first), start = head / job->heads * job->queries + first;
     const float *q = job->q + start * job->q_stride + head % job->heads * job->width;
     float *scores = job->spaces + worker * job->space, *mixed = scores + QUERIES * KEYS;
-    float most[QUERIES], sums[QUERIES], scale = 1 / __builtin_sqrtf((float)job->width);
+    float most[QUERIES], sums[QUERIES];
     for (int i = 0; i < QUERIES; i++) most[i] = NOWHERE, sums[i] = 0;
     memset(mixed, 0, sizeof(float) * QUERIES * job->padded);
     for (long key = 0; key < job->panels * WIDE; key += KEYS) {
@@ -114,7 +112,7 @@ static void attend_item(void *data, long item, int worker)
             product(queries, (Product){q, job->q_stride, job->turned + panel * job->width * WIDE, WIDE, job->width, scores + k, KEYS, 0});
         for (int i = 0; i < queries; i++) {
             for (long k = job->keys - key; k < count; k++) scores[i * KEYS + k] = NOWHERE;
-            soften(scores + i * KEYS, count, scale, most + i, sums + i, mixed + i * job->padded, job->padded);
+            soften(scores + i * KEYS, count, most + i, sums + i, mixed + i * job->padded, job->padded);
         }
         mix(job, queries, scores, job->values + (head * job->panels * WIDE + key) * job->padded, count, mixed);
     }

@@ -173,7 +173,11 @@ INLINE void weigh_panel(int scheme, const Job *job, long output, long first, flo
         for (int j = 0; j < VECTORS; j++) {
             for (int k = 0; k < 9; k++) { /* LANES filters' 9 * LANES numbers each, turned over */
                 long from = ((output + j * LANES) * job->channels + channel) * 9 + k * LANES;
-                for (int i = 0; i < LANES; i++) taps[k * LANES + i] = weights(job->weight, from + i * job->channels * 9);
+                for (int i = 0; i < LANES; i++) {
+                    long at = from + i * job->channels * 9;
+                    fetch(job->weight, at + 9 * LANES);
+                    taps[k * LANES + i] = weights(job->weight, at);
+                }
                 transpose(taps + k * LANES);
             }
             for (int c = 0; c < LANES; c++) {

@@ -24,7 +24,7 @@ static void turn(const Job *job, long output, float *panel)
             vec block[LANES];
             UNROLL for (int i = 0; i < LANES; i++) {
                 long at = (output + j + i) * job->depth + k;
-                __builtin_prefetch((const char *)job->weight.numbers + (at + AHEAD) * (job->weight.half ? 2 : 4));
+                fetch(job->weight, at + AHEAD);
                 block[i] = weights(job->weight, at);
             }
             transpose(block);

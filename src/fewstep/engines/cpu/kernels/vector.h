@@ -48,6 +48,9 @@ typedef struct {
     int half;
 } Weight;
 
+/* Fetch what lies at number i. */
+INLINE void fetch(Weight w, long i) { __builtin_prefetch((const char *)w.numbers + i * (w.half ? 2 : 4)); }
+
 /* LANES weights from number i on. */
 INLINE vec weights(Weight w, long i)
 {
@@ -76,6 +79,21 @@ INLINE vec exponential(vec x)
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
+    return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
+}
+
+/* 2^x for x <= 0; below -126 it is 2^-126. */
+INLINE vec power_of_two(vec x)
+{
+    const vec magic = all(12582912.0f);
+    x = larger(x, all(-126.0f));
+    vec shifted = x + magic, r = x - (shifted - magic);
+    vec y = r * 1.535336188e-4f + 1.339887440e-3f;
+    y = y * r + 9.618437357e-3f;
+    y = y * r + 5.550332471e-2f;
+    y = y * r + 2.402264791e-1f;
+    y = y * r + 6.931472028e-1f;
+    y = y * r + 1.0f;
     return (vec)((ivec)y + (((ivec)shifted - (ivec)magic) << 23));
 }
 
@@ -109,16 +127,19 @@ INLINE void multiply(int rows, int vectors, Product p)
         UNROLL for (int j = 0; j < vectors; j++) store(p.out + i * p.width + j * LANES, sums[i][j]);
 }
 
-/* The same for any number of rows. */
+/* The same for any number of rows, in groups that are as equal as they can be: few rows alone would wait for their sums. */
 INLINE void multiply_all(long rows, int vectors, Product p)
 {
-    for (; rows >= ROWS; rows -= ROWS, p.rows += ROWS * p.stride, p.out += ROWS * p.width) multiply(ROWS, vectors, p);
-    switch (rows) {
-#define REST(n) case n: multiply(n, vectors, p); break
+    for (long groups = (rows + ROWS - 1) / ROWS, count; groups; groups--, rows -= count) {
+        count = (rows + groups - 1) / groups;
+        switch (count) {
+#define GROUP(n) case n: multiply(n, vectors, p); break
 #if ROWS > 6
-        REST(13); REST(12); REST(11); REST(10); REST(9); REST(8); REST(7); REST(6);
+            GROUP(14); GROUP(13); GROUP(12); GROUP(11); GROUP(10); GROUP(9); GROUP(8); GROUP(7);
 #endif
-        REST(5); REST(4); REST(3); REST(2); REST(1);
+            GROUP(6); GROUP(5); GROUP(4); GROUP(3); GROUP(2); GROUP(1);
+        }
+        p.rows += count * p.stride, p.out += count * p.width;
     }
 }
 
