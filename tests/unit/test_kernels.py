@@ -159,7 +159,7 @@ def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_short_memory_shrinks_the_chunk(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, asked = torch.randn(1, 64, 256, 256), torch.randn(32, 64, 3, 3), list[int]()
+    x, weight, asked = torch.randn(1, 288, 64, 64), torch.randn(256, 288, 3, 3), list[int]()
     whole = kernels.conv3x3(x, weight, None, "winograd")
 
     def short(name: str, shape: tuple[int]) -> Tensor:
@@ -179,3 +179,20 @@ def test_a_convolution_of_which_every_second_pixel_is_kept(kernels: Kernels, sch
     x, weight, bias = torch.randn(2, 32, 13, 10), torch.randn(64, 32, 3, 3), torch.randn(64)
     whole = kernels.conv3x3(x, weight, bias, scheme)
     assert torch.equal(kernels.conv3x3(x, weight, bias, scheme, every=2, first=first), whole[:, :, first::2, first::2])
+
+
+@pytest.mark.parametrize("channels", [3, 9])
+def test_the_first_convolution_of_a_network(kernels: Kernels, channels: int) -> None:
+    x, weight, bias = torch.randn(2, channels, 7, 12), torch.randn(64, channels, 3, 3), torch.randn(64)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert error(kernels.conv3x3_few(x, weight, bias), wanted) < 1e-6
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [(32, 64), (160, 96)])
+def test_convolutions_in_strips(kernels: Kernels, channels: int, outputs: int) -> None:
+    x, weight = torch.randn(2, channels, 251, 243), torch.randn(outputs, channels, 3, 3)
+    bias, scale, shift = torch.randn(2, outputs), torch.rand(2, channels) + 0.5, torch.randn(2, channels)
+    entered = F.silu(x * scale[:, :, None, None] + shift[:, :, None, None]).double()
+    wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
+    found = kernels.conv3x3(x, weight, bias, "winograd", affine=(scale, shift), residual=wanted.float())
+    assert error(found, 2 * wanted) < 1e-5

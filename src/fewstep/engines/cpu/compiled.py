@@ -58,7 +58,10 @@ class Kernels:
         library.sums.argtypes = [c_void_p, c_void_p, *[c_long] * 4, c_int, c_void_p]
         library.linear_scratch.argtypes = [c_long, c_int, c_int]
         library.linear.argtypes = [c_void_p, c_void_p, c_int, *[c_void_p] * 4, c_int, c_int, c_void_p, c_void_p]
-        for function in (library.convolution_scratch, library.attention_scratch, library.linear_scratch, library.wide):
+        library.few_scratch.argtypes = [c_long, c_long, c_int]
+        library.convolve_few.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
+        sizes = library.convolution_scratch, library.few_scratch, library.attention_scratch, library.linear_scratch
+        for function in (*sizes, library.wide):
             function.restype = c_long
         self.wide: int = library.wide()
 
@@ -107,6 +110,21 @@ class Kernels:
             self._parallel,
         )
         return out
+
+    def conv3x3_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same by the definition, for maps of a few channels: the first convolution of a network."""
+        x, (batch, channels, height, width) = pixels_first(x), x.shape
+        out, threads = self._outputs.empty(batch, height, width, len(weight)), torch.get_num_threads()
+        turned = weight.float().permute(2, 3, 1, 0).contiguous()
+        given = x, turned, bias.float().contiguous(), out
+        self._library.convolve_few(
+            *(each.data_ptr() for each in given),
+            (c_long * 5)(batch, height, width, channels, len(weight)),
+            threads,
+            scratch("kernels", (self._library.few_scratch(width, channels, threads),)).data_ptr(),
+            self._parallel,
+        )
+        return out.permute(0, 3, 1, 2)
 
     def _chunk(self, sizes: Array[c_long], number: int, threads: int) -> tuple[int, Tensor]:
         """How much of the transformed input is kept at a time, and memory for it: less where memory is short."""

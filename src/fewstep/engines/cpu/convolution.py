@@ -27,6 +27,9 @@ from fewstep.nn.resblock import ResBlock
 FEWEST_CHANNELS = 32
 """Convolutions with fewer channels on either side stay plain: the transforms would cost more than the products."""
 
+FEW_CHANNELS = 9
+"""Into the first convolution of a network: latents, or with a mask and masked latents."""
+
 FEWEST_PIXELS = 128
 """With fewer, tiles of 2x2 are the faster ones: transforming the filters for larger ones would be most of the work."""
 
@@ -60,7 +63,7 @@ class FastConv(nn.Module):
             return self._direct(norm, x, added, residual)
         if means.kernels is not None and means.kernels.takes(self.weight):
             return self._compiled(means.kernels, norm, x, added, residual)
-        if len(self.weight) < FEWEST_CHANNELS:
+        if min(self.weight.shape[:2]) < FEWEST_CHANNELS:
             return self._direct(norm, x, added, residual)
         ways: Ways = {"direct": lambda: self._direct(norm, x, added, residual)}
         ways["fewer products"] = lambda: self._plain(products_by_torch, norm, x, added, residual)
@@ -70,6 +73,10 @@ class FastConv(nn.Module):
         return means.choices.run(f"conv {taps} {tuple(x.shape)} {len(self.weight)} {norm is not None}", ways)
 
     def _direct(self, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None) -> Tensor:
+        kernels, bias, (outputs, channels) = self.means.kernels, self.conv[0].bias, self.weight.shape[:2]
+        if kernels is not None and channels <= FEW_CHANNELS and outputs % kernels.wide == 0 and bias is not None:
+            assert norm is None
+            return _plus(kernels.conv3x3_few(x, self.weight, bias), added, residual)
         conv, h = self.conv[0], x if norm is None else F.silu(normed(norm, x), inplace=True)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
         return _plus(F.conv2d(h, conv.weight.float(), floats(conv.bias), padding=1), added, residual)

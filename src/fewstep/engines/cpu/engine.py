@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.choices import Choices, of_this_machine
 from fewstep.engines.cpu.compiled import kernels, pixels_first
-from fewstep.engines.cpu.convolution import FEWEST_CHANNELS, FastConv, FastDownsample, FastResBlock, FastUpsample
+from fewstep.engines.cpu.convolution import (
+    FEW_CHANNELS,
+    FEWEST_CHANNELS,
+    FastConv,
+    FastDownsample,
+    FastResBlock,
+    FastUpsample,
+)
 from fewstep.engines.cpu.limits import memory_errors, spare_threads
 from fewstep.engines.cpu.linear import FastLinear
 from fewstep.engines.cpu.means import Means, state_of
@@ -149,7 +156,9 @@ def _copied(module: nn.Module, means: Means) -> nn.Module:
 
 def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), 1) and conv.in_channels >= FEWEST_CHANNELS
+    return shape == ((3, 3), (1, 1), (1, 1), 1) and (
+        conv.in_channels >= FEWEST_CHANNELS or conv.in_channels <= FEW_CHANNELS
+    )
 
 
 _SWAPS: dict[type[nn.Module], Callable[[Any, Means], nn.Module]] = {

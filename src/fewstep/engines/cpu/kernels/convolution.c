@@ -13,6 +13,8 @@
 #define DEPTH 128               /* input channels of filters transformed at a time: a panel that fits the second cache */
 #define PAD 16                  /* floats between rows, or powers of two would share sets of the cache */
 #define BLOCK (2 * LANES)       /* input channels transformed at a time */
+#define STRIP (2 * ROWS)        /* tiles that go through all steps at once */
+#define FILTERS (256L * 256)    /* of all input and output channels, at most, for that */
 #define PANEL (DEPTH * WIDE + PAD)
 #define PRODUCTS (TILES * WIDE + PAD)
 
@@ -31,10 +33,11 @@ typedef struct {
     float *out;
     long batch, height, width, channels, outputs, bias_stride;
     long every, from;       /* of the outputs' rows and columns those are kept, from this one on */
-    long down, across;      /* tiles of a picture */
+    long down, across, left; /* rows of tiles of a picture, tiles in each of them, the number of the first */
     long first, last;       /* rows of tiles of this chunk, counted over all pictures */
     long ranges;            /* that the chunk's tiles are split into for each panel of output channels */
     float *entered;         /* (forms, forms, tiles of the chunk, channels + PAD) */
+    float *panels;          /* of all filters, where they are transformed beforehand */
     float *spaces;          /* of each worker */
     long space;
     int scheme;
@@ -110,7 +113,8 @@ INLINE void leave(int scheme, const vec *m, int sm, vec *y, int sy)
 static void look(const Job *job, long picture, long row, long channel, long count, float *window)
 {
     int samples = samples_of(job->scheme), step = step_of(job->scheme);
-    long wide = job->across * step + 2, top = row * step - 1;
+    long wide = job->across * step + 2, top = row * step - 1, start = job->left * step - 1;
+    long begin = MAX(0, start), end = MIN(job->width, start + wide);
     const float *scale = job->scale ? job->scale + picture * job->channels + channel : 0;
     const float *shift = job->scale ? job->shift + picture * job->channels + channel : 0;
     for (int i = 0; i < samples; i++, window += wide * count) {
@@ -119,14 +123,13 @@ static void look(const Job *job, long picture, long row, long channel, long coun
             continue;
         }
         const float *line = job->x + ((picture * job->height + top + i) * job->width) * job->channels + channel;
-        memset(window, 0, sizeof(float) * count);
-        memset(window + (job->width + 1) * count, 0, sizeof(float) * (wide - job->width - 1) * count);
+        memset(window, 0, sizeof(float) * (begin - start) * count);
+        memset(window + (end - start) * count, 0, sizeof(float) * (start + wide - end) * count);
         for (long j = 0; j < count; j += LANES) {
             vec a = scale ? load(scale + j) : (vec){0}, b = scale ? load(shift + j) : (vec){0};
-            float *to = window + count + j;
-            for (long column = 0; column < job->width; column++) {
+            for (long column = begin; column < end; column++) {
                 vec value = load(line + column * job->channels + j);
-                store(to + column * count, scale ? silu(value * a + b) : value);
+                store(window + (column - start) * count + j, scale ? silu(value * a + b) : value);
             }
         }
     }
@@ -150,18 +153,23 @@ INLINE void enter_tiles(int scheme, const Job *job, long tile, long channel, lon
     }
 }
 
-/* One row of tiles and BLOCK channels of the first step. */
-static void enter_item(void *data, long item, int worker)
+/* BLOCK channels of one row of tiles. */
+static void enter_row(const Job *job, long row, long channel, float *window)
 {
-    const Job *job = data;
-    long blocks = (job->channels + BLOCK - 1) / BLOCK, row = item / blocks, channel = item % blocks * BLOCK;
     long picture = (job->first + row) / job->down, count = MIN(BLOCK, job->channels - channel);
-    float *window = job->spaces + worker * job->space;
     look(job, picture, (job->first + row) % job->down, channel, count, window);
     switch (job->scheme) {
     case WINOGRAD: enter_tiles(WINOGRAD, job, row * job->across, channel, count, window); break;
     default: enter_tiles(STRICT, job, row * job->across, channel, count, window); /* UPSAMPLED has the same four forms */
     }
+}
+
+/* One row of tiles and BLOCK channels of the first step. */
+static void enter_item(void *data, long item, int worker)
+{
+    const Job *job = data;
+    long blocks = (job->channels + BLOCK - 1) / BLOCK;
+    enter_row(job, item / blocks, item % blocks * BLOCK, job->spaces + worker * job->space);
 }
 
 /* DEPTH input channels from `first` on of the filters of WIDE output channels: (points, points, DEPTH, WIDE). */
@@ -199,7 +207,7 @@ INLINE void write_tile(int scheme, const Job *job, long tile, long output, const
 {
     int points = points_of(scheme), outputs = outputs_of(scheme), scale = outputs / step_of(scheme);
     long row = job->first + tile / job->across, across = tile % job->across, picture = row / job->down;
-    long height = job->height * scale, width = job->width * scale, top = row % job->down * outputs, left = across * outputs;
+    long height = job->height * scale, width = job->width * scale, top = row % job->down * outputs, left = (job->left + across) * outputs;
     long kept_rows = kept(job, height), kept_columns = kept(job, width);
     for (int j = 0; j < WIDE; j += LANES) {
         vec seen[36], half[24], made[16];
@@ -218,17 +226,23 @@ INLINE void write_tile(int scheme, const Job *job, long tile, long output, const
     }
 }
 
-INLINE void leave_tiles(int scheme, const Job *job, long output, long begin, long end, float *panel, float *products)
+/* DEPTH input channels from `channel` on of the tiles from `begin` to `end`, by their filters. */
+INLINE void multiply_points(int scheme, const Job *job, long begin, long end, long channel, const float *panel, float *products)
 {
     int points = points_of(scheme), forms = forms_of(scheme);
     long stride = job->channels + PAD, tiles = (job->last - job->first) * job->across;
+    for (int p = 0; p < points * points; p++) {
+        long form = form_at(scheme, p / points) * forms + form_at(scheme, p % points);
+        product(end - begin, (Product){job->entered + (form * tiles + begin) * stride + channel, stride, panel + p * PANEL, WIDE,
+                                       MIN(DEPTH, job->channels - channel), products + p * PRODUCTS, WIDE, channel > 0});
+    }
+}
+
+INLINE void leave_tiles(int scheme, const Job *job, long output, long begin, long end, float *panel, float *products)
+{
     for (long channel = 0; channel < job->channels; channel += DEPTH) {
         weigh_panel(scheme, job, output, channel, panel);
-        for (int p = 0; p < points * points; p++) {
-            long form = form_at(scheme, p / points) * forms + form_at(scheme, p % points);
-            product(end - begin, (Product){job->entered + (form * tiles + begin) * stride + channel, stride, panel + p * PANEL,
-                                           WIDE, MIN(DEPTH, job->channels - channel), products + p * PRODUCTS, WIDE, channel > 0});
-        }
+        multiply_points(scheme, job, begin, end, channel, panel, products);
     }
     for (long tile = begin; tile < end; tile++) write_tile(scheme, job, tile, output, products + (tile - begin) * WIDE);
 }
@@ -247,6 +261,43 @@ static void leave_item(void *data, long item, int worker)
     }
 }
 
+/* Where filters are few, all of them are transformed beforehand, and a strip of tiles goes through all steps at once: what
+ * is entered never leaves the second cache, and one core reads memory while another multiplies. */
+static int in_strips(const Job *job, int threads)
+{
+    long tiles = job->batch * job->down * job->across;
+    return job->scheme == WINOGRAD && job->channels * job->outputs <= FILTERS && tiles >= 8L * STRIP * threads;
+}
+
+static long depths(const Job *job) { return (job->channels + DEPTH - 1) / DEPTH; }
+static long panels(const Job *job) { return job->outputs / WIDE * depths(job); }
+
+static void panel_item(void *data, long item, int worker)
+{
+    const Job *job = data;
+    long blocks = depths(job);
+    (void)worker;
+    weigh_panel(WINOGRAD, job, item / blocks * WIDE, item % blocks * DEPTH, job->panels + item * 36 * PANEL);
+}
+
+static void strip_item(void *data, long item, int worker)
+{
+    const Job *job = data;
+    Job strip = *job;
+    long strips = (job->across + STRIP - 1) / STRIP, part = item % strips;
+    strip.first = item / strips, strip.last = strip.first + 1;
+    strip.left = job->across * part / strips, strip.across = job->across * (part + 1) / strips - strip.left;
+    strip.entered = job->spaces + worker * job->space;
+    float *space = strip.entered + 36L * strip.across * (job->channels + PAD);
+    for (long channel = 0; channel < job->channels; channel += BLOCK) enter_row(&strip, 0, channel, space);
+    const float *panel = job->panels;
+    for (long output = 0; output < job->outputs; output += WIDE) {
+        for (long channel = 0; channel < job->channels; channel += DEPTH, panel += 36 * PANEL)
+            multiply_points(WINOGRAD, &strip, 0, strip.across, channel, panel, space);
+        for (long tile = 0; tile < strip.across; tile++) write_tile(WINOGRAD, &strip, tile, output, space + tile * WIDE);
+    }
+}
+
 /* Rows of tiles whose transformed input is about `chunk` floats: at least one. */
 static long chunk_rows(const Job *job, long chunk)
 {
@@ -254,20 +305,24 @@ static long chunk_rows(const Job *job, long chunk)
     return MAX(1, MIN(chunk / floats, job->batch * job->down));
 }
 
-static void measure(Job *job)
+static void measure(Job *job, int threads)
 {
     int step = step_of(job->scheme);
     job->down = (job->height + step - 1) / step;
     job->across = (job->width + step - 1) / step;
-    long window = samples_of(job->scheme) * (job->across * step + 2) * BLOCK;
-    job->space = MAX(window, 36L * (PRODUCTS + PANEL)) + PAD;
+    int strips = in_strips(job, threads);
+    long window = samples_of(job->scheme) * ((strips ? STRIP : job->across) * step + 2) * BLOCK;
+    long entered = strips ? 36L * STRIP * (job->channels + PAD) : 0;
+    job->space = entered + MAX(window, 36L * (PRODUCTS + PANEL)) + PAD;
 }
 
 /* Floats of scratch that `convolve` wants. */
 long convolution_scratch(const long *shape, int scheme, int threads, long chunk)
 {
     Job job = {.batch = shape[0], .height = shape[1], .width = shape[2], .channels = shape[3], .scheme = scheme};
-    measure(&job);
+    job.outputs = shape[4];
+    measure(&job, threads);
+    if (in_strips(&job, threads)) return panels(&job) * 36 * PANEL + threads * job.space;
     long forms = forms_of(scheme);
     return forms * forms * chunk_rows(&job, chunk) * job.across * (job.channels + PAD) + threads * job.space;
 }
@@ -283,16 +338,22 @@ void convolve(const float *x, const void *weight, int half, const float *bias, c
     job.batch = shape[0], job.height = shape[1], job.width = shape[2], job.channels = shape[3], job.outputs = shape[4];
     job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7];
     job.scheme = scheme;
-    measure(&job);
+    measure(&job, threads);
+    if (in_strips(&job, threads)) {
+        job.panels = scratch, job.spaces = scratch + panels(&job) * 36 * PANEL;
+        share(panel_item, &job, panels(&job), threads, parallel);
+        share(strip_item, &job, job.batch * job.down * ((job.across + STRIP - 1) / STRIP), threads, parallel);
+        return;
+    }
     long rows = chunk_rows(&job, chunk), forms = forms_of(scheme), all_rows = job.batch * job.down;
     job.entered = scratch;
     job.spaces = scratch + forms * forms * rows * job.across * (job.channels + PAD);
     for (job.first = 0; job.first < all_rows; job.first = job.last) {
         job.last = MIN(job.first + rows, all_rows);
-        long panels = job.outputs / WIDE, tiles = (job.last - job.first) * job.across;
-        job.ranges = MAX((tiles + TILES - 1) / TILES, MIN(2 * threads / panels, tiles / ROWS));
+        long wides = job.outputs / WIDE, tiles = (job.last - job.first) * job.across;
+        job.ranges = MAX((tiles + TILES - 1) / TILES, MIN(2 * threads / wides, tiles / ROWS));
         share(enter_item, &job, (job.last - job.first) * ((job.channels + BLOCK - 1) / BLOCK), threads, parallel);
-        share(leave_item, &job, panels * job.ranges, threads, parallel);
+        share(leave_item, &job, wides * job.ranges, threads, parallel);
     }
 }
 
