@@ -30,8 +30,8 @@ def load(
 
     `what`: a name in `fewstep.CATALOGUE`, a diffusers folder, an original single file (.safetensors, .ckpt), a hub id
     such as "stabilityai/sd-turbo", or None for the embedded model, which needs no network. `device` and `dtype`
-    default to what this machine does best. `revision`: a branch, tag or commit of the hub. `prediction` ("epsilon",
-    "v_prediction", "sample") and `tokenizer` (a folder) are for single files, which do not say.
+    default to what this machine does best; "float16" on a CPU halves the memory of weights. `revision`: of the hub.
+    `prediction` ("epsilon", "v_prediction", "sample") and `tokenizer` (a folder) are for single files without them.
     `decoder`: "tiny" for the tiny autoencoder of the model's family, or the name or folder of one. It makes pictures of
     latents in a fraction of the time and memory, with less detail; `docs/models.md` has what is lost.
 
