@@ -25,6 +25,7 @@ from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_parts
@@ -111,8 +112,17 @@ def test_inpainting(folder: Callable[[str], Path], kind: str) -> None:
     assert_same(pair(folder(kind)), "inpaint", picture(), mask, steps=2, seed=[1, 2])
 
 
-def test_the_embedded_model_and_its_tiny_decoder() -> None:
+def test_the_embedded_model() -> None:
     assert_same(pair("blocks-base"), "text_to_image", steps=2, seed=[1, 2])
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_tiny_autoencoders(width: int) -> None:
+    plain = TinyAutoencoder(width)
+    quick, latents, image = fast_copy(plain), torch.randn(2, 4, 7, 9), torch.rand(2, 3, 56, 72) * 2 - 1
+    with torch.no_grad():
+        assert error(quick.decode(latents), plain.decode(latents)) <= 1e-5
+        assert error(quick.encode(image), plain.encode(image)) <= 1e-5
 
 
 def test_the_strict_engine_is_closer(folder: Callable[[str], Path]) -> None:

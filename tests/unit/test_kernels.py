@@ -60,8 +60,8 @@ def test_convolutions_with_all_that_is_around_them(kernels: Kernels, scheme: str
 
 def test_a_convolution_to_few_channels(kernels: Kernels) -> None:
     x, weight, bias = torch.randn(2, 32, 9, 9), torch.randn(3, 32, 3, 3), torch.randn(3)
-    found = kernels.conv3x3(x, weight, bias, "winograd")
-    assert error(found, F.conv2d(x.double(), weight.double(), bias.double(), padding=1)) < 1e-5
+    wanted, residual = F.conv2d(x.double(), weight.double(), bias.double(), padding=1), torch.randn(2, 3, 9, 9)
+    assert error(kernels.conv3x3(x, weight, bias, "winograd", residual=residual), wanted + residual) < 1e-5
 
 
 def test_the_strict_convolution_rounds_less_than_the_plain_one(kernels: Kernels) -> None:
@@ -194,5 +194,5 @@ def test_convolutions_in_strips(kernels: Kernels, channels: int, outputs: int) -
     bias, scale, shift = torch.randn(2, outputs), torch.rand(2, channels) + 0.5, torch.randn(2, channels)
     entered = F.silu(x * scale[:, :, None, None] + shift[:, :, None, None]).double()
     wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
-    found = kernels.conv3x3(x, weight, bias, "winograd", affine=(scale, shift), residual=wanted.float())
-    assert error(found, 2 * wanted) < 1e-5
+    around = {"affine": (scale, shift), "residual": wanted.float(), "rectified": True}
+    assert error(kernels.conv3x3(x, weight, bias, "winograd", **around), 2 * wanted.relu()) < 1e-5

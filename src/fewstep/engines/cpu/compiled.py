@@ -61,13 +61,14 @@ class Kernels:
         library.few_scratch.argtypes = [c_long, c_long, c_int]
         library.convolve_few.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
         sizes = library.convolution_scratch, library.few_scratch, library.attention_scratch, library.linear_scratch
-        for function in (*sizes, library.wide):
+        for function in (*sizes, library.wide, library.lanes):
             function.restype = c_long
         self.wide: int = library.wide()
+        self._lanes: int = library.lanes()
 
     def takes(self, weight: Tensor) -> bool:
         """Whether `linear` can run a layer with `weight` (O, C), or `conv3x3` one with (O, C, 3, 3), and any O."""
-        return weight.shape[1] % self.wide == 0 and (weight.dim() == 4 or weight.shape[0] % self.wide == 0)
+        return weight.shape[1] % self._lanes == 0 and (weight.dim() == 4 or weight.shape[0] % self.wide == 0)
 
     def conv3x3(
         self,
@@ -78,25 +79,34 @@ class Kernels:
         *,
         affine: tuple[Tensor, Tensor] | None = None,
         residual: Tensor | None = None,
+        rectified: bool = False,
         every: int = 1,
         first: int = 0,
     ) -> Tensor:
         """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
 
-        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in. Of the rows and columns each
-        `every`th is kept, from number `first` on.
+        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in. `rectified`: ReLU at the end.
+        Of the rows and columns each `every`th is kept, from number `first` on.
         """
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
-            assert residual is None
-            wider = self.conv3x3(x, weight, bias, scheme, affine=affine, every=every, first=first)
+            if residual is not None:
+                residual = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+            wider = self.conv3x3(
+                *(x, weight, bias, scheme),
+                affine=affine,
+                residual=residual,
+                rectified=rectified,
+                every=every,
+                first=first,
+            )
             return pixels_first(wider[:, :-missing])
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
         size = (len(range(first, side * scale, every)) for side in (height, width))
         out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2)
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
-        sizes = (c_long * 8)(batch, height, width, channels, len(weight), rows, every, first)
+        sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, rectified)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
         weight, added = weight.contiguous(), residual if residual is None else pixels_first(residual)

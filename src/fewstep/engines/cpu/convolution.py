@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
+from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
 
@@ -32,6 +35,22 @@ FEW_CHANNELS = 9
 
 FEWEST_PIXELS = 128
 """With fewer, tiles of 2x2 are the faster ones: transforming the filters for larger ones would be most of the work."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a convolution does besides: norm and SiLU before; an addition for each channel, a residual, ReLU after."""
+
+    norm: nn.GroupNorm | None = None
+    added: Tensor | None = None
+    residual: Tensor | None = None
+    rectified: bool = False
+
+    def finished(self, out: Tensor) -> Tensor:
+        """The output of the bare convolution with what comes after it, in place."""
+        out = out if self.added is None else out.add_(self.added[:, :, None, None])
+        out = out if self.residual is None else out.add_(self.residual)
+        return out.relu_() if self.rectified else out
 
 
 class FastConv(nn.Module):
@@ -53,52 +72,56 @@ class FastConv(nn.Module):
         return self.after(None, x)
 
     def after(
-        self, norm: nn.GroupNorm | None, x: Tensor, *, added: Tensor | None = None, residual: Tensor | None = None
+        self,
+        norm: nn.GroupNorm | None,
+        x: Tensor,
+        *,
+        added: Tensor | None = None,
+        residual: Tensor | None = None,
+        rectified: bool = False,
     ) -> Tensor:
-        """The convolution of `silu(norm(x))`, or of x without a norm, plus `added` (B, O) and the residual."""
-        if norm is not None and not self.means.tricks.fused_norms:
-            x, norm = F.silu(normed(norm, x), inplace=True), None
-        means = self.means
+        """The convolution of `silu(norm(x))`, or of x, plus `added` (B, O) and the residual; ReLU if `rectified`."""
+        around, means = Around(norm, added, residual, rectified), self.means
+        if norm is not None and not means.tricks.fused_norms:
+            x, around = F.silu(normed(norm, x), inplace=True), replace(around, norm=None)
         if not (means.tricks.upsampled if self.doubled else means.tricks.fewer_products):
-            return self._direct(norm, x, added, residual)
+            return self._direct(x, around)
         if means.kernels is not None and means.kernels.takes(self.weight):
-            return self._compiled(means.kernels, norm, x, added, residual)
+            return self._compiled(means.kernels, x, around)
         if min(self.weight.shape[:2]) < FEWEST_CHANNELS:
-            return self._direct(norm, x, added, residual)
-        ways: Ways = {"direct": lambda: self._direct(norm, x, added, residual)}
-        ways["fewer products"] = lambda: self._plain(products_by_torch, norm, x, added, residual)
+            return self._direct(x, around)
+        ways: Ways = {"direct": lambda: self._direct(x, around)}
+        ways["fewer products"] = lambda: self._plain(products_by_torch, x, around)
         if means.tricks.onednn:
-            ways["fewer products, onednn"] = lambda: self._plain(products_by_onednn, norm, x, added, residual)
+            ways["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, around)
         taps = "doubled" if self.doubled else "strict" if means.strict else "plain"
         return means.choices.run(f"conv {taps} {tuple(x.shape)} {len(self.weight)} {norm is not None}", ways)
 
-    def _direct(self, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None) -> Tensor:
+    def _direct(self, x: Tensor, around: Around) -> Tensor:
         kernels, bias, (outputs, channels) = self.means.kernels, self.conv[0].bias, self.weight.shape[:2]
         if kernels is not None and channels <= FEW_CHANNELS and outputs % kernels.wide == 0 and bias is not None:
-            assert norm is None
-            return _plus(kernels.conv3x3_few(x, self.weight, bias), added, residual)
-        conv, h = self.conv[0], x if norm is None else F.silu(normed(norm, x), inplace=True)
+            assert around.norm is None
+            return around.finished(kernels.conv3x3_few(x, self.weight, bias))
+        h = x if around.norm is None else F.silu(normed(around.norm, x), inplace=True)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
-        return _plus(F.conv2d(h, conv.weight.float(), floats(conv.bias), padding=1), added, residual)
+        return around.finished(F.conv2d(h, self.weight.float(), floats(bias), padding=1))
 
-    def _plain(
-        self, products: Products, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def _plain(self, products: Products, x: Tensor, around: Around) -> Tensor:
         """With fewer products, in tensor operations."""
-        enter, weight = None if norm is None else normed_silu(x, norm), self._weight()
-        bias = floats(self.conv[0].bias)
-        out = conv3x3(x, weight, bias, self.scheme, products=products, activate=enter, residual=residual)
-        return _plus(out, added, None)
+        enter, bias = None if around.norm is None else normed_silu(x, around.norm), floats(self.conv[0].bias)
+        more = around.residual
+        out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=enter, residual=more)
+        return replace(around, residual=None).finished(out)
 
-    def _compiled(
-        self, kernels: Kernels, norm: nn.GroupNorm | None, x: Tensor, added: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def _compiled(self, kernels: Kernels, x: Tensor, around: Around) -> Tensor:
         """With fewer products, by the kernels, which were faster than the definition at all shapes of the family."""
-        pixels, bias = x.shape[2] * x.shape[3], self.conv[0].bias
-        affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
+        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, around.added
+        affine = None if around.norm is None else affine_of(kernels.sums(x), pixels, around.norm)
         whole = bias if added is None else added if bias is None else bias + added
         scheme = "upsampled" if self.doubled else _scheme(x, self.means)
-        return kernels.conv3x3(x, self.weight, whole, scheme, affine=affine, residual=residual)
+        return kernels.conv3x3(
+            x, self.weight, whole, scheme, affine=affine, residual=around.residual, rectified=around.rectified
+        )
 
     def _weight(self) -> Tensor:
         """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
@@ -124,11 +147,6 @@ def _scheme(x: Tensor, means: Means) -> str:
 def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """`norm(x)` in float32."""
     return F.group_norm(x, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
-
-
-def _plus(out: Tensor, added: Tensor | None, residual: Tensor | None) -> Tensor:
-    out = out if added is None else out.add_(added[:, :, None, None])
-    return out if residual is None else out.add_(residual)
 
 
 def normed_silu(x: Tensor, norm: nn.GroupNorm) -> Activation:
@@ -197,6 +215,19 @@ class FastDownsample(nn.Module):
             scheme = _scheme(x, self.means)
             ways["kernel"] = lambda: kernels.conv3x3(x, conv.weight, conv.bias, scheme, every=2, first=first)
         return self.means.choices.run(f"halved {first} {tuple(x.shape)} {len(conv.weight)} {conv.weight.dtype}", ways)
+
+
+class FastTinyBlock(nn.Module):
+    """A block of the tiny autoencoder, ReLU and residual inside its convolutions."""
+
+    def __init__(self, block: TinyBlock, means: Means) -> None:
+        super().__init__()
+        self.convs = [FastConv(conv, means) for conv in block.conv if isinstance(conv, nn.Conv2d)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.convs
+        h = second.after(None, first.after(None, x, rectified=True), rectified=True)
+        return third.after(None, h, residual=x, rectified=True)
 
 
 class FastResBlock(nn.Module):

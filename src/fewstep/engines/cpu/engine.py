@@ -21,6 +21,7 @@ from fewstep.engines.cpu.convolution import (
     FastConv,
     FastDownsample,
     FastResBlock,
+    FastTinyBlock,
     FastUpsample,
 )
 from fewstep.engines.cpu.limits import memory_errors, spare_threads
@@ -30,6 +31,7 @@ from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.cpu.widened import FastEmbedding, Widened
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
+from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
@@ -148,10 +150,23 @@ def _copied(module: nn.Module, means: Means) -> nn.Module:
         return swap(module, means)
     if isinstance(module, nn.Conv2d) and _is_plain_3x3(module):
         return FastConv(module, means)
+    if isinstance(module, nn.Sequential):
+        return nn.Sequential(*_copied_row(list(module), means))
     copied = copy.copy(module)  # its parameters stay the original's: new ones are seen here too
     copied.__dict__["_parameters"] = Widened(module._parameters)
     copied._modules = {name: child and _copied(child, means) for name, child in module._modules.items()}
     return copied
+
+
+def _copied_row(layers: list[nn.Module], means: Means) -> Iterator[nn.Module]:
+    """Layers one after the other, a doubling and the convolution behind it as one."""
+    for before, layer in zip([None, *layers], layers, strict=False):
+        if isinstance(layer, nn.Upsample):
+            yield nn.Identity()
+        elif isinstance(before, nn.Upsample) and isinstance(layer, nn.Conv2d):
+            yield FastConv(layer, means, doubled=True)
+        else:
+            yield _copied(layer, means)
 
 
 def _is_plain_3x3(conv: nn.Conv2d) -> bool:
@@ -169,5 +184,6 @@ _SWAPS: dict[type[nn.Module], Callable[[Any, Means], nn.Module]] = {
     PixelAttention: FastPixelAttention,
     ResBlock: FastResBlock,
     SpatialTransformer: FastTransformer,
+    TinyBlock: FastTinyBlock,
     Upsample: FastUpsample,
 }

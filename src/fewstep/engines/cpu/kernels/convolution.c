@@ -32,6 +32,7 @@ typedef struct {
     Weight weight;                                    /* (O, C, 3, 3) */
     float *out;
     long batch, height, width, channels, outputs, bias_stride;
+    long rectified;         /* nothing below 0 leaves */
     long every, from;       /* of the outputs' rows and columns those are kept, from this one on */
     long down, across, left; /* rows of tiles of a picture, tiles in each of them, the number of the first */
     long first, last;       /* rows of tiles of this chunk, counted over all pictures */
@@ -221,6 +222,7 @@ INLINE void write_tile(int scheme, const Job *job, long tile, long output, const
                 long at = (y * kept_columns + x) * job->outputs + output + j;
                 vec value = made[i * outputs + k] + bias;
                 if (job->residual) value += load(job->residual + at);
+                if (job->rectified) value = larger(value, all(0));
                 store(job->out + at, value);
             }
     }
@@ -328,15 +330,15 @@ long convolution_scratch(const long *shape, int scheme, int threads, long chunk)
 }
 
 /* out = conv(silu(x * scale + shift)) + bias + residual; all but x, weight and out may be null. shape: batch, height,
- * width, channels, outputs, from one picture's bias to the next, and which rows and columns are kept: every second, say,
- * from the first or the second on. Channels and outputs are multiples of WIDE. */
+ * width, channels, outputs, from one picture's bias to the next, which rows and columns are kept: every second, say,
+ * from the first or the second on, and whether ReLU is applied. Channels are a multiple of LANES, outputs of WIDE. */
 void convolve(const float *x, const void *weight, int half, const float *bias, const float *scale, const float *shift,
               const float *residual, float *out, const long *shape, int scheme, int threads, long chunk, float *scratch,
               Parallel parallel)
 {
     Job job = {.x = x, .weight = {weight, half}, .bias = bias, .scale = scale, .shift = shift, .residual = residual, .out = out};
     job.batch = shape[0], job.height = shape[1], job.width = shape[2], job.channels = shape[3], job.outputs = shape[4];
-    job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7];
+    job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7], job.rectified = shape[8];
     job.scheme = scheme;
     measure(&job, threads);
     if (in_strips(&job, threads)) {
@@ -390,5 +392,6 @@ void sums(const float *x, float *out, long batch, long pixels, long channels, lo
     share(sum_item, &job, batch * ((pixels + lines - 1) / lines), threads, parallel);
 }
 
-/* What the channels of a convolution are multiples of. */
+/* What the channels of a convolution or linear layer are multiples of, on the way in and on the way out. */
+long lanes(void) { return LANES; }
 long wide(void) { return WIDE; }

@@ -86,7 +86,7 @@ static void measure(Job *job, int threads)
 long linear_scratch(long depth, int gated, int threads) { return threads * (depth * WIDE * (gated ? 2 : 1) + LANES); }
 
 /* out = x weight^T + bias + residual; if gated, the first half of that times the GELU of the second. bias and residual may be
- * null, bias not if gated. Depth and outputs are multiples of WIDE. */
+ * null, bias not if gated. Depth is a multiple of LANES, outputs of WIDE. */
 void linear(const float *x, const void *weight, int half, const float *bias, const float *residual, float *out,
             const long *shape, int gated, int threads, float *scratch, Parallel parallel)
 {
