@@ -14,6 +14,7 @@ from ctypes import CDLL, Array, c_int, c_long, c_void_p
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,20 @@ PIXELS = 512
 """Summed at a time in float32, before float64 takes over."""
 
 _log = logging.getLogger(__name__)
+
+
+class Besides(TypedDict, total=False):
+    """What a convolution does besides.
+
+    `affine`: scale and shift, each with B * C numbers, and a SiLU on the way in. `residual` is added, then `rectified`
+    asks for ReLU. Of the rows and columns each `every`th is kept, from number `first` on.
+    """
+
+    affine: tuple[Tensor, Tensor] | None
+    residual: Tensor | None
+    rectified: bool
+    every: int
+    first: int
 
 
 class Kernels:
@@ -76,30 +91,16 @@ class Kernels:
         weight: Tensor,
         bias: Tensor | None,
         scheme: str,
-        *,
-        affine: tuple[Tensor, Tensor] | None = None,
-        residual: Tensor | None = None,
-        rectified: bool = False,
-        every: int = 1,
-        first: int = 0,
+        **besides: Unpack[Besides],
     ) -> Tensor:
-        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
-
-        `affine`: scale and shift, each with B * C numbers, before a SiLU on the way in. `rectified`: ReLU at the end.
-        Of the rows and columns each `every`th is kept, from number `first` on.
-        """
+        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O)."""
+        affine, residual = besides.get("affine"), besides.get("residual")
+        rectified, every, first = besides.get("rectified", False), besides.get("every", 1), besides.get("first", 0)
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             if residual is not None:
-                residual = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
-            wider = self.conv3x3(
-                *(x, weight, bias, scheme),
-                affine=affine,
-                residual=residual,
-                rectified=rectified,
-                every=every,
-                first=first,
-            )
+                besides["residual"] = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+            wider = self.conv3x3(x, weight, bias, scheme, **besides)
             return pixels_first(wider[:, :-missing])
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
