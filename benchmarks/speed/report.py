@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts
         "what it is",
     ]
     rows = []
-    for one, before in zip(good, [*good[:1], *good], strict=False):
+    for before, one in pairwise([*good[:1], *good]):
         name = one.contender.name
         rows.append(
             [

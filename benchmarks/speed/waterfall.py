@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.speed import ours
@@ -39,7 +40,7 @@ def told() -> dict[str, str]:
     (record,) = ast.parse(inspect.getsource(Tricks)).body
     assert isinstance(record, ast.ClassDef)
     lines = dict(TOLD)
-    for field, text in zip(record.body, record.body[1:], strict=False):
+    for field, text in pairwise(record.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             lines[f"+ {ast.unparse(field.target)}"] = str(ast.literal_eval(text.value))
     return lines

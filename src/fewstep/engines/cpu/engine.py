@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -160,7 +161,7 @@ def _copied(module: nn.Module, means: Means) -> nn.Module:
 
 def _copied_row(layers: list[nn.Module], means: Means) -> Iterator[nn.Module]:
     """Layers one after the other, a doubling and the convolution behind it as one."""
-    for before, layer in zip([None, *layers], layers, strict=False):
+    for before, layer in pairwise([nn.Identity(), *layers]):
         if isinstance(layer, nn.Upsample):
             yield nn.Identity()
         elif isinstance(before, nn.Upsample) and isinstance(layer, nn.Conv2d):
