@@ -151,12 +151,12 @@ class Kernels:
     ) -> Tensor:
         """x (..., C) times weight (O, C), plus bias and residual; `gated`: one half times the GELU of the other."""
         outputs, depth = len(weight) // (2 if gated else 1), weight.shape[1]
-        x, weight, around = x.contiguous(), weight.contiguous(), [_floats(bias), _floats(residual)]
+        rows, weight, around = _apart(x.reshape(-1, depth)), weight.contiguous(), [_floats(bias), _floats(residual)]
         out, threads = self._outputs.empty(*x.shape[:-1], outputs), torch.get_num_threads()
         self._library.linear(
-            *(x.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
+            *(rows.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
             *(each if each is None else each.data_ptr() for each in (*around, out)),
-            (c_long * 3)(x.numel() // depth, depth, outputs),
+            (c_long * 4)(len(rows), depth, outputs, rows.stride(0)),
             *(gated, threads),
             scratch("kernels", (self._library.linear_scratch(depth, gated, threads),)).data_ptr(),
             self._parallel,
@@ -258,6 +258,14 @@ def pixels_first(x: Tensor) -> Tensor:
 
 def _floats(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.float().contiguous()
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """Rows (N, C) whose beginnings do not all fall into one set of a cache, as those a multiple of 4096 bytes apart do."""
+    if rows.shape[1] % 1024:
+        return rows.contiguous()
+    apart = scratch("rows", (len(rows), rows.shape[1] + 16))[:, :-16]
+    return apart.copy_(rows)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@
 #define AHEAD 64 /* weights that are fetched before they are needed */
 
 typedef struct {
-    const float *x, *bias, *residual; /* x (rows, depth) */
+    const float *x, *bias, *residual; /* x (rows, depth), its rows `stride` apart */
     Weight weight;                    /* (outputs, or twice as many if gated, depth) */
     float *out;                       /* (rows, outputs) */
-    long rows, depth, outputs, ranges;
-    int gated;
+    long rows, depth, outputs, stride, ranges;
+    int gated, threads;
     float *spaces; /* of each worker */
     long space;
 } Job;
@@ -56,6 +56,14 @@ INLINE void finish(const Job *job, int count, long row, long output, const float
         }
 }
 
+/* The part of the weights that this worker is likely to turn next, to be fetched while a group of rows is multiplied. */
+static const char *ahead(const Job *job, long item, long offset, long group)
+{
+    long output = (item + job->threads) / job->ranges * WIDE, bytes = size(job->weight);
+    if (output == item / job->ranges * WIDE || output >= job->outputs || group * LINE >= WIDE * bytes) return 0;
+    return (const char *)job->weight.numbers + ((offset + output) * bytes + group * LINE) * job->depth;
+}
+
 static void linear_item(void *data, long item, int worker)
 {
     const Job *job = data;
@@ -65,11 +73,12 @@ static void linear_item(void *data, long item, int worker)
     float values[ROWS * WIDE], gates[ROWS * WIDE];
     turn(job, output, panel);
     if (job->gated) turn(job, job->outputs + output, gate);
-    for (long row = begin; row < end; row += ROWS) {
+    for (long row = begin, group = 0; row < end; row += ROWS, group++) {
         int count = (int)MIN(ROWS, end - row);
-        Product p = {job->x + row * job->depth, job->depth, panel, WIDE, job->depth, values, WIDE, 0};
+        Product p = {job->x + row * job->stride, job->stride, panel, WIDE, job->depth, values, WIDE, 0, ahead(job, item, 0, group)};
         product(count, p);
-        if (job->gated) product(count, (Product){p.rows, p.stride, gate, WIDE, p.depth, gates, WIDE, 0});
+        p.columns = gate, p.out = gates, p.ahead = ahead(job, item, job->outputs, group);
+        if (job->gated) product(count, p);
         finish(job, count, row, output, values, gates);
     }
 }
@@ -90,8 +99,8 @@ long linear_scratch(long depth, int gated, int threads) { return threads * (dept
 void linear(const float *x, const void *weight, int half, const float *bias, const float *residual, float *out,
             const long *shape, int gated, int threads, float *scratch, Parallel parallel)
 {
-    Job job = {.x = x, .weight = {weight, half}, .bias = bias, .residual = residual, .out = out, .gated = gated, .spaces = scratch};
-    job.rows = shape[0], job.depth = shape[1], job.outputs = shape[2];
+    Job job = {.x = x, .weight = {weight, half}, .bias = bias, .residual = residual, .out = out, .gated = gated, .threads = threads, .spaces = scratch};
+    job.rows = shape[0], job.depth = shape[1], job.outputs = shape[2], job.stride = shape[3];
     measure(&job, threads);
     share(linear_item, &job, job.outputs / WIDE * job.ranges, threads, parallel);
 }

@@ -19,6 +19,7 @@
 #define VECTORS 4
 #endif
 #define WIDE (LANES * VECTORS) /* columns of the right matrix at a time */
+#define LINE 64                /* bytes that memory is fetched by */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -48,8 +49,11 @@ typedef struct {
     int half;
 } Weight;
 
+/* Bytes of a weight. */
+INLINE long size(Weight w) { return w.half ? 2 : 4; }
+
 /* Fetch what lies at number i. */
-INLINE void fetch(Weight w, long i) { __builtin_prefetch((const char *)w.numbers + i * (w.half ? 2 : 4)); }
+INLINE void fetch(Weight w, long i) { __builtin_prefetch((const char *)w.numbers + i * size(w)); }
 
 /* LANES weights from number i on. */
 INLINE vec weights(Weight w, long i)
@@ -107,6 +111,7 @@ typedef struct {
     float *out; /* its rows `width` apart */
     long width;
     int add; /* to what is there */
+    const char *ahead; /* memory to fetch meanwhile, 64 bytes with each of `depth`; or null */
 } Product;
 
 /* `rows` rows of vectors * LANES columns; rows <= ROWS, vectors <= VECTORS, both known to the compiler. */
@@ -117,6 +122,7 @@ INLINE void multiply(int rows, int vectors, Product p)
         UNROLL for (int j = 0; j < vectors; j++) sums[i][j] = p.add ? load(p.out + i * p.width + j * LANES) : (vec){0};
     for (long k = 0; k < p.depth; k++) {
         vec column[VECTORS];
+        if (p.ahead) __builtin_prefetch(p.ahead + k * LINE);
         UNROLL for (int j = 0; j < vectors; j++) column[j] = load(p.columns + k * p.pitch + j * LANES);
         UNROLL for (int i = 0; i < rows; i++) {
             vec value = all(p.rows[i * p.stride + k]);
