@@ -4,7 +4,8 @@
 
 Writes `results/startup_<hardware>_<date>.md`: medians of whole processes, run in turns, also as ratios to a bare
 `import torch`, which tells more than seconds do on a machine that has other work; what is imported on the way to
-a picture; and the peak memory of loading a checkpoint of random weights of about a gigabyte.
+a picture; the embedded model's next pictures; and the peak memory of loading a checkpoint of random weights of about
+a gigabyte.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import fewstep
 
@@ -66,6 +68,14 @@ def timings(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[
             if turn:
                 seconds[name].append(taken)
     return seconds
+
+
+def warm(runs: int) -> list[dict[str, Any]]:
+    """What `fewstep bench` finds for pictures of the embedded model after the first one."""
+    asked = [["--steps", steps, "--threads", threads] for steps in ("1", "4") for threads in ("1", "2")]
+    return [
+        json.loads(run(["-m", "fewstep", "bench", "--json", "--runs", str(runs), *each])[1].stdout) for each in asked
+    ]
 
 
 def import_times(arguments: Sequence[str]) -> Counter[str]:
@@ -131,7 +141,12 @@ def processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def report(seconds: Mapping[str, Sequence[float]], spent: Counter[str], load: dict[str, float] | None) -> str:
+def report(
+    seconds: Mapping[str, Sequence[float]],
+    spent: Counter[str],
+    pictures: Sequence[Mapping[str, Any]],
+    load: dict[str, float] | None,
+) -> str:
     """The page of results, in markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bare = median(seconds[YARDSTICK])
@@ -154,6 +169,12 @@ def report(seconds: Mapping[str, Sequence[float]], spent: Counter[str], load: di
     lines += ["", f"On the way to the picture {oracles} are imported. Where the time of importing goes:", ""]
     lines += ["| package | own modules, s |", "|---|---|"]
     lines += [f"| {name} | {taken / 1e6:.3f} |" for name, taken in spent.most_common(TOLD)]
+    size = f"{pictures[0]['width']}x{pictures[0]['height']}"
+    lines += ["", f"The next pictures of {pictures[0]['model']} at {size}, {pictures[0]['runs']} each:", ""]
+    lines += ["| steps | threads | median ms | fastest | slowest |", "|---|---|---|---|---|"]
+    for each in pictures:
+        figures = (f"{1e3 * each[f'{name}_seconds']:.1f}" for name in ("picture", "fastest", "slowest"))
+        lines.append(f"| {each['steps']} | {each['threads']} | {' | '.join(figures)} |")
     if load:
         ratio = load["growth"] / load["size"]
         lines += ["", f"Loading {load['size'] / 1e6:,.0f} MB of float32 weights and reading each of them once: "]
@@ -172,7 +193,7 @@ def main() -> None:
         commands = command_lines(Path(room))
         seconds = timings(commands, options.runs)
         spent = import_times(list(commands.values())[-1])
-    page = report(seconds, spent, loading(min(options.runs, 3)))
+    page = report(seconds, spent, warm(5 * options.runs), loading(min(options.runs, 3)))
     place = RESULTS / f"startup_{options.hardware}_{datetime.date.today():%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
     place.write_text(page, encoding="utf-8")

@@ -40,8 +40,8 @@ def measure(request: Request) -> Path:
         command=request.command(),
     )
     if request.waterfall:
-        found = measured(waterfall.rows(request.without), task, request.runs, request.turns)
-        text = report.waterfall(found, waterfall.told(), task, facts)
+        found = measured(waterfall.rows(request.without, request.device), task, request.runs, request.turns)
+        text = report.waterfall(found, waterfall.told(request.device), task, facts)
     else:
         wanted = chosen(request.peers, task, request.without)
         absent = {each.name: install for each in wanted if (install := each.missing())}
@@ -56,10 +56,16 @@ def measure(request: Request) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is asked for and keep the results."""
-    asked = parser(waterfall.names(), tuple(SUITES), __doc__).parse_args(arguments)
+    asked = parser(waterfall.names, tuple(SUITES), __doc__).parse_args(arguments)
     if asked.suite == "cuda" and asked.device == "cpu":
         asked.device = "cuda"
     request = request_of(asked)
+    known = waterfall.names(request.device)
+    if strange := set(request.without) - set(known):
+        raise SystemExit(
+            f"error: --without {', '.join(strange)}: no trick of the engine for {request.device}; "
+            f"there are {', '.join(known)}"
+        )
     if asked.suite is None:
         print(measure(request))
         return

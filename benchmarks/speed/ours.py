@@ -20,7 +20,7 @@ HUGE_PAGES, SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}, {"THP_MEM_ALLOC_ENABLE"
 
 
 def load(task: Task, *, plain: bool = False, tricks: Mapping[str, bool] | None = None, **options: Any) -> Run:
-    """The engine that fewstep takes here; the one for CPUs with `tricks` as told, or the plain one."""
+    """The engine for the device, with `tricks` as told, or the plain one."""
     import torch
 
     from benchmarks.speed.walk import run_of, torch_arrays
@@ -46,19 +46,17 @@ def _parts(task: Task) -> Parts:
 
 
 def _engine(parts: Parts, *, plain: bool, tricks: Mapping[str, bool] | None, **options: Any) -> Engine:
-    from fewstep.engines.best import best_engine
     from fewstep.engines.cpu.engine import CpuEngine
+    from fewstep.engines.cpu.tricks import Tricks
+    from fewstep.engines.cuda.engine import CudaEngine
+    from fewstep.engines.cuda.tricks import CudaTricks
     from fewstep.engines.eager import EagerEngine
 
     if plain:
         return EagerEngine(parts)
-    if tricks is None and not options:
-        return best_engine(parts)
-    if tricks is not None:
-        from fewstep.engines.cpu.tricks import Tricks
-
-        options["tricks"] = Tricks(**tricks)
-    return CpuEngine(parts, **options)
+    if parts.unet.conv_in.weight.is_cuda:
+        return CudaEngine(parts, tricks=CudaTricks(**tricks or {}), **options)
+    return CpuEngine(parts, tricks=Tricks(**tricks or {}), **options)
 
 
 def _networks(engine: Engine, scaling: float) -> dict[str, Any]:

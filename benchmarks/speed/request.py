@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class Request:
         return shlex.join(words)
 
 
-def parser(tricks: Sequence[str], suites: Sequence[str], about: str | None) -> argparse.ArgumentParser:
-    """The command line; `tricks` are what `--without` knows, `suites` what `--suite` does."""
+def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about: str | None) -> argparse.ArgumentParser:
+    """The command line; `tricks` are what `--without` knows on a device, `suites` what `--suite` does."""
     usual = Request()
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,7 +99,8 @@ def parser(tricks: Sequence[str], suites: Sequence[str], about: str | None) -> a
     option("hardware", "a short name for the file, else the processor's or the card's")
     option("cache", "where random models lie", type=Path)
     option("results", "where the results go", type=Path)
-    found.add_argument("--without", action="append", default=[], choices=tricks, help="leave out a trick of fewstep's")
+    known = sorted({*tricks("cpu"), *tricks("cuda")})
+    found.add_argument("--without", action="append", default=[], choices=known, help="leave out a trick of fewstep's")
     found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
     found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")
     found.add_argument("--keep-exports", action="store_true", help="of a suite: keep what peers had converted")
@@ -112,8 +113,6 @@ def request_of(asked: argparse.Namespace) -> Request:
     request = Request(**{**named, "without": tuple(asked.without)})
     if request.device != "cpu":
         _check_cuda(request.device)
-        if request.waterfall or request.without:
-            raise SystemExit("error: --waterfall and --without are of the engine for CPUs; leave --device out")
     elif request.dtype not in (None, "float32"):
         raise SystemExit(f"error: --dtype {request.dtype}: all contenders compute in float32 on a CPU; leave it out")
     if request.runs < 1 or request.turns < 1:

@@ -1,4 +1,4 @@
-"""fewstep's tricks one by one: the plain engine, huge pages, then each trick of the engine for CPUs on top."""
+"""fewstep's tricks one by one: the plain engine, on a CPU huge pages, then each trick of the engine on top."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from typing import Any
 from benchmarks.speed import ours
 from benchmarks.speed.contenders import SWITCHES, Contender
 from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cuda.tricks import CudaTricks
 
 TOLD = {"plain engine": "Plain PyTorch.", "+ huge_pages": "Memory in pages of 2 MB."}
 
 
-def names() -> tuple[str, ...]:
+def tricks_of(device: str) -> type[Tricks | CudaTricks]:
+    """The record of the tricks of the engine for a device."""
+    return CudaTricks if device.startswith("cuda") else Tricks
+
+
+def names(device: str = "cpu") -> tuple[str, ...]:
     """All that can be left out, in the order in which it is added."""
-    return (*SWITCHES, *(each.name for each in fields(Tricks)))
+    switches = () if device.startswith("cuda") else SWITCHES
+    return (*switches, *(each.name for each in fields(tricks_of(device))))
 
 
-def rows(without: Sequence[str] = ()) -> list[Contender]:
+def rows(without: Sequence[str] = (), device: str = "cpu") -> list[Contender]:
     """The contenders of a waterfall, each with all that those before it have; those `without` are left out."""
-    pages = ours.SMALL_PAGES if "huge_pages" in without else ours.HUGE_PAGES
+    pages = ours.SMALL_PAGES if "huge_pages" in (*without, *_absent(device)) else ours.HUGE_PAGES
     found = [_row("plain engine", {"plain": True}, ours.SMALL_PAGES)]
     if pages == ours.HUGE_PAGES:
         found.append(_row("+ huge_pages", {"plain": True}, pages))
-    tricks = {each.name: False for each in fields(Tricks)}
+    tricks = {each.name: False for each in fields(tricks_of(device))}
     for name in tricks:
         if name not in without:
             tricks[name] = True
@@ -35,9 +42,14 @@ def rows(without: Sequence[str] = ()) -> list[Contender]:
     return found
 
 
-def told() -> dict[str, str]:
+def _absent(device: str) -> set[str]:
+    """Switches that do nothing there."""
+    return set(SWITCHES) - set(names(device))
+
+
+def told(device: str = "cpu") -> dict[str, str]:
     """What the trick of each row is: the line below its field."""
-    (record,) = ast.parse(inspect.getsource(Tricks)).body
+    (record,) = ast.parse(inspect.getsource(tricks_of(device))).body
     assert isinstance(record, ast.ClassDef)
     lines = dict(TOLD)
     for field, text in pairwise(record.body):

@@ -74,7 +74,7 @@ def test_every_direct_dependency_is_pinned():
     assert not wrong, f"constraints.txt: {wrong} are not of the form name==version, without a local +suffix"
     names = {pin.partition("==")[0] for pin in pins}
     needs = {re.match(r"[\w-]+", need)[0].lower().replace("_", "-") for need in wanted}
-    missing = needs - names - {"fewstep"}
+    missing = needs - names - {"fewstep", "triton"}  # torch pins the Triton that it works with
     assert not missing, f"constraints.txt does not pin {sorted(missing)}"
 
 

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep import Pipeline
+from fewstep.engines.choices import Choices, Ways
 from fewstep.engines.cpu import convolution, engine
-from fewstep.engines.cpu.choices import Choices, Ways
 from fewstep.engines.cpu.compiled import kernels
 from fewstep.engines.cpu.engine import CpuEngine
 from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
+from fewstep.engines.rebuilt import rebuilt
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -159,7 +160,7 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
 
 def fast_copy(network: nn.Module) -> nn.Module:
     means = Means(choices=Last(), kernels=engine.kernels(), tricks=Tricks(), budget=engine.BUDGET)
-    return engine.fast(network.eval().requires_grad_(False), means)
+    return rebuilt(network.eval().requires_grad_(False), engine.swaps(means))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.speed import contenders, ours, report, suite, waterfall
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.machine import Peaks, flops, hardware_name
 from benchmarks.speed.models import walk_of
 from benchmarks.speed.request import Request, parser, request_of
@@ -24,6 +25,7 @@ from benchmarks.speed.walk import run_of, torch_arrays, walked
 from fewstep.diffusion.denoiser import denoiser
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cuda.tricks import CudaTricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.models.autoencoder import AutoencoderKL
@@ -272,7 +274,7 @@ def test_every_trick_is_told():
 
 
 def asked(*words: str) -> Request:
-    return request_of(parser(waterfall.names(), tuple(suite.SUITES), None).parse_args(words))
+    return request_of(parser(waterfall.names, tuple(suite.SUITES), None).parse_args(words))
 
 
 def test_the_command_of_a_result_asks_for_the_same():
@@ -287,6 +289,14 @@ def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
         asked("--device", "cuda")
     with pytest.raises(SystemExit, match="cpu and on cuda"):
         asked("--device", "tpu")
+
+
+def test_tricks_belong_to_a_device(capsys):
+    rows = waterfall.rows(device="cuda")
+    assert [row.name for row in rows] == ["plain engine", *(f"+ {each.name}" for each in fields(CudaTricks))]
+    assert all(waterfall.told("cuda")[row.name] for row in rows)
+    with pytest.raises(SystemExit, match="graphs: no trick of the engine for cpu; there are huge_pages, onednn"):
+        main(["--without", "graphs", "--size", "64"])
 
 
 def test_peers_are_chosen_by_name(task):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli import bench, card, compare, data, evaluate, exits, generate, inspect, models, train
+from fewstep.cli import batch, bench, card, compare, data, evaluate, exits, generate, inspect, models, train
 
 app = typer.Typer(
     name="fewstep",
@@ -17,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("generate")(generate.generate)
+app.command("batch")(batch.batch)
 app.command("models")(models.models)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Embedding = tuple[Tensor, Tensor | None]
+"""Of texts: context (B, M, D), and pooled (B, P) where the UNet reads it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
@@ -45,7 +48,7 @@ class Engine(Protocol):
     def device(self) -> torch.device:
         """Where the latents live while the engine walks them."""
 
-    def encode_text(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """Ids (B, chunks, window) of each text tower -> context (B, chunks * window, D), pooled (B, P) or None."""
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.cpu.choices import Ways
+from fewstep.engines.choices import Ways
 from fewstep.engines.cpu.convolution import normed
 from fewstep.engines.cpu.linear import fast_linear, gated_linear
-from fewstep.engines.cpu.means import Kept, Means
+from fewstep.engines.cpu.means import Means
+from fewstep.engines.kept import Kept
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.engines.cpu.choices import cache_folder, processor
+from fewstep.engines.choices import cache_folder, processor
 from fewstep.engines.cpu.scratch import Outputs, scratch
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -261,7 +261,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 
 def _apart(rows: Tensor) -> Tensor:
-    """Rows (N, C) whose beginnings do not all fall into one set of a cache, as those a multiple of 4096 bytes apart do."""
+    """Rows (N, C) that do not all begin in one set of a cache, as those a multiple of 4096 bytes apart do."""
     if rows.shape[1] % 1024:
         return rows.contiguous()
     apart = scratch("rows", (len(rows), rows.shape[1] + 16))[:, :-16]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.cpu.choices import Ways
+from fewstep.engines.choices import Ways
 from fewstep.engines.cpu.compiled import Kernels
 from fewstep.engines.cpu.linear import fast_linear, floats
-from fewstep.engines.cpu.means import Kept, Means
+from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.winograd import (
     STRICT,
     UPSAMPLED,
@@ -23,6 +23,7 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
+from fewstep.engines.kept import Kept
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any, TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.engines.choices import Choices, of_this_machine
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
-from fewstep.engines.cpu.choices import Choices, of_this_machine
 from fewstep.engines.cpu.compiled import kernels, pixels_first
 from fewstep.engines.cpu.convolution import (
     FEW_CHANNELS,
@@ -27,11 +25,13 @@ from fewstep.engines.cpu.convolution import (
 )
 from fewstep.engines.cpu.limits import memory_errors, spare_threads
 from fewstep.engines.cpu.linear import FastLinear
-from fewstep.engines.cpu.means import Means, state_of
+from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.cpu.widened import FastEmbedding, Widened
 from fewstep.engines.eager import EagerEngine
-from fewstep.engines.engine import Conditioning
+from fewstep.engines.engine import Conditioning, Embedding
+from fewstep.engines.kept import Embeddings
+from fewstep.engines.rebuilt import Swaps, rebuilt_parts
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Downsample, Upsample
@@ -44,12 +44,6 @@ BUDGET = 1 << 30
 
 STORED = (torch.float32, torch.float16)
 """Formats of weights that it computes with, in float32 always."""
-
-PROMPTS = 16
-"""Embeddings of texts that are kept."""
-
-Network = TypeVar("Network", bound=nn.Module)
-Embedding = tuple[Tensor, Tensor | None]
 
 _log = logging.getLogger(__name__)
 
@@ -78,24 +72,17 @@ class CpuEngine:
         built = kernels() if tricks.kernels else None
         chosen = choices or of_this_machine()
         means = Means(choices=chosen, kernels=built, tricks=tricks, budget=budget, strict=strict)
-        self.parts, self._fast = parts, EagerEngine(_fast_parts(parts, means))
+        self.parts, self._fast = parts, EagerEngine(rebuilt_parts(parts, swaps(means)))
         self._fast.dtype = torch.float32  # of what goes through the networks
         self.device, self.dtype = self._fast.device, self._fast.dtype
-        self._embeddings: dict[object, Embedding] = {}
+        self._embeddings = Embeddings()
         self._said = False
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
         weights = [weight for tower in self.parts.text_encoders for weight in tower.parameters()]
-        key = (*((tuple(each.shape), each.numpy().tobytes()) for each in ids), state_of(*weights))
-        if key not in self._embeddings:
-            with self._ready() as engine:
-                made = engine.encode_text(ids)
-            while len(self._embeddings) >= PROMPTS:
-                del self._embeddings[next(iter(self._embeddings))]
-            self._embeddings[key] = made
-        context, pooled = self._embeddings[key]
-        return context.clone(), None if pooled is None else pooled.clone()
+        with self._ready() as engine:
+            return self._embeddings.get(ids, weights, lambda: engine.encode_text(ids))
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
@@ -130,44 +117,17 @@ def runs(parts: Parts) -> bool:
     return all(each.device.type == "cpu" and each.dtype in STORED for each in weights)
 
 
-def _fast_parts(parts: Parts, means: Means) -> Parts:
-    return replace(
-        parts,
-        unet=fast(parts.unet, means),
-        autoencoder=fast(parts.autoencoder, means),
-        text_encoders=tuple(fast(tower, means) for tower in parts.text_encoders),
-        tiny=None if parts.tiny is None else fast(parts.tiny, means),
+def swaps(means: Means) -> Swaps:
+    """The fast layers, in the places of those that have some."""
+    return Swaps(
+        layers={
+            nn.Conv2d: lambda conv: FastConv(conv, means) if _is_plain_3x3(conv) else None,
+            nn.Embedding: FastEmbedding,
+            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+        },
+        doubled=partial(FastConv, means=means, doubled=True),
+        parameters=Widened,
     )
-
-
-def fast(network: Network, means: Means) -> Network:
-    """A copy of `network` that shares its parameters, fast layers in the places of those that have some."""
-    return _copied(network, means)  # type: ignore[return-value]  # the outermost is never swapped
-
-
-def _copied(module: nn.Module, means: Means) -> nn.Module:
-    swap = _SWAPS.get(type(module))
-    if swap is not None:
-        return swap(module, means)
-    if isinstance(module, nn.Conv2d) and _is_plain_3x3(module):
-        return FastConv(module, means)
-    if isinstance(module, nn.Sequential):
-        return nn.Sequential(*_copied_row(list(module), means))
-    copied = copy.copy(module)  # its parameters stay the original's: new ones are seen here too
-    copied.__dict__["_parameters"] = Widened(module._parameters)
-    copied._modules = {name: child and _copied(child, means) for name, child in module._modules.items()}
-    return copied
-
-
-def _copied_row(layers: list[nn.Module], means: Means) -> Iterator[nn.Module]:
-    """Layers one after the other, a doubling and the convolution behind it as one."""
-    for before, layer in pairwise([nn.Identity(), *layers]):
-        if isinstance(layer, nn.Upsample):
-            yield nn.Identity()
-        elif isinstance(before, nn.Upsample) and isinstance(layer, nn.Conv2d):
-            yield FastConv(layer, means, doubled=True)
-        else:
-            yield _copied(layer, means)
 
 
 def _is_plain_3x3(conv: nn.Conv2d) -> bool:
@@ -177,8 +137,7 @@ def _is_plain_3x3(conv: nn.Conv2d) -> bool:
     )
 
 
-_SWAPS: dict[type[nn.Module], Callable[[Any, Means], nn.Module]] = {
-    nn.Embedding: lambda layer, means: FastEmbedding(layer),
+_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Linear: FastLinear,
     Attention: FastAttention,
     Downsample: FastDownsample,

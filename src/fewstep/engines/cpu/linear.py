@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.cpu.choices import Ways
+from fewstep.engines.choices import Ways
 from fewstep.engines.cpu.means import Means
 
 

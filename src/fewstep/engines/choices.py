@@ -24,10 +24,11 @@ class Choices:
     """The fastest way for each key, kept in `path` between processes where that can be written.
 
     A key that is new costs a run of each way. All ways must compute the same, so a wrong choice costs time alone.
+    `wait` comes back when the device has done all that it was told.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, wait: Callable[[], object] = lambda: None) -> None:
+        self.path, self.wait = path, wait
         self.known: dict[str, str] = _read(path)
 
     def run(self, key: str, ways: Ways) -> Tensor:
@@ -36,12 +37,19 @@ class Choices:
             return next(iter(ways.values()))()
         if (known := self.known.get(key, "")) in ways:
             return ways[known]()
-        seconds = {name: _timed(way) for name, way in ways.items()}
+        seconds = {name: self._timed(way) for name, way in ways.items()}
         if sum(seconds.values()) < LONG:  # the first run may have had to wait for memory
-            seconds = {name: min(before, _timed(ways[name])) for name, before in seconds.items()}
+            seconds = {name: min(before, self._timed(ways[name])) for name, before in seconds.items()}
         self.known[key] = min(seconds, key=lambda name: seconds[name])
         self._write()
         return ways[self.known[key]]()
+
+    def _timed(self, way: Callable[[], Tensor]) -> float:
+        self.wait()
+        started = perf_counter()
+        way()
+        self.wait()
+        return perf_counter() - started
 
     def _write(self) -> None:
         """Keep what is known; a disk that cannot be written is no reason to stop."""
@@ -60,8 +68,12 @@ class Choices:
 def of_this_machine() -> Choices:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())
-    digest = blake2b(repr((*machine, torch.get_num_threads())).encode(), digest_size=6).hexdigest()
-    return Choices(cache_folder() / f"cpu-{digest}.json")
+    return Choices(cache_folder() / f"cpu-{digest(*machine, torch.get_num_threads())}.json")
+
+
+def digest(*what: object) -> str:
+    """A short name for what choices depend on."""
+    return blake2b(repr(what).encode(), digest_size=6).hexdigest()
 
 
 def cache_folder() -> Path:
@@ -76,12 +88,6 @@ def processor() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("model name")), "")
-
-
-def _timed(way: Callable[[], Tensor]) -> float:
-    started = perf_counter()
-    way()
-    return perf_counter() - started
 
 
 def _read(path: Path | None) -> dict[str, str]:

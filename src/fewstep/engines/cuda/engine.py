@@ -1,0 +1,282 @@
+"""The engine itself: a model's networks in few kernels, each network one CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.engines.choices import Choices, cache_folder, digest
+from fewstep.engines.cuda.derived import Means
+from fewstep.engines.cuda.graphs import Called, Function, Graphs
+from fewstep.engines.cuda.layers import (
+    CudaConv,
+    CudaPixelAttention,
+    CudaResBlock,
+    CudaTextLayer,
+    CudaTinyBlock,
+    CudaTransformer,
+    CudaTransformerBlock,
+    CudaUpsample,
+    Doubled,
+    Times,
+    Told,
+)
+from fewstep.engines.cuda.memory import in_pieces, tiled
+from fewstep.engines.cuda.operations import Operations, PlainOperations
+from fewstep.engines.cuda.tricks import CudaTricks
+from fewstep.engines.eager import EagerEngine
+from fewstep.engines.engine import Conditioning, Embedding
+from fewstep.engines.kept import Embeddings, state_of
+from fewstep.engines.rebuilt import Swaps, rebuilt_parts
+from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.text_encoder import TextLayer
+from fewstep.models.tiny_autoencoder import TinyBlock
+from fewstep.models.unet import UNet
+from fewstep.nn.attention import PixelAttention
+from fewstep.nn.convolution import Downsample, Upsample
+from fewstep.nn.resblock import ResBlock
+from fewstep.nn.transformer import SpatialTransformer
+from fewstep.weights.parts import Parts
+
+_log = logging.getLogger(__name__)
+
+
+class CudaEngine:
+    """Runs `parts` on a card: text towers, UNet and autoencoder each as one CUDA graph for each shape.
+
+    What is merged into weights or taken out again counts at the next call, without a new capture; parameters that
+    are put in the places of others need a new engine. `fp8`: large linear layers in 8 bits, with an error that shows.
+    It has never run on a card, which is why the plain engine is the default there.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        fp8: bool = False,
+        tricks: CudaTricks | None = None,
+        graphs: Graphs | None = None,
+        choices: Choices | None = None,
+    ) -> None:
+        weight = parts.unet.conv_in.weight
+        self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
+        _lay_out(parts)
+        tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
+        found = operations(self.device) if tricks.kernels else PlainOperations()
+        self._means = Means(operations=found, choices=chosen, tricks=tricks, fp8=fp8)
+        self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
+        vae = _sturdy(parts.autoencoder)
+        self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._means))
+        self._vae_dtype = next(vae.parameters()).dtype
+        self._told = _merge(self._fast.unet, self._means)
+        self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
+        self._texts: list[tuple[Tensor, Tensor]] = []
+        self._weights = [weight for network in _networks(parts) for weight in network.parameters()]
+        self._tower_weights = [weight for tower in parts.text_encoders for weight in tower.parameters()]
+        self._state: tuple[int, ...] = ()
+
+    def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
+        """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
+        self._refresh()
+
+        def make() -> Embedding:
+            context, pooled = self._run("text", lambda *rows: self._plain.encode_text(rows), *ids)
+            assert context is not None
+            return context, pooled
+
+        return self._embeddings.get(ids, self._tower_weights, make)
+
+    def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+        """See `Engine`."""
+        self._refresh()
+        told = self._told_of(conditioning.context)
+        rows = x, told, conditioning.pooled, conditioning.sizes, conditioning.channels
+        return in_pieces(partial(self._predict, t), rows, forget=self._forget)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Engine`. What overflows half precision is decoded again in float32, and a debug message says so."""
+        self._refresh()
+        image = in_pieces(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
+        if self.dtype == torch.float32 or bool(image.isfinite().all()):
+            return image
+        _log.debug("the decoder overflowed in %s: once more in float32", self._vae_dtype)
+        return self._in_float32("decode", latents / self.parts.autoencoder.config.scaling_factor)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
+        self._refresh()
+        vae = self._fast.autoencoder
+        moments = self._first("encode", lambda rows: (vae.encode(self._laid(rows, self._vae_dtype)),), image).float()
+        if self.dtype != torch.float32 and not bool(moments.isfinite().all()):
+            moments = self._in_float32("encode", image)
+        mean, logvar = moments.chunk(2, dim=1)
+        deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
+        return mean * vae.config.scaling_factor, deviation * vae.config.scaling_factor
+
+    def _told_of(self, context: Tensor) -> Tensor:
+        """Keys and values for a text: those of the last ones are kept, for there is one text for many steps."""
+        for known, told in self._texts:
+            if known is context:
+                return told
+        told = self._first("told", lambda rows: (self._told(rows.to(self.dtype)),), context)
+        self._texts = [*self._texts[-3:], (context, told)]
+        return told
+
+    def _predict(self, t: float, *rows: Tensor | None) -> Tensor:
+        def function(x: Tensor, times: Tensor, told: Tensor, *more: Tensor | None) -> tuple[Tensor]:
+            pooled, sizes, channels = more
+            x = x if channels is None else torch.cat([x, channels.to(x)], dim=1)
+            pooled = None if pooled is None else pooled.to(self.dtype)
+            return (self._fast.unet(self._laid(x, self.dtype), times, told, pooled, sizes),)
+
+        x, *others = rows
+        assert x is not None
+        times = torch.full((len(x),), t, device=self.device)
+        return self._first("unet", function, x, times, *others).float()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae, tiny = self._fast.autoencoder, self._fast.tiny
+
+        def function(rows: Tensor) -> tuple[Tensor]:
+            if tiny is not None:
+                return (tiny.decode(self._laid(rows, self.dtype)),)
+            return (vae.decode(self._laid(rows / vae.config.scaling_factor, self._vae_dtype)),)
+
+        return self._first("decode", function, latents).float()
+
+    def _laid(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def _first(self, name: str, function: Function, *given: Tensor | None) -> Tensor:
+        (out,) = self._run(name, function, *given)
+        assert out is not None
+        return out
+
+    def _run(self, name: str, function: Function, *given: Tensor | None) -> list[Tensor | None]:
+        """Copies of what `function` makes of `given`, by a graph."""
+        with torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
+            here = [None if each is None else each.to(self.device, non_blocking=True) for each in given]
+            return [None if out is None else out.clone() for out in self._graphs.run(name, function, *here)]
+
+    def _refresh(self) -> None:
+        """Make anew what was made of weights that have changed; forget the graphs where weights lie elsewhere now."""
+        before, self._state = self._state, state_of(*self._weights)
+        if before == self._state:
+            return
+        if before[::2] != self._state[::2]:  # where they lie; their versions stand between
+            self._graphs.clear()
+        self._means.refresh()
+        self._texts.clear()
+
+    def _forget(self) -> None:
+        """Give back the memory of all graphs."""
+        self._graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _in_float32(self, method: str, value: Tensor) -> Tensor:
+        vae = copy.deepcopy(self.parts.autoencoder).float()
+        with torch.no_grad():
+            out: Tensor = getattr(vae, method)(value.to(self.device, torch.float32))
+        return out
+
+
+def runs(parts: Parts) -> bool:
+    """Whether the engine for NVIDIA cards can run `parts`."""
+    return all(weight.is_cuda for network in _networks(parts) for weight in network.parameters())
+
+
+@cache
+def operations(device: torch.device) -> Operations:
+    """The kernels, or PyTorch's own operations where they cannot be compiled or compute wrongly."""
+    if device.type != "cuda":
+        return PlainOperations()
+    try:
+        from fewstep.engines.cuda.kernels import TritonOperations
+
+        found = TritonOperations()
+        if _right(found, device):
+            return found
+        reason: object = "they compute wrongly here"
+    except Exception as error:  # Triton's compiler, its driver and the linker fail in many ways
+        reason = error
+    _log.warning("the kernels for %s cannot be used (%s): PyTorch's operations take their place", device, reason)
+    return PlainOperations()
+
+
+def _right(found: Operations, device: torch.device) -> bool:
+    rows = torch.linspace(-3, 3, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
+    group, layer = nn.GroupNorm(8, 96, device=device).half(), nn.LayerNorm(96, device=device).half()
+
+    def computed(by: Operations) -> list[Tensor]:
+        normed = by.group_norm(rows, group, rows[:, 0].contiguous())
+        return [normed, *by.add_norm(rows, rows, layer), by.gated(rows), by.added(rows, rows[0, 0], rows)]
+
+    with torch.no_grad():
+        pairs = zip(computed(found), computed(PlainOperations()), strict=True)
+        return all(torch.allclose(a, b, atol=2e-2) for a, b in pairs)
+
+
+@cache
+def of_this_card(device: torch.device) -> Choices:
+    """The choices of this card and these versions of PyTorch and cuDNN."""
+    if device.type != "cuda":
+        return Choices()
+    cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    card = torch.cuda.get_device_name(device), torch.__version__, cudnn
+    return Choices(cache_folder() / f"cuda-{digest(*card)}.json", wait=torch.cuda.synchronize)
+
+
+def swaps(means: Means) -> Swaps:
+    """The fast layers, in the places of those that have some."""
+    return Swaps(
+        layers={
+            Downsample: lambda layer: layer,
+            TinyBlock: CudaTinyBlock,
+            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+        },
+        doubled=partial(Doubled, means=means),
+    )
+
+
+_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    PixelAttention: CudaPixelAttention,
+    ResBlock: CudaResBlock,
+    SpatialTransformer: CudaTransformer,
+    TextLayer: CudaTextLayer,
+    Upsample: CudaUpsample,
+    nn.Conv2d: CudaConv,
+}
+
+
+def _merge(unet: UNet, means: Means) -> Told:
+    """One product for what all residual blocks add for the time, and one for what all attentions read of the text."""
+    blocks = [each for each in unet.modules() if isinstance(each, CudaResBlock)]
+    unet.embedding = Times(unet, blocks, means)  # type: ignore[method-assign]
+    return Told([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], means)
+
+
+def _sturdy(vae: AutoencoderKL) -> AutoencoderKL:
+    """The autoencoder, or where it overflows float16 a copy in bfloat16, which has the range of float32."""
+    fragile = vae.config.force_upcast and next(vae.parameters()).dtype == torch.float16
+    return copy.deepcopy(vae).to(torch.bfloat16) if fragile else vae
+
+
+def _lay_out(parts: Parts) -> None:
+    """Filters with their channels side by side, as the convolutions of cards want them."""
+    for network in _networks(parts):
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def _networks(parts: Parts) -> Iterator[nn.Module]:
+    yield from (parts.unet, parts.autoencoder, *parts.text_encoders)
+    if parts.tiny is not None:
+        yield parts.tiny

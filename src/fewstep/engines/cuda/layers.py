@@ -1,0 +1,284 @@
+"""Blocks of the networks in few kernels, each with the parameters of the block in whose place it stands."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.engines.choices import Ways
+from fewstep.engines.cuda.derived import Means
+from fewstep.engines.cuda.linear import Product, attended, product_of
+from fewstep.engines.cuda.operations import maps, pixels
+from fewstep.models.text_encoder import TextLayer
+from fewstep.models.tiny_autoencoder import TinyBlock
+from fewstep.models.unet import UNet
+from fewstep.nn.attention import Attention, PixelAttention
+from fewstep.nn.convolution import Upsample
+from fewstep.nn.resblock import ResBlock
+from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
+
+
+class CudaConv(nn.Module):
+    """A convolution, with norm and SiLU before it in two kernels."""
+
+    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+        super().__init__()
+        self.conv, self.means = (conv,), means  # in a tuple, so as not to be a submodule
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the convolution."""
+        return self.conv[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv[0].forward(x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """The convolution without its bias: whoever comes next adds it."""
+        conv = self.conv[0]
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+    def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """The convolution of `silu(norm(x))`."""
+        return self.forward(maps(self.means.operations.group_norm(pixels(x), norm), x))
+
+
+class Doubled(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution as four 2x2 ones of the small map: 4/9 of the products."""
+
+    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+        super().__init__()
+        self.conv, self.means = (conv,), means
+        self.folded = means.derive(lambda: [conv.weight], lambda: _folded(conv.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv[0]
+
+        def plain() -> Tensor:
+            return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), conv.weight, conv.bias, padding=1)
+
+        if not self.means.tricks.upsampled:
+            return plain()
+        ways: Ways = {"folded": lambda: self._folded(x)} | ({"plain": plain} if x.is_cuda else {})
+        return self.means.choices.run(f"doubled {tuple(x.shape)} {len(conv.weight)} {x.dtype}", ways)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """The four results, which stand side by side in the channels of one, each a pixel later, woven together."""
+        (batch, _, height, width), outputs, bias = x.shape, len(self.conv[0].weight), self.conv[0].bias
+        phases = F.conv2d(x, self.folded.value, padding=1)
+        phases = torch.unflatten(phases, 1, (4, outputs))
+        out = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
+        for phase in range(4):
+            i, j = divmod(phase, 2)
+            part = phases[:, phase, :, i : i + height, j : j + width]
+            out[:, :, i::2, j::2] = part if bias is None else part + bias[:, None, None]
+        return out
+
+
+def _folded(weight: Tensor) -> Tensor:
+    """Filters (4 * O, C, 2, 2) for the four pixels that one becomes: taps that would read the same pixel are added."""
+    filters = [each for row in _halves(weight.float(), 2) for each in _halves(row, 3)]
+    return torch.cat(filters).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps along `dim` as two, for the first pixel of a doubled one and for the second."""
+    first, middle, last = torch.split(weight, 1, dim)
+    return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
+
+
+class CudaUpsample(nn.Module):
+    """Doubling with its convolution, where the size is exactly doubled."""
+
+    def __init__(self, layer: Upsample, means: Means) -> None:
+        super().__init__()
+        self.doubled, self.conv = Doubled(layer.conv, means), CudaConv(layer.conv, means)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
+            return self.doubled(x)  # type: ignore[no-any-return]
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # type: ignore[no-any-return]
+
+
+class CudaResBlock(nn.Module):
+    """A residual block; its first bias and the time come with the second norm, its second bias with the residual.
+
+    `emb` is what `Times` makes: every block takes its `part` of it.
+    """
+
+    def __init__(self, block: ResBlock, means: Means) -> None:
+        super().__init__()
+        self.block, self.means, self.part = (block,), means, slice(0, 0)
+        self.conv1, self.conv2 = CudaConv(block.conv1, means), CudaConv(block.conv2, means)
+        self.shortcut = product_of(means, block.conv_shortcut) if block.conv_shortcut else None
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        block, operations, rows = self.block[0], self.means.operations, pixels(x)
+        bias = block.conv1.bias
+        assert bias is not None
+        added = bias[None] if emb is None else emb[:, self.part]
+        h = pixels(self.conv1.bare(maps(operations.group_norm(rows, block.norm1), x)))
+        h = pixels(self.conv2.bare(maps(operations.group_norm(h, block.norm2, added), x)))
+        return maps(operations.added(h, block.conv2.bias, self.shortcut(rows) if self.shortcut else rows), x)
+
+
+class Times:
+    """What all residual blocks of a UNet add for the time step, in one product: emb (B, E) -> (B, sum of channels).
+
+    The biases of the first convolutions are in it.
+    """
+
+    def __init__(self, unet: UNet, blocks: list[CudaResBlock], means: Means) -> None:
+        self.unet = unet
+        layers = [block.block[0] for block in blocks]
+        self.product = product_of(means, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
+        both = [(layer.time_emb_proj, layer.conv1) for layer in layers]
+
+        def biases() -> list[Tensor]:
+            return [each.bias for pair in both for each in pair if each is not None and each.bias is not None]
+
+        self.bias = means.derive(biases, lambda: torch.cat([_sum(*pair) for pair in both]))
+        ends = accumulate((layer.conv1.out_channels for layer in layers), initial=0)
+        for block, (start, stop) in zip(blocks, pairwise(ends), strict=True):
+            block.part = slice(start, stop)
+
+    def __call__(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+        emb = UNet.embedding(self.unet, t, dtype, pooled, sizes)
+        return self.product(F.silu(emb)) + self.bias.value
+
+
+def _sum(projection: nn.Linear | None, conv: nn.Conv2d) -> Tensor:
+    assert projection is not None
+    assert conv.bias is not None
+    return projection.bias + conv.bias
+
+
+class CudaAttention(nn.Module):
+    """Attention of a UNet: to itself with one product for all three, or to the `part` of keys and values of a text."""
+
+    def __init__(self, attention: Attention, means: Means, *, text: bool) -> None:
+        super().__init__()
+        self.attention, self.means, self.part = (attention,), means, slice(0, 0)
+        inner = [attention.to_q] if text else [attention.to_q, attention.to_k, attention.to_v]
+        self.enter, self.leave = product_of(means, *inner), _leave(attention.to_out, means)
+
+    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+        rows = self.enter(x)
+        q, k, v = rows.chunk(3, dim=2) if told is None else (rows, *told[..., self.part].chunk(2, dim=2))
+        return self.leave(attended(q, k, v, self.attention[0].heads, self.means))
+
+
+def _leave(layers: nn.ModuleList, means: Means) -> Product:
+    layer = layers[0]
+    assert isinstance(layer, nn.Linear)
+    return product_of(means, layer)
+
+
+class CudaTransformerBlock(nn.Module):
+    """A transformer block; each residual is added where the next norm reads it."""
+
+    def __init__(self, block: TransformerBlock, means: Means) -> None:
+        super().__init__()
+        self.block, self.means = (block,), means
+        self.attn1 = CudaAttention(block.attn1, means, text=False)
+        self.attn2 = CudaAttention(block.attn2, means, text=True)
+        gated, back = block.ff.net[0], block.ff.net[2]
+        assert isinstance(gated, GEGLU)
+        assert isinstance(back, nn.Linear)
+        self.enter, self.leave = product_of(means, gated.proj), product_of(means, back)
+
+    def forward(self, x: Tensor, h: Tensor | None, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows x + h (B, N, C) -> two that add up to the block's."""
+        block, operations = self.block[0], self.means.operations
+        x, normed = operations.add_norm(x, h, block.norm1)
+        x, normed = operations.add_norm(x, self.attn1(normed), block.norm2)
+        x, normed = operations.add_norm(x, self.attn2(normed, told), block.norm3)
+        return x, self.leave(operations.gated(self.enter(normed)))
+
+
+class CudaTransformer(nn.Module):
+    """A spatial transformer over channels-last maps; the context is what `Told` makes."""
+
+    def __init__(self, layer: SpatialTransformer, means: Means) -> None:
+        super().__init__()
+        self.layer, self.means = (layer,), means
+        self.enter, self.leave = product_of(means, layer.proj_in), product_of(means, layer.proj_out, bias=False)
+        blocks = (block for block in layer.transformer_blocks if isinstance(block, TransformerBlock))
+        self.blocks = nn.ModuleList(CudaTransformerBlock(block, means) for block in blocks)
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        layer, operations, rows = self.layer[0], self.means.operations, pixels(x)
+        h, more = self.enter(operations.group_norm(rows, layer.norm, silu=False)), None
+        for block in self.blocks:
+            h, more = block(h, more, told)
+        h = self.leave(h if more is None else h + more)
+        return maps(operations.added(h, layer.proj_out.bias, rows), x)
+
+
+class Told:
+    """Keys and values of a text for all of a UNet's layers, in one product: context (B, M, D) -> (B, M, their sum)."""
+
+    def __init__(self, layers: list[CudaAttention], means: Means) -> None:
+        inner = [each for layer in layers for each in (layer.attention[0].to_k, layer.attention[0].to_v)]
+        self.product = product_of(means, *inner)
+        ends = accumulate((2 * layer.attention[0].to_k.out_features for layer in layers), initial=0)
+        for layer, (start, stop) in zip(layers, pairwise(ends), strict=True):
+            layer.part = slice(start, stop)
+
+    def __call__(self, context: Tensor) -> Tensor:
+        return self.product(context)
+
+
+class CudaPixelAttention(nn.Module):
+    """The autoencoder's attention, one product for queries, keys and values."""
+
+    def __init__(self, attention: PixelAttention, means: Means) -> None:
+        super().__init__()
+        self.attention, self.means = (attention,), means
+        self.enter = product_of(means, attention.to_q, attention.to_k, attention.to_v)
+        self.leave = _leave(attention.to_out, means)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, operations = pixels(x), self.means.operations
+        q, k, v = self.enter(operations.group_norm(rows, self.attention[0].group_norm, silu=False)).chunk(3, dim=2)
+        return maps(operations.added(self.leave(attended(q, k, v, 1, self.means)), None, rows), x)
+
+
+class CudaTextLayer(nn.Module):
+    """A layer of a text tower: one product for queries, keys and values, the additions with the norms."""
+
+    def __init__(self, layer: TextLayer, means: Means) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.layer, self.means = (layer,), means
+        self.enter = product_of(means, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.leave = product_of(means, attention.out_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, operations = self.layer[0], self.means.operations
+        heads, causal = layer.self_attn.heads, layer.self_attn.causal
+        q, k, v = self.enter(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
+        h = self.leave(attended(q, k, v, heads, self.means, causal=causal))
+        x, normed = operations.add_norm(x, h, layer.layer_norm2)
+        out: Tensor = x + layer.mlp(normed)
+        return out
+
+
+class CudaTinyBlock(nn.Module):
+    """A block of the tiny autoencoder: bias, residual and ReLU inside cuDNN's convolutions."""
+
+    def __init__(self, block: TinyBlock) -> None:
+        super().__init__()
+        self.block = (block,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return self.block[0](x)  # type: ignore[no-any-return]
+        first, second, third = (conv for conv in self.block[0].conv if isinstance(conv, nn.Conv2d))
+        h = x
+        for conv in (first, second):
+            h = torch.cudnn_convolution_relu(h, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
+        return torch.cudnn_convolution_add_relu(h, third.weight, x, 1.0, third.bias, (1, 1), (1, 1), (1, 1), 1)

@@ -1,0 +1,91 @@
+"""Linear layers and attention on a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.engines.choices import Ways
+from fewstep.engines.cuda.derived import Derived, Means, Weights
+from fewstep.engines.cuda.fp8 import fp8_linear, fp8_weight, takes_fp8
+
+WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
+    "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, can_use_cudnn_attention),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
+}
+"""Implementations of attention, and whether they take a shape; the fastest is found for each."""
+
+
+class Product:
+    """One product with the weights of several linear layers, one below the other: x (..., C) -> (..., sum of outputs).
+
+    `weights` and `biases` are those of the layers; there is no bias where `biases` is None.
+    """
+
+    def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
+        self._weight = _one(means, weights)
+        self._bias = None if biases is None else _one(means, biases)
+        self._fp8: tuple[Derived, Derived] | None = None
+        if means.fp8 and takes_fp8(weights()):
+            numbers, scale = (means.derive(weights, lambda i=i: fp8_weight(joined(weights()))[i]) for i in range(2))  # type: ignore[misc]
+            self._fp8, self._weight = (numbers, scale), lambda: numbers.value
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = None if self._bias is None else self._bias()
+        if self._fp8 is not None:
+            return fp8_linear(x, self._fp8[0].value, self._fp8[1].value, bias)
+        return F.linear(x, self._weight(), bias)
+
+
+def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
+    """The weight of a single layer as it is, those of several as one that is kept."""
+    if len(weights()) == 1:
+        return lambda: joined(weights())
+    kept = means.derive(weights, lambda: joined(weights()))
+    return lambda: kept.value
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """Weights (O, C) or (O, C, 1, 1), or biases (O,), one below the other."""
+    flat = [each.flatten(1) if each.dim() > 1 else each for each in weights]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def product_of(means: Means, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> Product:
+    """The product with the weights of `layers`: linear ones, or convolutions of single pixels."""
+    biased = bias and layers[0].bias is not None
+
+    def biases() -> list[Tensor]:
+        return [layer.bias for layer in layers if layer.bias is not None]
+
+    return Product(means, lambda: [layer.weight for layer in layers], biases if biased else None)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causal: bool = False) -> Tensor:
+    """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
+    q, k, v = (torch.unflatten(rows, 2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
+
+    def by(backend: SDPBackend) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return run
+
+    given = SDPAParams(q, k, v, None, 0.0, causal, False)
+    tried = WAYS if q.is_cuda and means.tricks.attention else {}
+    ways: Ways = {name: by(backend) for name, (backend, takes) in tried.items() if takes(given)}
+    ways = ways or {"any": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)}
+    mixed = means.choices.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", ways)
+    return mixed.transpose(1, 2).flatten(2)

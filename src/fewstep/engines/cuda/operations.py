@@ -1,0 +1,62 @@
+"""What stands between convolutions and products, as one function each; `kernels.py` has them as one kernel each.
+
+Maps are (B, N, C), pixels one after the other and channels side by side. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Operations(Protocol):
+    """Two sets of the same functions: PyTorch's operations, and kernels."""
+
+    def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
+        """`norm(x + added)` for x (B, N, C) and added (B or 1, C), then SiLU."""
+
+    def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """`x + h`, or x alone, and its norm: rows (B, N, C)."""
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """The first half of the channels times the GELU of the second: (..., 2C) -> (..., C)."""
+
+    def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """`x + bias + residual` for x and residual (B, N, C) and bias (C,)."""
+
+
+class PlainOperations:
+    """The operations of PyTorch itself, on any device."""
+
+    def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
+        """See `Operations`."""
+        x = x if added is None else x + added[:, None].to(x.dtype)
+        out = F.group_norm(x.transpose(1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps).transpose(1, 2)
+        return (F.silu(out) if silu else out).contiguous()
+
+    def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """See `Operations`."""
+        x = x if h is None else x + h
+        return x, norm(x)
+
+    def gated(self, rows: Tensor) -> Tensor:
+        """See `Operations`."""
+        value, gate = rows.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """See `Operations`."""
+        return x + residual if bias is None else x + bias + residual
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, HW, C), without a copy where channels lie side by side."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def maps(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, HW, C) as (B, C, H, W), with height and width of `like`."""
+    return torch.unflatten(rows, 1, like.shape[2:]).permute(0, 3, 1, 2)

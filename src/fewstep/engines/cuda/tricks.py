@@ -1,0 +1,19 @@
+"""What the engine for NVIDIA cards does differently from the plain one, each of which can be left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaTricks:
+    """Which are used. None changes a picture by more than rounding; `benchmarks.speed` shows what each gives."""
+
+    kernels: bool = True
+    """Norms, gates and additions by one Triton kernel each, two for norms over groups."""
+    upsampled: bool = True
+    """A convolution after nearest-neighbour doubling as four of 2x2 on the small map, where that is faster."""
+    attention: bool = True
+    """The fastest of flash, cuDNN and memory-efficient attention for each shape."""
+    graphs: bool = True
+    """Each network as one CUDA graph for each shape."""

@@ -1,0 +1,212 @@
+"""The exam of the engine for NVIDIA cards: on a CPU with graphs played by the host, whole where there is a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fewstep
+from fewstep import Pipeline
+from fewstep.engines.cuda.engine import CudaEngine
+from fewstep.engines.cuda.graphs import Function, Given, Graphs
+from fewstep.engines.eager import EagerEngine
+from fewstep.engines.engine import Conditioning
+from fewstep.errors import InputError
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
+from fewstep.weights.load import load_parts
+from fewstep.weights.parts import Parts
+
+PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
+SIZE = {"width": 72, "height": 104}
+
+
+class Replayed:
+    """What a CUDA graph is, without one: a replay reads and writes the tensors that it was recorded with, no others."""
+
+    def __init__(self, function: Function, given: Given) -> None:
+        self.inputs = [None if each is None else each.clone() for each in given]
+        self.function = function
+        self.outputs = function(*self.inputs)
+
+    def replay(self, given: Given) -> Sequence[Tensor | None]:
+        for held, each in zip(self.inputs, given, strict=True):
+            assert (held is None) == (each is None)
+            if held is not None and each is not None:
+                held.copy_(each)
+        for held, each in zip(self.outputs, self.function(*self.inputs), strict=True):
+            if held is not None and each is not None:
+                held.copy_(each)
+        return self.outputs
+
+
+def engine(parts: Parts, **options: bool) -> CudaEngine:
+    return CudaEngine(parts, graphs=Graphs(Replayed), **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    tiny.quiet()
+
+    @cache
+    def make(kind: str) -> Path:
+        path = tmp_path_factory.mktemp(kind)
+        tiny.pipeline(kind, path).save_pretrained(path / "model")
+        return path / "model"
+
+    return make
+
+
+Pair = tuple[Pipeline, Pipeline]
+
+
+def pair(path: Path | str, **options: bool) -> Pair:
+    first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
+    return Pipeline(first, EagerEngine(first)), Pipeline(second, engine(second, **options))
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def pictures(draw: Callable[..., fewstep.Result], **options: object) -> tuple[Tensor, np.ndarray]:
+    latents = draw(**options, output="latent").latents
+    assert latents is not None
+    return latents, draw(**options, output="numpy").array
+
+
+def assert_same(both: Pair, task: str, *arguments: object, **options: object) -> None:
+    (plain, wanted), (fast, found) = (
+        pictures(lambda pipe=pipe, **more: getattr(pipe, task)(PROMPTS, *arguments, **options, **more)) for pipe in both
+    )
+    assert error(fast, plain) <= 1e-4
+    assert np.abs(found.astype(float) - wanted.astype(float)).max() <= 1e-4
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 72, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
+def test_pictures_of_odd_sizes_in_batches(folder: Callable[[str], Path], kind: str) -> None:
+    assert_same(pair(folder(kind)), "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "refiner"])
+def test_pictures_from_pictures(folder: Callable[[str], Path], kind: str) -> None:
+    assert_same(pair(folder(kind)), "image_to_image", picture(), steps=4, strength=0.5, seed=[1, 2])
+
+
+@pytest.mark.parametrize("kind", ["sd1", "inpaint"])
+def test_inpainting(folder: Callable[[str], Path], kind: str) -> None:
+    mask = Image.new("L", (72, 104))
+    mask.paste(255, (16, 8, 48, 56))
+    assert_same(pair(folder(kind)), "inpaint", picture(), mask, steps=2, seed=[1, 2])
+
+
+def test_samplers_that_look_back_see_what_was(folder: Callable[[str], Path]) -> None:
+    assert_same(pair(folder("sd1")), "text_to_image", steps=4, sampler="plms", guidance_scale=4.0, seed=[1, 2])
+
+
+def test_the_embedded_model() -> None:
+    assert_same(pair("blocks-base"), "text_to_image", steps=2, seed=[1, 2])
+
+
+def test_a_tiny_decoder(folder: Callable[[str], Path]) -> None:
+    from dataclasses import replace
+
+    first, second = pair(folder("sd1"))
+    decoder = TinyAutoencoder(16).eval()
+    plain = Pipeline(quick := replace(first.parts, tiny=decoder), EagerEngine(quick))
+    fast = Pipeline(quick, engine(replace(second.parts, tiny=decoder)))
+    assert_same((plain, fast), "text_to_image", steps=1, seed=[1, 2])
+
+
+def test_other_prompts_of_the_same_shape(folder: Callable[[str], Path]) -> None:
+    plain, fast = pair(folder("sd2"))
+    for prompt in ("a cube", "a photo", "a cube"):
+        wanted, found = (pipe.text_to_image(prompt, steps=2, seed=1, output="latent").latents for pipe in (plain, fast))
+        assert error(found, wanted) <= 1e-4
+
+
+def test_changed_weights_count_at_the_next_call(folder: Callable[[str], Path]) -> None:
+    plain, fast = pair(folder("sdxl"))
+    graphs = fast.engine._graphs
+    for change in (None, torch.Tensor.add_, torch.Tensor.sub_):
+        for pipe in (plain, fast):
+            with torch.no_grad():
+                for network in (pipe.parts.unet, *pipe.parts.text_encoders):
+                    for weight in network.parameters() if change else ():
+                        change(weight, 0.05)
+        assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
+        assert len(graphs) == 4, "a change in place needs no new graph: text, told, unet, decode"
+
+
+def test_moved_weights_are_found(folder: Callable[[str], Path]) -> None:
+    plain, fast = pair(folder("sd1"))
+    assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
+    for pipe in (plain, fast):
+        for weight in pipe.parts.unet.parameters():
+            weight.data = weight.data * 1.1
+    assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
+
+
+def test_eight_bits_are_close_and_no_more(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.engines.cuda.fp8.SMALLEST_SIDE", 16)
+    plain, fast = pair(folder("sd2"), fp8=True)
+    x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, plain.parts.unet.config.context))
+    wanted, found = (pipe.engine.predict(x, 500.0, told).detach() for pipe in (plain, fast))
+    assert 1e-4 < error(found, wanted) < 0.1
+
+
+def test_a_decoder_that_overflows_is_run_in_float32(folder: Callable[[str], Path]) -> None:
+    parts = load_parts(folder("sd1"), dtype=torch.bfloat16)
+    fast = engine(parts)
+    latents = torch.randn(1, 4, 8, 8)
+    wanted = EagerEngine(load_parts(folder("sd1"), dtype=torch.float32)).decode(latents).detach()
+    assert error(fast.decode(latents), wanted) < 0.1
+    run = fast._decode
+    fast._decode = lambda rows: run(rows) * float("nan")
+    assert error(fast.decode(latents), wanted) < 0.01
+
+
+def test_short_memory_splits_the_batch_and_then_the_picture(folder: Callable[[str], Path]) -> None:
+    plain, fast = pair(folder("sd1"))
+    latents, most = torch.randn(3, 4, 8, 8), [1]
+    run = fast.engine._decode
+
+    def limited(rows: Tensor) -> Tensor:
+        if len(rows) > most[0]:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+        return run(rows)
+
+    fast.engine._decode = limited
+    assert error(fast.engine.decode(latents), plain.engine.decode(latents).detach()) <= 1e-4
+    most[0] = 0
+    with pytest.raises(InputError, match=r"2.00 GiB more are needed.*free"):
+        fast.engine.decode(latents)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.gpu
+def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
+    plain = load_parts(folder(kind), dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        parts = load_parts(folder(kind), dtype=dtype, device=torch.device("cuda"))
+        options = {"steps": 2, "guidance_scale": 4.0, "seed": [1, 2], "output": "numpy", **SIZE}
+        wanted, found = (
+            Pipeline(each, run(each)).text_to_image(PROMPTS, **options).array
+            for each, run in ((plain, EagerEngine), (parts, CudaEngine))
+        )
+        noise = float(np.square(found - wanted).mean())
+        assert -10 * np.log10(noise) >= 35
+        alone = Pipeline(parts, CudaEngine(parts)).text_to_image(PROMPTS[1], **{**options, "seed": 2}).array
+        assert np.abs(alone[0] - found[1]).max() <= 1 / 255
