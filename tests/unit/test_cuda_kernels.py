@@ -79,3 +79,13 @@ def test_gates_and_additions(kernels: Any, dtype: torch.dtype) -> None:
     assert close(kernels.gated(rows), PLAIN.gated(rows))
     assert close(kernels.added(rows, bias, residual), PLAIN.added(rows, bias, residual))
     assert close(kernels.added(rows, None, residual), PLAIN.added(rows, None, residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_in_eight_bits(kernels: Any, dtype: torch.dtype) -> None:
+    rows = (torch.randn(9, 320) * torch.logspace(-3, 2, 9)[:, None]).to(dtype)
+    rows[4] = 0
+    (found, scale), (wanted, wanted_scale) = kernels.eight_bits(rows), PLAIN.eight_bits(rows)
+    assert torch.allclose(scale, wanted_scale, rtol=1e-6)
+    assert torch.allclose(found.float(), wanted.float(), rtol=0.13), "at most one step of the format's mantissa"
+    assert float((found.float() != wanted.float()).float().mean()) < 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -70,6 +71,7 @@ class CudaEngine:
         tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
         found = operations(self.device) if tricks.kernels else PlainOperations()
         self._means = Means(operations=found, choices=chosen, tricks=tricks, fp8=fp8)
+        self._lock = threading.Lock()  # a graph has one set of inputs
         self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
         vae = _sturdy(parts.autoencoder)
         self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._means))
@@ -160,7 +162,7 @@ class CudaEngine:
 
     def _run(self, name: str, function: Function, *given: Tensor | None) -> list[Tensor | None]:
         """Copies of what `function` makes of `given`, by a graph."""
-        with torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
+        with self._lock, torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
             here = [None if each is None else each.to(self.device, non_blocking=True) for each in given]
             return [None if out is None else out.clone() for out in self._graphs.run(name, function, *here)]
 

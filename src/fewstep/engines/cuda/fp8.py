@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""Of the format."""
+from fewstep.engines.cuda.operations import Operations, PlainOperations
 
 SMALLEST_SIDE = 256
 """Layers with fewer inputs or outputs stay in half precision: they wait for memory, not for products."""
@@ -26,23 +24,18 @@ def takes_fp8(weights: Sequence[Tensor]) -> bool:
 
 def fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (O, C) as numbers in fp8 and a scale (1, O) in float32 for each output."""
-    numbers, scale = _scaled(weight)
+    numbers, scale = PlainOperations().eight_bits(weight)
     return numbers, scale.T.contiguous()
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_linear(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor | None, operations: Operations) -> Tensor:
     """x (..., C) times a weight of `fp8_weight`, sums in float32, in the format of x."""
-    rows, row_scale = _scaled(x.reshape(-1, x.shape[-1]))
+    numbers, scale = weight
+    rows, row_scale = operations.eight_bits(x.reshape(-1, x.shape[-1]))
     if x.is_cuda:  # products with a scale for each row come in bfloat16 alone
         more = None if bias is None else bias.bfloat16()
-        out = torch._scaled_mm(rows, weight.T, row_scale, scale, more, out_dtype=torch.bfloat16).to(x.dtype)
+        out = torch._scaled_mm(rows, numbers.T, row_scale, scale, more, out_dtype=torch.bfloat16).to(x.dtype)
     else:
-        out = (rows.float() @ weight.float().T * row_scale * scale).to(x.dtype)
+        out = (rows.float() @ numbers.float().T * row_scale * scale).to(x.dtype)
         out = out if bias is None else out + bias
-    return out.reshape(*x.shape[:-1], len(weight))
-
-
-def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, C) as numbers in fp8 and what to multiply them with, (N, 1) float32."""
-    largest = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12)
-    return (rows.float() * (LARGEST / largest)).clamp(-LARGEST, LARGEST).to(FP8), largest / LARGEST
+    return out.reshape(*x.shape[:-1], len(numbers))

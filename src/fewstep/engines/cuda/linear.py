@@ -16,7 +16,7 @@ from torch.backends.cuda import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.engines.choices import Ways
-from fewstep.engines.cuda.derived import Derived, Means, Weights
+from fewstep.engines.cuda.derived import Means, Weights
 from fewstep.engines.cuda.fp8 import fp8_linear, fp8_weight, takes_fp8
 
 WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
@@ -34,18 +34,21 @@ class Product:
     """
 
     def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
-        self._weight = _one(means, weights)
+        self._means = means
         self._bias = None if biases is None else _one(means, biases)
-        self._fp8: tuple[Derived, Derived] | None = None
         if means.fp8 and takes_fp8(weights()):
-            numbers, scale = (means.derive(weights, lambda i=i: fp8_weight(joined(weights()))[i]) for i in range(2))  # type: ignore[misc]
-            self._fp8, self._weight = (numbers, scale), lambda: numbers.value
+            self._call = self._in_eight_bits(weights)
+        else:
+            weight = _one(means, weights)
+            self._call = lambda x, bias: F.linear(x, weight(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        bias = None if self._bias is None else self._bias()
-        if self._fp8 is not None:
-            return fp8_linear(x, self._fp8[0].value, self._fp8[1].value, bias)
-        return F.linear(x, self._weight(), bias)
+        return self._call(x, None if self._bias is None else self._bias())
+
+    def _in_eight_bits(self, weights: Weights) -> Callable[[Tensor, Tensor | None], Tensor]:
+        numbers = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[0])
+        scale = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[1])
+        return lambda x, bias: fp8_linear(x, (numbers.value, scale.value), bias, self._means.operations)
 
 
 def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
