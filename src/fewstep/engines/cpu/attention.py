@@ -29,7 +29,10 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means) -> Tenso
 
 
 class FastAttention(nn.Module):
-    """Attention with one product for queries, keys and values; those of the text once for each prompt."""
+    """Attention that computes a text's keys and values once for each prompt.
+
+    Without kernels queries, keys and values are one product; the kernels gain nothing by it, and save the memory.
+    """
 
     def __init__(self, attention: Attention, means: Means) -> None:
         super().__init__()
@@ -38,16 +41,17 @@ class FastAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         layer, means = self.attention[0], self.means
-        if not means.tricks.merged_projections:
-            source = x if context is None else context
-            q = fast_linear(x, layer.to_q.weight, None, means)
-            k, v = (fast_linear(source, each.weight, None, means) for each in (layer.to_k, layer.to_v))
-        elif context is None:
+        merges = means.tricks.merged_projections
+        if merges and context is not None:
+            q, (k, v) = fast_linear(x, layer.to_q.weight, None, means), self._keys_and_values(context)
+        elif merges and means.kernels is None:
             weights = layer.to_q.weight, layer.to_k.weight, layer.to_v.weight
             merged = self._merged.get(weights, lambda: torch.cat([weight.detach() for weight in weights]))
             q, k, v = fast_linear(x, merged, None, means).chunk(3, dim=2)
         else:
-            q, (k, v) = fast_linear(x, layer.to_q.weight, None, means), self._keys_and_values(context)
+            source = x if context is None else context
+            q = fast_linear(x, layer.to_q.weight, None, means)
+            k, v = (fast_linear(source, each.weight, None, means) for each in (layer.to_k, layer.to_v))
         return _out(layer.to_out, attended(q, k, v, layer.heads, means), means, residual)
 
     def _keys_and_values(self, context: Tensor) -> tuple[Tensor, ...]:

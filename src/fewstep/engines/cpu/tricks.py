@@ -18,6 +18,6 @@ class Tricks:
     fused_norms: bool = True
     """GroupNorm and SiLU on the way into a convolution, additions on the way out."""
     merged_projections: bool = True
-    """Queries, keys and values in one product; those of the text once a prompt."""
+    """Queries, keys and values in one product where kernels do not gain by three; those of the text once a prompt."""
     kernels: bool = True
     """Convolutions and attention by the compiled kernels, where they have been built."""
