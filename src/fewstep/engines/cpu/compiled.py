@@ -37,12 +37,14 @@ _log = logging.getLogger(__name__)
 class Besides(TypedDict, total=False):
     """What a convolution does besides.
 
-    `affine`: scale and shift, each with B * C numbers, and a SiLU on the way in. `residual` is added, then `rectified`
-    asks for ReLU. Of the rows and columns each `every`th is kept, from number `first` on.
+    `affine`: scale and shift, each with B * C numbers, and a SiLU on the way in. `residual` is added, and if `over` the
+    result takes its place in memory; then `rectified` asks for ReLU. Of the rows and columns each `every`th is kept,
+    from number `first` on.
     """
 
     affine: tuple[Tensor, Tensor] | None
     residual: Tensor | None
+    over: bool
     rectified: bool
     every: int
     first: int
@@ -105,12 +107,14 @@ class Kernels:
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
         size = (len(range(first, side * scale, every)) for side in (height, width))
-        out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2)
+        added = residual if residual is None else pixels_first(residual)
+        over = added if besides.get("over") else None
+        out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
         sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, rectified)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
-        weight, added = weight.contiguous(), residual if residual is None else pixels_first(residual)
+        weight = weight.contiguous()
         around = [*(_floats(each) for each in (bias, *(affine or (None, None)))), added]
         self._library.convolve(
             *(x.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),

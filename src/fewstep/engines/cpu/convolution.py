@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
-from fewstep.engines.cpu.compiled import Kernels
+from fewstep.engines.cpu.compiled import Besides, Kernels
 from fewstep.engines.cpu.linear import fast_linear, floats
 from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.winograd import (
@@ -40,11 +40,15 @@ FEWEST_PIXELS = 128
 
 @dataclass(frozen=True)
 class Around:
-    """What a convolution does besides: norm and SiLU before; an addition for each channel, a residual, ReLU after."""
+    """What a convolution does besides: norm and SiLU before; an addition for each channel, a residual, ReLU after.
+
+    `over`: nobody else needs the residual, and the result may take its place in memory.
+    """
 
     norm: nn.GroupNorm | None = None
     added: Tensor | None = None
     residual: Tensor | None = None
+    over: bool = False
     rectified: bool = False
 
     def finished(self, out: Tensor) -> Tensor:
@@ -79,10 +83,11 @@ class FastConv(nn.Module):
         *,
         added: Tensor | None = None,
         residual: Tensor | None = None,
+        over: bool = False,
         rectified: bool = False,
     ) -> Tensor:
-        """The convolution of `silu(norm(x))`, or of x, plus `added` (B, O) and the residual; ReLU if `rectified`."""
-        around, means = Around(norm, added, residual, rectified), self.means
+        """The convolution of `silu(norm(x))`, or of x, plus `added` (B, O) and the residual: see `Around`."""
+        around, means = Around(norm, added, residual, over, rectified), self.means
         if norm is not None and not means.tricks.fused_norms:
             x, around = F.silu(normed(norm, x), inplace=True), replace(around, norm=None)
         if not (means.tricks.upsampled if self.doubled else means.tricks.fewer_products):
@@ -120,9 +125,8 @@ class FastConv(nn.Module):
         affine = None if around.norm is None else affine_of(kernels.sums(x), pixels, around.norm)
         whole = bias if added is None else added if bias is None else bias + added
         scheme = "upsampled" if self.doubled else _scheme(x, self.means)
-        return kernels.conv3x3(
-            x, self.weight, whole, scheme, affine=affine, residual=around.residual, rectified=around.rectified
-        )
+        besides = Besides(affine=affine, residual=around.residual, over=around.over, rectified=around.rectified)
+        return kernels.conv3x3(x, self.weight, whole, scheme, **besides)
 
     def _weight(self) -> Tensor:
         """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
@@ -243,7 +247,8 @@ class FastResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         block = self.block[0]
         h = self.conv1.after(block.norm1, x, added=None if emb is None else self._time(emb))
-        return self.conv2.after(block.norm2, h, residual=self._shortcut(x))
+        residual = self._shortcut(x)
+        return self.conv2.after(block.norm2, h, residual=residual, over=residual is not x)
 
     def _time(self, emb: Tensor) -> Tensor | None:
         """What the first convolution adds for the time: models of one step need it once."""
