@@ -76,7 +76,8 @@ def batch(
                 typer.echo(path)
     if not quiet:
         seconds = perf_counter() - started
-        print(f"{len(missing)} pictures in {seconds:.1f} s, loading included", file=sys.stderr)
+        count = f"{len(missing)} picture{'s' * (len(missing) > 1)}"
+        print(f"{count} in {seconds:.1f} s, loading included", file=sys.stderr)
 
 
 def read(prompts: Path, folder: Path) -> list[Line]:
