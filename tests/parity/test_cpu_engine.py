@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tiny
 import torch
+from engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
 from PIL import Image
 from torch import Tensor, nn
 
-import fewstep
 from fewstep import Pipeline
 from fewstep.engines.choices import Choices, Ways
 from fewstep.engines.cpu import convolution, engine
@@ -30,9 +27,6 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_parts
-
-PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
-SIZE = {"width": 72, "height": 104}
 
 
 class Last(Choices):
@@ -52,53 +46,15 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(module, "FEWEST_CHANNELS", 1)
 
 
-Pair = tuple[Pipeline, Pipeline]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    tiny.quiet()
-
-    @cache
-    def make(kind: str) -> Path:
-        path = tmp_path_factory.mktemp(kind)
-        tiny.pipeline(kind, path).save_pretrained(path / "model")
-        return path / "model"
-
-    return make
-
-
 def pair(path: Path | str, *, strict: bool = False) -> Pair:
     """The same model with the plain engine and with that for CPUs, both with weights of their own."""
     first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
     return Pipeline(first, EagerEngine(first)), Pipeline(second, CpuEngine(second, strict=strict, choices=Last()))
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def pictures(draw: Callable[..., fewstep.Result], **options: object) -> tuple[Tensor, np.ndarray]:
-    latents = draw(**options, output="latent").latents
-    assert latents is not None
-    return latents, draw(**options, output="numpy").array
-
-
-def assert_same(both: Pair, task: str, *arguments: object, **options: object) -> None:
-    (plain, wanted), (fast, found) = (
-        pictures(lambda pipe=pipe, **more: getattr(pipe, task)(PROMPTS, *arguments, **options, **more)) for pipe in both
-    )
-    assert error(fast, plain) <= 1e-4
-    assert np.abs(found.astype(float) - wanted.astype(float)).max() <= 1e-4 * max(1, np.abs(wanted).max())
-
-
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
 def test_pictures_of_odd_sizes_in_batches(folder: Callable[[str], Path], kind: str) -> None:
     assert_same(pair(folder(kind)), "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
-
-
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 72, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "refiner"])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
 from PIL import Image
 from torch import Tensor
 
-import fewstep
 from fewstep import Pipeline
 from fewstep.engines.cuda.engine import CudaEngine
 from fewstep.engines.cuda.graphs import Function, Given, Graphs
@@ -23,9 +21,6 @@ from fewstep.errors import InputError
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
-
-PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
-SIZE = {"width": 72, "height": 104}
 
 
 class Replayed:
@@ -51,47 +46,9 @@ def engine(parts: Parts, **options: bool) -> CudaEngine:
     return CudaEngine(parts, graphs=Graphs(Replayed), **options)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    tiny.quiet()
-
-    @cache
-    def make(kind: str) -> Path:
-        path = tmp_path_factory.mktemp(kind)
-        tiny.pipeline(kind, path).save_pretrained(path / "model")
-        return path / "model"
-
-    return make
-
-
-Pair = tuple[Pipeline, Pipeline]
-
-
 def pair(path: Path | str, **options: bool) -> Pair:
     first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
     return Pipeline(first, EagerEngine(first)), Pipeline(second, engine(second, **options))
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
-def pictures(draw: Callable[..., fewstep.Result], **options: object) -> tuple[Tensor, np.ndarray]:
-    latents = draw(**options, output="latent").latents
-    assert latents is not None
-    return latents, draw(**options, output="numpy").array
-
-
-def assert_same(both: Pair, task: str, *arguments: object, **options: object) -> None:
-    (plain, wanted), (fast, found) = (
-        pictures(lambda pipe=pipe, **more: getattr(pipe, task)(PROMPTS, *arguments, **options, **more)) for pipe in both
-    )
-    assert error(fast, plain) <= 1e-4
-    assert np.abs(found.astype(float) - wanted.astype(float)).max() <= 1e-4
-
-
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 72, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])

@@ -52,7 +52,7 @@ class Doubled(nn.Module):
     def __init__(self, conv: nn.Conv2d, means: Means) -> None:
         super().__init__()
         self.conv, self.means = (conv,), means
-        self.folded = means.derive(lambda: [conv.weight], lambda: _folded(conv.weight))
+        self.folded = means.derive(lambda: [conv.weight], lambda: _four_filters(conv.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv[0]
@@ -78,7 +78,7 @@ class Doubled(nn.Module):
         return out
 
 
-def _folded(weight: Tensor) -> Tensor:
+def _four_filters(weight: Tensor) -> Tensor:
     """Filters (4 * O, C, 2, 2) for the four pixels that one becomes: taps that would read the same pixel are added."""
     filters = [each for row in _halves(weight.float(), 2) for each in _halves(row, 3)]
     return torch.cat(filters).to(weight.dtype).contiguous(memory_format=torch.channels_last)

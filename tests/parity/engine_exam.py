@@ -1,0 +1,39 @@
+"""What all engines are asked: the same pictures as the plain one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+import fewstep
+from fewstep import Pipeline
+
+PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
+SIZE = {"width": 72, "height": 104}
+Pair = tuple[Pipeline, Pipeline]
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 72, 3), dtype=np.uint8))
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def assert_same(both: Pair, task: str, *arguments: object, **options: object) -> None:
+    """Final latents and pictures of the two are within 1e-4."""
+    (plain, wanted), (fast, found) = (
+        _drawn(lambda pipe=pipe, **more: getattr(pipe, task)(PROMPTS, *arguments, **options, **more)) for pipe in both
+    )
+    assert error(fast, plain) <= 1e-4
+    assert np.abs(found.astype(float) - wanted.astype(float)).max() <= 1e-4 * max(1, np.abs(wanted).max())
+
+
+def _drawn(draw: Callable[..., fewstep.Result], **options: object) -> tuple[Tensor, np.ndarray]:
+    latents = draw(**options, output="latent").latents
+    assert latents is not None
+    return latents, draw(**options, output="numpy").array
