@@ -28,3 +28,20 @@ def unknown(what: str, name: str, names: Iterable[str]) -> str:
     close = get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {what} {name!r}{hint} There are {', '.join(known)}"
+
+
+def quoted(text: object, longest: int = 80) -> str:
+    """A name, key or prompt from elsewhere for a message: in quotes, on one line, cut in the middle when long.
+
+    Whatever a terminal would act on (escape codes, C1 and bidirectional controls, half surrogates) is escaped.
+    """
+    whole = str(text)
+    if len(whole) > longest:
+        half = (longest - 5) // 2
+        whole = f"{whole[:half]} ... {whole[-half:]}"
+    return repr(whole)
+
+
+def printable(text: str) -> str:
+    """`text` with all that a terminal would act on escaped, line breaks excepted."""
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)

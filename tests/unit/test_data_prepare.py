@@ -23,13 +23,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.data import files
+from fewstep import files
 from fewstep.data.crew import Crew
-from fewstep.data.files import TarWriter
 from fewstep.data.filters import Filter, Reason
 from fewstep.data.prepare import prepare
 from fewstep.data.sift import Settings
 from fewstep.data.sources import DamageError, input_files, samples
+from fewstep.data.tar_writer import TarWriter
 from fewstep.errors import InputError
 
 SETTINGS = Settings(filter=Filter(min_size=64), side=64, step=16, per_shard=8)

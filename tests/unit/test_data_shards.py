@@ -21,11 +21,11 @@ from fewstep.data import cache as caches
 from fewstep.data.batches import BatchPlan, batch_plan
 from fewstep.data.buckets import Size
 from fewstep.data.cache import CacheKey, cache_key, latent_encoder, open_cache, text_encoder, write_cache
-from fewstep.data.files import TarWriter
 from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
 from fewstep.data.shards import Shards, open_shards, stacked_images
 from fewstep.data.sift import Settings
+from fewstep.data.tar_writer import TarWriter
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
 
 COUNT = 40

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.data.files import read_json, whole_file, write_json
 from fewstep.data.shards import Indices, Shards, stacked_images
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
+from fewstep.files import atomic_write, read_json, write_json
 
 CHUNK = 1024  # part of the format: another number would misplace the rows of caches that are there
 MOST_OPEN = 256  # chunks mapped at once; systems allow some 65,000 mappings
@@ -236,5 +236,5 @@ def _encoded(encode: Encode, span: Span, batch: int) -> dict[str, Tensor]:
 def _write_chunk(path: Path, tensors: Mapping[str, Tensor], key: CacheKey) -> None:
     ready = {name: tensor.contiguous() for name, tensor in tensors.items()}
     note = json.dumps({"key": asdict(key), "sha256": weights_digest(ready)})
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(save(ready, metadata={NOTE: note}))

@@ -15,8 +15,8 @@ from PIL import features
 from safetensors.numpy import save
 
 from fewstep.data.buckets import Size
-from fewstep.data.files import read_json, whole_file, write_json
 from fewstep.errors import CheckpointError, InputError
+from fewstep.files import atomic_write, read_json, write_json
 
 MANIFEST, INDEX, SUCCESS, REJECTED = "manifest.json", "index.safetensors", "_SUCCESS", "rejected.csv"
 WORK = ".work"
@@ -102,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a folder, and the sign that it is whole."""
     write_json(folder / MANIFEST, asdict(manifest))
-    with whole_file(folder / SUCCESS) as file:
+    with atomic_write(folder / SUCCESS) as file:
         file.write(manifest.digest.encode() + b"\n")
 
 
@@ -113,6 +113,6 @@ def write_index(path: Path, rows: Mapping[str, Sequence[Any]], hashes: Sequence[
         columns[name] = np.array([float("nan") if value is None else value for value in rows[name]], kind)
     digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
     data = save({**columns, "sha256": digests})
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
     return {"bytes": len(data), "sha256": sha256(data).hexdigest()}

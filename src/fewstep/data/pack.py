@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from fewstep.data.files import TarWriter, whole_file, write_json
+from fewstep.data.tar_writer import TarWriter
+from fewstep.files import atomic_write, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def pack(task: PackTask) -> None:
 
     A row of `members` is the picture's start and length, the JSON's start and length, and the CRC-32 of both.
     """
-    with whole_file(task.shard) as file:
+    with atomic_write(task.shard) as file:
         writer = TarWriter(file)
         members = list(_written(task, writer))
         writer.end()

@@ -20,7 +20,6 @@ from typing import Any
 from fewstep.data.buckets import Size
 from fewstep.data.crew import Crew
 from fewstep.data.duplicates import Seen
-from fewstep.data.files import PARTIAL, read_json, whole_file, write_json
 from fewstep.data.filters import Reason
 from fewstep.data.manifest import (
     FORMAT,
@@ -39,6 +38,7 @@ from fewstep.data.pack import PackTask, Piece, pack
 from fewstep.data.sift import Json, Settings, SiftTask, sift
 from fewstep.data.sources import input_files
 from fewstep.errors import InputError
+from fewstep.files import PARTIAL, atomic_write, read_json, write_json
 
 SUFFIXES = {"jpeg": "jpg", "png": "png"}
 
@@ -200,5 +200,5 @@ def _write_rejected(path: Path, choice: Choice, inputs: Sequence[Json]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("input", "key", "reason"))
     table.writerows((inputs[number]["name"], key, reason) for number, key, reason in choice.rejected)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from fewstep.data.columns import Record
-from fewstep.data.files import checksum
 from fewstep.data.filters import Filter
 from fewstep.data.manifest import INDEX, INDEX_TYPES, Index, Manifest, read_manifest
 from fewstep.data.pictures import PictureError, decoded
 from fewstep.errors import CheckpointError, InputError
+from fewstep.files import checksum
 
 Indices = NDArray[np.int64]
 

@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 
 from fewstep.data.buckets import Size, bucket_sizes, nearest_bucket
 from fewstep.data.columns import Record
-from fewstep.data.files import whole_file, write_json
 from fewstep.data.filters import Filter, Reason
 from fewstep.data.pictures import ENCODINGS, Encoding, PictureError, decoded, encoded, fitted, perceptual_hash
 from fewstep.data.sources import DamageError, Found, samples
 from fewstep.errors import InputError, unknown
+from fewstep.files import atomic_write, write_json
 
 Json = dict[str, Any]
 
@@ -73,7 +73,7 @@ def sift(settings: Settings, task: SiftTask) -> None:
     others; `damage`: what made the input end early, or null.
     """
     report: Json = {"kept": [], "rejected": [], "damage": None}
-    with whole_file(task.output.with_suffix(".pictures")) as file:
+    with atomic_write(task.output.with_suffix(".pictures")) as file:
         try:
             for found in samples(task.source):
                 _place(found, settings, file, report)

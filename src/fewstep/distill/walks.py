@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fewstep.data.files import whole_file
 from fewstep.distill.teacher import Teacher
 from fewstep.distill.turbo import turbo_edition
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
+from fewstep.files import atomic_write
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
 from fewstep.train.plan import Part, Plan, Precision, mixed_seed
 from fewstep.train.process import computing_in, predicted
@@ -160,7 +160,7 @@ class Walker:
             rows.append({"latents": clean.x0, "points": points, "end": end})
             captions += clean.captions
         tensors = {name: torch.cat([row[name] for row in rows]).half().cpu().contiguous() for name in rows[0]}
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(save(tensors, metadata={CAPTIONS: json.dumps(captions)}))
 
 

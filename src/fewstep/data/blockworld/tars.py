@@ -19,8 +19,9 @@ from fewstep.data.blockworld.captions import captions
 from fewstep.data.blockworld.render import render
 from fewstep.data.blockworld.scenes import scenes
 from fewstep.data.blockworld.split import require_train
-from fewstep.data.files import TarWriter, whole_file
+from fewstep.data.tar_writer import TarWriter
 from fewstep.errors import InputError
+from fewstep.files import atomic_write
 
 FATES: dict[str, float] = {
     "good": 0.70,
@@ -60,7 +61,7 @@ def write_blockworld(
 
 def _write_tar(path: Path, count: int, size: int, seed: int) -> None:
     names: Mapping[str, str] = LAION if seed % 2 == 0 else {}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         tar = TarWriter(file)
         for i, item in enumerate(_items(count, size, seed)):
             tar.add(f"{i:09d}.{item.kind}", item.data)

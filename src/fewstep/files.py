@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, tar files that are the same byte for byte, and checksums."""
+"""Files that appear whole or not at all, and checksums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import secrets
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -15,22 +14,20 @@ from typing import Any, BinaryIO
 
 from fewstep.errors import CheckpointError
 
-BLOCK = tarfile.BLOCKSIZE
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` once the block has ended and all is on the disk.
+def partial_path(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path` to write to, renamed to `path` once the block has ended and all is on the disk.
 
     Whatever goes wrong leaves what was there before. A full disk is an `OSError` that says what to do.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
@@ -45,9 +42,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` once the block has ended; see `partial_path`."""
+    with partial_path(path) as partial, partial.open("wb") as file:
+        yield file
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all; equal values give equal bytes."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
@@ -66,32 +70,3 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-class TarWriter:
-    """Writes a tar file in which nothing but names and contents tells one from another; counts and sums up.
-
-    `size` is the bytes written so far, `digest` their running SHA-256.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.digest = file, 0, sha256()
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; the place in the file where its data begin."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        self._write(member.tobuf(tarfile.USTAR_FORMAT))
-        start = self.size
-        self._write(data)
-        self._write(bytes(-len(data) % BLOCK))
-        return start
-
-    def end(self) -> None:
-        """Write the two empty blocks that a tar file ends with."""
-        self._write(bytes(2 * BLOCK))
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
