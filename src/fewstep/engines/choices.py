@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable
 from functools import cache
 from hashlib import blake2b
@@ -24,25 +25,35 @@ class Choices:
     """The fastest way for each key, kept in `path` between processes where that can be written.
 
     A key that is new costs a run of each way. All ways must compute the same, so a wrong choice costs time alone.
-    `wait` comes back when the device has done all that it was told.
+    `wait` comes back when the device has done all that it was told. Threads measure one after the other, and a choice
+    that was made stays: what is drawn at the same time is drawn in the same ways.
     """
 
     def __init__(self, path: Path | None = None, wait: Callable[[], object] = lambda: None) -> None:
         self.path, self.wait = path, wait
         self.known: dict[str, str] = _read(path)
+        self._lock = threading.RLock()  # a way may have choices of its own
 
     def run(self, key: str, ways: Ways) -> Tensor:
         """What the fastest of `ways` computes."""
         if len(ways) == 1:
             return next(iter(ways.values()))()
-        if (known := self.known.get(key, "")) in ways:
-            return ways[known]()
+        chosen = self.known.get(key, "")
+        if chosen not in ways:
+            with self._lock:
+                chosen = self.known.get(key, "")
+                if chosen not in ways:
+                    chosen = self._measured(ways)
+                    self.known[key] = chosen
+                    self._write()
+        return ways[chosen]()
+
+    def _measured(self, ways: Ways) -> str:
+        """The fastest of `ways` now."""
         seconds = {name: self._timed(way) for name, way in ways.items()}
         if sum(seconds.values()) < LONG:  # the first run may have had to wait for memory
             seconds = {name: min(before, self._timed(ways[name])) for name, before in seconds.items()}
-        self.known[key] = min(seconds, key=lambda name: seconds[name])
-        self._write()
-        return ways[self.known[key]]()
+        return min(seconds, key=lambda name: seconds[name])
 
     def _timed(self, way: Callable[[], Tensor]) -> float:
         self.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,11 @@ class EagerEngine:
         return mean * vae.config.scaling_factor, deviation * vae.config.scaling_factor
 
     def _in_float32(self, value: Tensor, method: str) -> Tensor:
-        vae = self.parts.autoencoder.float()
-        try:
-            out: Tensor = getattr(vae, method)(value.float())
-            return out
-        finally:
-            vae.to(self.dtype)
+        vae = copy.deepcopy(
+            self.parts.autoencoder
+        ).float()  # a copy: other threads compute with the weights as they are
+        out: Tensor = getattr(vae, method)(value.float())
+        return out
 
 
 def _joined(states: Tensor, chunks: int) -> Tensor:

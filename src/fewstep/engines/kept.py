@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -17,16 +18,19 @@ T = TypeVar("T")
 
 
 class Kept(Generic[T]):
-    """What was made of a tensor and of weights the last time, for as long as neither changes."""
+    """Caches one result; recomputed when the input, or a weight's pointer or version, changes.
+
+    Threads may share one: what they compare and what they return is one tuple, read once.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[Tensor | None, tuple[int, ...], T] | None = None
 
     def get(self, weights: tuple[Tensor, ...], make: Callable[[], T], value: Tensor | None = None) -> T:
         """The last result, or a new one from `make`; `value` is compared number by number."""
-        state = state_of(*weights)
-        if self._last is not None and self._last[1] == state and _same(self._last[0], value):
-            return self._last[2]
+        state, last = state_of(*weights), self._last
+        if last is not None and last[1] == state and _same(last[0], value):
+            return last[2]
         made = make()
         self._last = (None if value is None else value.clone(), state, made)
         return made
@@ -46,14 +50,17 @@ class Embeddings:
 
     def __init__(self) -> None:
         self._known: dict[object, Embedding] = {}
+        self._lock = threading.Lock()
 
     def get(self, ids: Sequence[Tensor], weights: Sequence[Tensor], make: Callable[[], Embedding]) -> Embedding:
         """A copy of the embedding of `ids`, which `make` computes when it is new."""
         key = (*((tuple(each.shape), each.cpu().numpy().tobytes()) for each in ids), state_of(*weights))
-        if key not in self._known:
-            made = make()
-            while len(self._known) >= PROMPTS:
-                del self._known[next(iter(self._known))]
-            self._known[key] = made
-        context, pooled = self._known[key]
+        found = self._known.get(key)
+        if found is None:
+            found = make()
+            with self._lock:
+                while len(self._known) >= PROMPTS:
+                    del self._known[next(iter(self._known))]
+                self._known[key] = found
+        context, pooled = found
         return context.clone(), None if pooled is None else pooled.clone()

@@ -137,11 +137,8 @@ class FastConv(nn.Module):
                 return transformed_weight(weight.float(), self.scheme)
 
         size = 4 * weight.numel() // 9 * len(self.scheme.taps) ** 2
-        if not self._stored and size > means.budget:
-            return make()
-        means.budget -= 0 if self._stored else size
-        self._stored = True
-        return self._transformed.get((weight,), make)
+        self._stored = self._stored or means.reserve(size)
+        return self._transformed.get((weight,), make) if self._stored else make()
 
 
 def _scheme(x: Tensor, means: Means) -> str:

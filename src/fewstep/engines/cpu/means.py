@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from fewstep.engines.choices import Choices
 from fewstep.engines.cpu.compiled import Kernels
@@ -21,3 +22,11 @@ class Means:
     tricks: Tricks
     budget: int
     strict: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def reserve(self, size: int) -> bool:
+        """Take `size` bytes out of the budget; False where they are no longer in it."""
+        with self._lock:
+            fits = size <= self.budget
+            self.budget -= size if fits else 0
+            return fits

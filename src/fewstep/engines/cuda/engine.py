@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 
@@ -71,7 +72,7 @@ class CudaEngine:
         tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
         found = operations(self.device) if tricks.kernels else PlainOperations()
         self._means = Means(operations=found, choices=chosen, tricks=tricks, fp8=fp8)
-        self._lock = threading.Lock()  # a graph has one set of inputs
+        self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
         self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
         vae = _sturdy(parts.autoencoder)
         self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._means))
@@ -85,26 +86,26 @@ class CudaEngine:
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
-        self._refresh()
 
         def make() -> Embedding:
             context, pooled = self._run("text", lambda *rows: self._plain.encode_text(rows), *ids)
             assert context is not None
             return context, pooled
 
-        return self._embeddings.get(ids, self._tower_weights, make)
+        with self._ready():
+            return self._embeddings.get(ids, self._tower_weights, make)
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
-        self._refresh()
-        told = self._told_of(conditioning.context)
-        rows = x, told, conditioning.pooled, conditioning.sizes, conditioning.channels
-        return in_pieces(partial(self._predict, t), rows, forget=self._forget)
+        with self._ready():
+            told = self._told_of(conditioning.context)
+            rows = x, told, conditioning.pooled, conditioning.sizes, conditioning.channels
+            return in_pieces(partial(self._predict, t), rows, forget=self._forget)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. What overflows half precision is decoded again in float32, and a debug message says so."""
-        self._refresh()
-        image = in_pieces(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
+        with self._ready():
+            image = in_pieces(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
         if self.dtype == torch.float32 or bool(image.isfinite().all()):
             return image
         _log.debug("the decoder overflowed in %s: once more in float32", self._vae_dtype)
@@ -112,9 +113,11 @@ class CudaEngine:
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
-        self._refresh()
         vae = self._fast.autoencoder
-        moments = self._first("encode", lambda rows: (vae.encode(self._laid(rows, self._vae_dtype)),), image).float()
+        with self._ready():
+            moments = self._first(
+                "encode", lambda rows: (vae.encode(self._laid(rows, self._vae_dtype)),), image
+            ).float()
         if self.dtype != torch.float32 and not bool(moments.isfinite().all()):
             moments = self._in_float32("encode", image)
         mean, logvar = moments.chunk(2, dim=1)
@@ -162,9 +165,16 @@ class CudaEngine:
 
     def _run(self, name: str, function: Function, *given: Tensor | None) -> list[Tensor | None]:
         """Copies of what `function` makes of `given`, by a graph."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
+        with torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
             here = [None if each is None else each.to(self.device, non_blocking=True) for each in given]
             return [None if out is None else out.clone() for out in self._graphs.run(name, function, *here)]
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """One call at a time, with all that is made of weights up to date."""
+        with self._lock:
+            self._refresh()
+            yield
 
     def _refresh(self) -> None:
         """Make anew what was made of weights that have changed; forget the graphs where weights lie elsewhere now."""
