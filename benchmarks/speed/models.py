@@ -47,7 +47,7 @@ def walk_of(name: str, steps: int, sampler: str) -> Walk:
     known, spec = entry(name), SAMPLERS[sampler]
     config = _scheduler(known)
     assert known.defaults is not None
-    schedule = known.defaults.schedule
+    schedule = config.schedule_for(sampler)
     sigmas = sigmas_for(
         schedule, steps, config.noise_schedule, steps_offset=config.steps_offset, reading=spec.reading, family="sd"
     )
@@ -76,7 +76,7 @@ def _save_tiny(folder: Path) -> None:
 
 def _scheduler(known: Entry) -> SchedulerConfig:
     assert known.defaults is not None
-    return SchedulerConfig(sampler=known.defaults.sampler, spacing=known.defaults.schedule)
+    return SchedulerConfig(sampler=known.defaults.sampler, spacing=known.defaults.schedule or "leading")
 
 
 def _random_parts(name: str) -> Parts:

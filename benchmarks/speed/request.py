@@ -157,7 +157,7 @@ def task_of(request: Request) -> Task:
         steps=steps,
         guidance=guidance,
         sampler=sampler,
-        schedule=known.defaults.schedule,
+        schedule=known.defaults.schedule or "leading",
         walk=walk_of(request.model, steps, sampler),
         decoder=random_tiny(request.cache) if request.decoder == "tiny" else None,
     )

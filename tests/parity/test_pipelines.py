@@ -296,3 +296,20 @@ def test_a_model_keeps_its_checkpoints_defaults(pair: Callable[[str], Pair], tmp
     ours = fewstep.load(tmp_path / "model", device="cpu")
     wanted = theirs(PROMPT, num_inference_steps=5, generator=generators(1), height=64, width=64).images[0]
     assert_same_picture(ours.text_to_image(PROMPT, steps=5, seed=1, width=64, height=64).images[0], wanted)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "ddim"])
+def test_a_file_that_names_no_spacing_leaves_it_to_the_sampler(tmp_path: Any, sampler: str) -> None:
+    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs.save_pretrained(tmp_path / "model")
+    theirs.set_progress_bar_config(disable=True)
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    published = {key: value for key, value in json.loads(config.read_text()).items() if key != "timestep_spacing"}
+    config.write_text(json.dumps(published | PUBLISHED))
+    theirs.scheduler = SCHEDULERS[sampler].from_config(published | PUBLISHED)
+    common = {"latents": noise(), "height": 64, "width": 64, "guidance_scale": 3.0}
+    wanted = theirs(PROMPT, num_inference_steps=3, **common, output_type="latent").images
+    ours = fewstep.load(tmp_path / "model", device="cpu")
+    result = ours.text_to_image(PROMPT, steps=3, sampler=sampler, **common, output="latent")
+    assert_close(result.latents, wanted)
+    assert result.settings["schedule"] == ("leading" if sampler == "ddim" else "linspace")

@@ -34,6 +34,7 @@ from fewstep.diffusion.denoiser import Denoiser, Prediction, consistency, denois
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import noise_schedule, sigmas_for
 from fewstep.diffusion.step import Noise, Step
+from fewstep.weights.scheduler import SchedulerConfig
 
 SHAPE = (2, 4, 4, 4)
 STEPS = (1, 2, 3, 9, 20, 50)
@@ -306,3 +307,79 @@ def test_a_sampler_ends_where_k_diffusions_formulas_do(
     theirs = K_DIFFUSION[name](denoise, x, sigmas, seeded_noise(), eta)
     ours = last_x(SAMPLERS[name](denoise, x, sigmas, noise=seeded_noise(), eta=eta))
     assert difference(ours, theirs) < TOLERANCE
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd-v1-4": {
+        "_class_name": "PNDMScheduler",
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    },
+    "sd-v2-1": {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    },
+    "sdxl-base": {
+        "_class_name": "EulerDiscreteScheduler",
+        "interpolation_type": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+        "clip_sample": False,
+    },
+}
+"""What the published scheduler_config.json of each model says, beside the betas in `TRAINED`."""
+
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "plms": ("PNDMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("steps", [2, 3, 12, 50])  # at 1, diffusers' linspace starts from t = 0
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(model, name) for model in PUBLISHED for name in CLASSES if (model, name) != ("sd-v2-1", "plms")],  # see above
+)
+def test_a_sampler_starts_where_diffusers_does_when_nobody_names_a_spacing(
+    model: str, name: str, steps: int, predict: Network
+) -> None:
+    """A published config names a spacing or none; then it is the one of the class that is asked for."""
+    config = TRAINED | PUBLISHED[model]
+    own = SchedulerConfig.from_diffusers(config)
+    scheduler, more = CLASSES[name]
+    options = {"generator": torch.Generator().manual_seed(11)} if SAMPLERS[name].takes_noise else {}
+    theirs = last_x_of_diffusers(getattr(diffusers, scheduler).from_config(config, **more), steps, predict, **options)
+    spec, schedule = SAMPLERS[name], own.schedule_for(name)
+    levels = {"steps_offset": own.steps_offset, "final": own.final_for(name), "reading": spec.reading}
+    sigmas = sigmas_for(schedule, steps, own.noise_schedule, **levels)
+    denoise = denoiser(predict, own.noise_schedule, own.prediction)
+    if spec.consistency:
+        denoise = consistency(denoise, own.noise_schedule)
+    x = seeded_noise(5)() * spec.initial_scale(schedule, sigmas[0])
+    ours = last_x(spec(denoise, x, sigmas, noise=seeded_noise(), eta=0.0 if name == "ddim" else None))
+    assert difference(ours, theirs) < 1e-4

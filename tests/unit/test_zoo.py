@@ -64,7 +64,7 @@ def test_an_entry_holds_together(known: Entry) -> None:
     assert known.licence
     assert known.terms
     if known.defaults is not None:
-        assert known.defaults.schedule in SCHEDULES
+        assert known.defaults.schedule in (None, *SCHEDULES)
         assert known.defaults.width % 64 == known.defaults.height % 64 == 0
     if known.source is None:
         assert known.base is None or entry(known.base).base is None

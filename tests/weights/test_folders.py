@@ -316,9 +316,9 @@ def test_a_tiny_autoencoder_loads(tmp_path: Path) -> None:
     ],
 )
 def test_every_sampler_survives_a_scheduler_config(sampler: str) -> None:
-    config = SchedulerConfig(sampler=sampler, final="zero", zero_terminal_snr=True, spacing="karras")
+    config = SchedulerConfig(sampler=sampler, final="zero", zero_terminal_snr=True, spacing="leading", curve="karras")
     assert SchedulerConfig.from_diffusers(config.to_diffusers()) == config
-    trailing = replace(config, spacing="trailing", prediction="v_prediction", final="sigma_min")
+    trailing = replace(config, spacing=None, curve=None, prediction="v_prediction", final="sigma_min")
     assert SchedulerConfig.from_diffusers(trailing.to_diffusers()) == trailing
 
 
@@ -339,10 +339,12 @@ def test_published_scheduler_configs_are_read_as_their_classes_mean_them() -> No
         "steps_offset": 1,
         "use_karras_sigmas": False,
     }
-    assert SchedulerConfig.from_diffusers(noise | sdxl) == SchedulerConfig(sampler="euler", final="zero")
+    assert SchedulerConfig.from_diffusers(noise | sdxl) == SchedulerConfig(
+        sampler="euler", spacing="leading", final=None
+    )
     turbo = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "steps_offset": 1}
     assert SchedulerConfig.from_diffusers(noise | turbo) == SchedulerConfig(
-        sampler="euler_ancestral", spacing="trailing", final="zero"
+        sampler="euler_ancestral", spacing="trailing", final=None
     )
     with pytest.raises(CheckpointError, match="clip_sample"):
         SchedulerConfig.from_diffusers(noise | {"_class_name": "DDIMScheduler"})

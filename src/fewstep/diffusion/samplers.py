@@ -26,6 +26,8 @@ class SamplerSpec:
     """A sampler, and how diffusers would start and end it.
 
     - `evaluations`: model calls a step (a step to 0 takes one; `plms` makes one more in its first step);
+    - `spacing`: its schedule where neither the user nor the checkpoint names one, as in diffusers' class of it;
+    - `curves`: whether it heeds a checkpoint's `use_karras_sigmas` and `use_exponential_sigmas`;
     - `reading`: how it reads the schedules `leading` and `linspace`;
     - `may_end_above_zero`: whether it heeds a checkpoint's `set_alpha_to_one: false`, by levels that end
       at the schedule's lowest; all others end at 0;
@@ -36,6 +38,8 @@ class SamplerSpec:
     takes_noise: bool = False
     takes_eta: bool = False
     evaluations: int = 1
+    spacing: str = "linspace"
+    curves: bool = False
     reading: Reading = "ddim"
     may_end_above_zero: bool = False
     consistency: bool = False
@@ -69,21 +73,24 @@ class SamplerSpec:
 
 
 _SDE: dict[str, Any] = {"takes_noise": True, "takes_eta": True}
+_EULER: dict[str, Any] = {"reading": "euler", "curves": True}
+_MULTISTEP: dict[str, Any] = {"reading": "multistep", "curves": True}
+_LEADING: dict[str, Any] = {"spacing": "leading"}
 
 SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
     {
-        "euler": SamplerSpec(function=euler, reading="euler"),
+        "euler": SamplerSpec(function=euler, **_EULER),
         "euler_ancestral": SamplerSpec(function=euler_ancestral, reading="euler", **_SDE),
-        "heun": SamplerSpec(function=heun, reading="euler", evaluations=2),
-        "ddim": SamplerSpec(function=ddim, may_end_above_zero=True, **_SDE),
-        "plms": SamplerSpec(function=plms, may_end_above_zero=True),
-        "dpmpp_2m": SamplerSpec(function=dpmpp_2m, reading="multistep"),
-        "dpmpp_2m_sde": SamplerSpec(function=dpmpp_2m_sde, reading="multistep", **_SDE),
-        "dpmpp_sde": SamplerSpec(function=dpmpp_sde, reading="euler", evaluations=2, **_SDE),
-        "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, reading="multistep", **_SDE),
-        "unipc": SamplerSpec(function=unipc, reading="multistep"),
-        "lcm": SamplerSpec(function=lcm, reading="lcm", takes_noise=True, consistency=True),
-        "ddpm": SamplerSpec(function=ddpm, takes_noise=True),
+        "heun": SamplerSpec(function=heun, evaluations=2, **_EULER),
+        "ddim": SamplerSpec(function=ddim, may_end_above_zero=True, **_SDE, **_LEADING),
+        "plms": SamplerSpec(function=plms, may_end_above_zero=True, **_LEADING),
+        "dpmpp_2m": SamplerSpec(function=dpmpp_2m, **_MULTISTEP),
+        "dpmpp_2m_sde": SamplerSpec(function=dpmpp_2m_sde, **_MULTISTEP, **_SDE),
+        "dpmpp_sde": SamplerSpec(function=dpmpp_sde, evaluations=2, **_EULER, **_SDE),
+        "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, **_MULTISTEP, **_SDE),
+        "unipc": SamplerSpec(function=unipc, **_MULTISTEP),
+        "lcm": SamplerSpec(function=lcm, reading="lcm", takes_noise=True, consistency=True, **_LEADING),
+        "ddpm": SamplerSpec(function=ddpm, takes_noise=True, **_LEADING),
     }
 )
 """Every sampler by its name."""

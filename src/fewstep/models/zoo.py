@@ -14,12 +14,15 @@ Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a task uses when it is not told: names of `diffusion`'s samplers and schedules, sizes in pixels."""
+    """What a task uses when it is not told: names of `diffusion`'s samplers and schedules, sizes in pixels.
+
+    `schedule` None: the checkpoint's own for the sampler.
+    """
 
     steps: int = 50
     guidance_scale: float
     sampler: str
-    schedule: str = "leading"
+    schedule: str | None = None
     width: int
     height: int
 

@@ -13,8 +13,8 @@ from fewstep.diffusion.guidance import Guidance
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import InputError, unknown
-from fewstep.models.zoo import Defaults
 from fewstep.rng import seeds_for
+from fewstep.weights.parts import Parts
 
 Output = Literal["pil", "numpy", "latent"]
 SIDES = (64, 8192)
@@ -89,11 +89,14 @@ class Job:
     chunk: bool
 
 
-def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults, *, multiple: int = 8) -> Job:
+def make_job(prompt: str | Sequence[str], options: TaskOptions, parts: Parts) -> Job:
     """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
     for key in options:
         _one_of("option", key, tuple(TaskOptions.__annotations__))
     given = {key: value for key, value in options.items() if value is not None}
+    native, multiple = parts.defaults, parts.autoencoder.config.factor
+    sampler = _one_of("sampler", given.get("sampler", native.sampler), tuple(SAMPLERS))
+    schedule = native.schedule or parts.scheduler.schedule_for(sampler)
     per_prompt = _number("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000, whole=True)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
     return Job(
@@ -101,8 +104,8 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, native: Defaults
         negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), per_prompt),
         steps=_number("steps", given.get("steps", native.steps), 1, 1000, whole=True),
         guidance=_guidance(given, native.guidance_scale),
-        sampler=_one_of("sampler", given.get("sampler", native.sampler), tuple(SAMPLERS)),
-        schedule=_one_of("schedule", given.get("schedule", native.schedule), SCHEDULES),
+        sampler=sampler,
+        schedule=_one_of("schedule", given.get("schedule", schedule), SCHEDULES),
         eta=None if "eta" not in given else _number("eta", given["eta"], 0, 1),
         width=side("width", given.get("width", native.width), multiple),
         height=side("height", given.get("height", native.height), multiple),

@@ -110,7 +110,7 @@ class Pipeline:
         if image is not None:
             canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
             options |= _size(canvas, factor)
-        job = make_job(prompt, options, self.parts.defaults, multiple=factor)
+        job = make_job(prompt, options, self.parts)
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
         second = None
         if refiner is not None:

@@ -122,7 +122,7 @@ class Run:
             job.steps,
             parts.scheduler.noise_schedule,
             steps_offset=parts.scheduler.steps_offset,
-            final=parts.scheduler.final if self.sampler.may_end_above_zero else "zero",
+            final=parts.scheduler.final_for(job.sampler),
             family="sdxl" if parts.unet.config.addition else "sd",
             reading=self.sampler.reading,
         )

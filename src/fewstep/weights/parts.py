@@ -58,12 +58,11 @@ def usual_defaults(
         steps=1 if turbo else 50,
         guidance_scale=0.0 if turbo else 5.0 if family in ("sdxl", "sdxl-refiner") else 7.5,
         sampler=scheduler.sampler,
-        schedule=scheduler.spacing,
         width=size[0],
         height=size[1],
     )
     for name, value in (noted or {}).items():
-        if name not in vars(usual) or isinstance(value, str) != isinstance(vars(usual)[name], str):
+        if name not in vars(usual) or isinstance(value, str) != (name in ("sampler", "schedule")):
             raise CheckpointError(f"model_index.json: the default {name} = {value!r} cannot be used")
     return replace(usual, **(noted or {}))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from fewstep.diffusion.denoiser import Prediction
-from fewstep.diffusion.schedule import BetaKind, NoiseSchedule, noise_schedule
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.diffusion.schedule import BetaKind, Final, NoiseSchedule, noise_schedule
 from fewstep.errors import CheckpointError, unknown
 from fewstep.models.zoo import Family
 
@@ -33,7 +34,6 @@ _SAMPLERS = {  # by the class; the first one of a sampler is the one to write
     "LMSDiscreteScheduler": "dpmpp_2m",
 }
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
-_LEADING = ("ddim", "ddpm", "lcm", "plms")  # the classes that mean this spacing when they name none
 _CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
 _CURVES = ("karras", "exponential")
 _SETTINGS: dict[str, tuple[str, Any]] = {  # our name, theirs, and what its absence means
@@ -51,8 +51,9 @@ _SETTINGS: dict[str, tuple[str, Any]] = {  # our name, theirs, and what its abse
 class SchedulerConfig:
     """The noise levels a checkpoint was trained at, and how it is usually sampled; the defaults are SD 1's.
 
-    `sampler`, `spacing`: names of `diffusion`'s samplers and schedules. `final`: where a run ends, at 0 or at the
-    lowest trained level (`set_alpha_to_one: false`). `train_steps`: T, the number of time steps.
+    `sampler`: its name in `diffusion`. `spacing`, `curve` (karras or exponential): the schedules that the file names,
+    None where it names none; then each sampler has its own, see `schedule_for`. `final`: where a run ends, at 0 or at
+    the lowest trained level (`set_alpha_to_one: false`), None likewise. `train_steps`: T, the number of time steps.
     """
 
     sampler: str = "plms"
@@ -61,9 +62,10 @@ class SchedulerConfig:
     beta_end: float = 0.012
     train_steps: int = 1000
     prediction: Prediction = "epsilon"
-    spacing: str = "leading"
+    spacing: str | None = None
+    curve: str | None = None
     steps_offset: int = 1
-    final: Literal["zero", "sigma_min"] = "sigma_min"
+    final: Final | None = "sigma_min"
     zero_terminal_snr: bool = False
 
     @cached_property
@@ -77,16 +79,28 @@ class SchedulerConfig:
             zero_terminal_snr=self.zero_terminal_snr,
         )
 
+    def schedule_for(self, sampler: str) -> str:
+        """The schedule of `sampler` where the user names none: the checkpoint's, else that of diffusers' class."""
+        spec = SAMPLERS[sampler]
+        return (spec.curves and self.curve) or self.spacing or spec.spacing
+
+    def final_for(self, sampler: str) -> Final:
+        """Where a run of `sampler` ends."""
+        if not SAMPLERS[sampler].may_end_above_zero:
+            return "zero"
+        return self.final or ("sigma_min" if sampler == "plms" else "zero")
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
         """From a scheduler_config.json; CheckpointError for one whose pictures would come out different here."""
         sampler = _sampler(config)
         _refuse(config, sampler)
-        spacing = config.get("timestep_spacing", "leading" if sampler in _LEADING else "linspace")
+        to_one = config.get("set_alpha_to_one")
         return cls(
             sampler=sampler,
-            spacing=next((name for name in _CURVES if config.get(f"use_{name}_sigmas")), str(spacing)),
-            final="zero" if config.get("set_alpha_to_one", sampler != "plms") else "sigma_min",
+            spacing=config.get("timestep_spacing"),
+            curve=next((name for name in _CURVES if config.get(f"use_{name}_sigmas")), None),
+            final=None if to_one is None else "zero" if to_one else "sigma_min",
             **{ours: _setting(config, theirs, usual) for ours, (theirs, usual) in _SETTINGS.items()},
         )
 
@@ -95,17 +109,20 @@ class SchedulerConfig:
         sde = self.sampler in ("dpmpp_2m_sde", "dpmpp_3m_sde")
         name = _MULTISTEP if sde else next(theirs for theirs, ours in _SAMPLERS.items() if ours == self.sampler)
         config = {"_class_name": name} | {theirs: getattr(self, ours) for ours, (theirs, _) in _SETTINGS.items()}
-        config |= {"clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": self.final == "zero"}
+        config |= {"clip_sample": False, "skip_prk_steps": True}
         if sde:
             config |= {"algorithm_type": "sde-dpmsolver++", "solver_order": int(self.sampler[6])}
-        if self.spacing in _CURVES:
-            return config | {f"use_{self.spacing}_sigmas": True}
-        return config | {"timestep_spacing": self.spacing}
+        named = {"timestep_spacing": self.spacing, f"use_{self.curve}_sigmas": self.curve and True}
+        named["set_alpha_to_one"] = self.final and self.final == "zero"
+        return config | {name: value for name, value in named.items() if value is not None}
 
 
 def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> SchedulerConfig:
     """What the published models of `family` say; for single files, which say nothing."""
-    return SchedulerConfig(sampler={"sd1": "plms", "sd2": "ddim"}.get(family, "euler"), prediction=prediction)
+    sampler = {"sd1": "plms", "sd2": "ddim"}.get(family, "euler")
+    return SchedulerConfig(
+        sampler=sampler, prediction=prediction, spacing=None if family in ("sd1", "sd2") else "leading"
+    )
 
 
 def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
