@@ -30,16 +30,19 @@ def unknown(what: str, name: str, names: Iterable[str]) -> str:
     return f"unknown {what} {name!r}{hint} There are {', '.join(known)}"
 
 
-def quoted(text: object, longest: int = 80) -> str:
-    """A name, key or prompt from elsewhere for a message: in quotes, on one line, cut in the middle when long.
+def quoted(value: object, longest: int = 80) -> str:
+    """A name, key, prompt or setting from elsewhere for a message: on one line, cut in the middle when long.
 
     Whatever a terminal would act on (escape codes, C1 and bidirectional controls, half surrogates) is escaped.
     """
-    whole = str(text)
-    if len(whole) > longest:
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+        text = f"{type(value).__name__} too large to show"
+    if len(text) > longest:
         half = (longest - 5) // 2
-        whole = f"{whole[:half]} ... {whole[-half:]}"
-    return repr(whole)
+        text = f"{text[:half]} ... {text[-half:]}"
+    return repr(text) if isinstance(value, str) else printable(text)
 
 
 def printable(text: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, TypeVar
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, quoted
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
+
+LARGEST_NUMBER = 1_000_000
+"""Of channels, layers, tokens: far above any model's, and small enough to be multiplied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class UNetConfig:
         _check(config, "UNet", _UNET_FIXED)
         channels = config["block_out_channels"]
         count = len(channels)
-        downs = config.get("down_block_types", _DOWN_TYPES)
+        downs = _block_types(config)
         heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count)
         depths = _per_level(config.get("transformer_layers_per_block", 1), count)
         resnets = _per_level(config.get("layers_per_block", 2), count)
@@ -72,7 +77,9 @@ class UNetConfig:
             for c, r, d, h, kind in zip(channels, resnets, depths, heads, downs, strict=True)
         )
         sdxl = config.get("addition_embed_type") == "text_time"
-        return cls(
+        return _checked(
+            cls,
+            "UNet",
             stages=stages,
             context=config.get("cross_attention_dim", 1280),
             in_channels=config.get("in_channels", 4),
@@ -132,9 +139,14 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, config: Config) -> AutoencoderConfig:
         """From an `AutoencoderKL` config.json; CheckpointError names a setting this family has not."""
-        _check(config, "autoencoder", _AUTOENCODER_FIXED)
-        return cls(
-            channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
+        channels = config.get("block_out_channels", (128, 256, 512, 512))
+        kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        fixed = {name: [kind] * len(channels) for name, kind in kinds.items()}
+        _check(config, "autoencoder", {**_AUTOENCODER_FIXED, **fixed})
+        return _checked(
+            cls,
+            "autoencoder",
+            channels=tuple(channels),
             resnets=config.get("layers_per_block", 2),
             latent_channels=config.get("latent_channels", 4),
             groups=config.get("norm_num_groups", 32),
@@ -178,13 +190,16 @@ class TextConfig:
     @classmethod
     def from_transformers(cls, config: Config) -> TextConfig:
         """From a `CLIPTextModel` or `CLIPTextModelWithProjection` config.json."""
+        _check(config, "text encoder", _TEXT_FIXED)
         shape = {ours: config.get(theirs, usual) for ours, (theirs, usual) in _TEXT.items()}
         if (activation := shape["activation"]) not in ("quick_gelu", "gelu"):
             raise CheckpointError(f"text encoder: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
-        if shape["eos"] == 2 and shape["vocabulary"] == 49408:
-            shape["eos"] = 49407  # published configs say 2, wrongly
+        if shape["eos"] == 2 and shape["vocabulary"] >= 49408:
+            shape["eos"] = 49407  # published configs say 2, wrongly; added tokens come after it
         projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        return cls(**shape, projection=config.get("projection_dim", 512) if projected else None)
+        return _checked(
+            cls, "text encoder", **shape, projection=config.get("projection_dim", 512) if projected else None
+        )
 
     def to_transformers(self) -> dict[str, Any]:
         """A config.json from which transformers builds this text tower."""
@@ -210,23 +225,43 @@ _TEXT: Mapping[str, tuple[str, Any]] = {  # our name, theirs, and what its absen
     "eos": ("eos_token_id", 49407),
 }
 
-# settings that hold one value in the whole family: another one means another network
+# Settings that hold one value in the whole family: another one means another network.
 _UNET_FIXED: Config = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "act_fn": "silu",
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": "default",
+    "center_input_sample": False,
     "class_embed_type": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_type": "positional",
-    "resnet_time_scale_shift": "default",
-    "encoder_hid_dim_type": None,
-    "only_cross_attention": False,
-    "dual_cross_attention": False,
+    "class_embeddings_concat": False,
     "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 _AUTOENCODER_FIXED: Config = {
     "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
@@ -236,10 +271,51 @@ _AUTOENCODER_FIXED: Config = {
 }
 
 
+_TEXT_FIXED: Config = {"layer_norm_eps": 1e-5}
+
+
 def _check(config: Config, what: str, fixed: Config) -> None:
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(f"{what}: {key} is {config[key]!r}; this family of models has only {value!r}")
+    for key, values in fixed.items():
+        values = values if isinstance(values, tuple) else (values,)
+        given = config.get(key, values[0])
+        if isinstance(given, list) and given and not isinstance(values[0], list) and given == given[:1] * len(given):
+            given = given[0]  # the same at every level
+        if given not in values:
+            raise CheckpointError(f"{what}: {key} is {quoted(given)}; this family of models has only {values[0]!r}")
+
+
+def _block_types(config: Config) -> list[str]:
+    """The kinds of a UNet's levels on the way down, which those on the way up must mirror."""
+    downs = list(config.get("down_block_types", _DOWN_TYPES))
+    ups = list(config.get("up_block_types", [kind.replace("Down", "Up") for kind in reversed(downs)]))
+    if not set(downs) <= set(_DOWN_TYPES) or [kind.replace("Down", "Up") for kind in reversed(downs)] != ups:
+        raise CheckpointError(f"UNet: its levels are {quoted(downs)} and {quoted(ups)}; known are {_DOWN_TYPES[2:]}")
+    return downs
+
+
+def _checked(kind: type[T], what: str, **shape: Any) -> T:
+    """The config of these values; CheckpointError for a number that no network can have."""
+    for name, value in _numbers(shape):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "scaling_factor":
+            fits = (whole or isinstance(value, float)) and 0 < value < inf
+        else:
+            fits = whole and (0 if name in ("depth", "eos") else 1) <= value <= LARGEST_NUMBER
+        if not fits:
+            raise CheckpointError(
+                f"{what}: {name} is {quoted(value)}; expected a number above 0, at most {LARGEST_NUMBER}"
+            )
+    return kind(**shape)
+
+
+def _numbers(shape: Config) -> Iterator[tuple[str, Any]]:
+    """The numbers in a config's values, each with its name."""
+    for name, value in shape.items():
+        if isinstance(value, tuple):
+            for each in value:
+                yield from _numbers(vars(each) if isinstance(each, Stage) else {name: each})
+        elif not (value is None or isinstance(value, bool) or name == "activation"):
+            yield name, value
 
 
 def _per_level(value: int | list[int], count: int) -> list[int]:

@@ -114,6 +114,7 @@ class Pipeline:
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
         second = None
         if refiner is not None:
+            _check_refiner(self.parts, refiner.parts)
             second = Model(parts=refiner.parts, engine=refiner.engine)
             extra |= {"refiner": refiner.parts.name, "handoff": handoff}
         task = "text_to_image" if canvas is None else "image_to_image" if mask is None else "inpaint"
@@ -135,6 +136,19 @@ class Pipeline:
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the model to a new diffusers folder, which diffusers itself reads."""
         save_parts(self.parts, Path(folder), dtype=dtype)
+
+
+def _check_refiner(base: Parts, refiner: Parts) -> None:
+    """InputError for a model that cannot go on with the latents of another one."""
+    configs = [(each.unet.config, each.autoencoder.config) for each in (base, refiner)]
+    if not all(unet.addition and unet.in_channels == 4 for unet, _ in configs):
+        raise InputError(
+            f"{refiner.name} cannot refine what {base.name} draws: both must be SDXL models that read latents alone, "
+            "such as 'sdxl-base' and 'sdxl-refiner'"
+        )
+    scales = [vae.scaling_factor for _, vae in configs]
+    if scales[0] != scales[1]:
+        raise InputError(f"{base.name} and {refiner.name} scale their latents by {scales[0]} and {scales[1]}")
 
 
 def _finished(run: Run, options: TaskOptions) -> Result:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.diffusion.denoiser import Prediction
-from fewstep.errors import CheckpointError, InputError, unknown
+from fewstep.errors import CheckpointError, InputError, quoted, unknown
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -29,6 +29,7 @@ from fewstep.weights.fetch import ASSETS, located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
 from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
 from fewstep.weights.layouts import Place, diffusers_places, single_places
+from fewstep.weights.compatible import check_parts
 from fewstep.weights.parts import Parts, family_of, published, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
 from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokenizers_of
@@ -38,6 +39,21 @@ CPU = torch.device("cpu")
 MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down
 SHOWN = 3  # names of each kind of problem
 _IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
+
+_FOREIGN_PIPELINES = {
+    "StableDiffusion3": " (Stable Diffusion 3)",
+    "Flux": " (the Flux family)",
+    "PixArt": " (PixArt)",
+    "Kandinsky": " (Kandinsky)",
+    "Upscale": " (an upscaler)",
+}
+_FOREIGN_PARTS = {  # by the class in a config.json
+    "ControlNet": "a ControlNet, which fewstep does not read",
+    "AutoencoderKL": "an autoencoder alone; give the folder of a whole model",
+    "AutoencoderTiny": "a tiny autoencoder; load a whole model with decoder= this folder",
+    "UNet2DConditionModel": "a UNet alone; give the folder of the whole model, one level up",
+    "Transformer2DModel": "the transformer of a newer family (Stable Diffusion 3, Flux), which fewstep does not read",
+}
 
 Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig)
 Network = TypeVar("Network", bound=nn.Module)
@@ -73,6 +89,7 @@ def load_parts(
         parts, fillings = _folder_parts(path, half=dtype.itemsize == 2)
     else:
         parts, fillings = _single_file_parts(open_tensors(path), prediction, tokenizer)
+    check_parts(parts, path)
     _fill(fillings, dtype, device)
     if prediction is not None:
         parts = replace(parts, scheduler=replace(parts.scheduler, prediction=prediction))
@@ -140,14 +157,26 @@ def _home(folder: Path, name: str, notes: Mapping[str, Any]) -> Path:
 def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The folder's model_index.json and fewstep's notes in it; CheckpointError when the folder cannot draw."""
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json, so it is not the diffusers folder of a whole model")
+        raise CheckpointError(f"{folder} has no model_index.json, so it is {_single_part(folder)}")
     index = read_json(folder / "model_index.json")
     names, notes = parts_of(index), index.get("_fewstep", {})
     lacking = [name for name in ("unet", "vae") if name not in names]
     if lacking or len(names) < 3:
         what = " and ".join(lacking) or "text_encoder"
-        raise CheckpointError(f"{folder} is a {index.get('_class_name')} without {what}; fewstep draws from text")
+        kind = quoted(index.get("_class_name"))
+        known = next((what for mark, what in _FOREIGN_PIPELINES.items() if mark in kind), "")
+        raise CheckpointError(f"{folder} is a {kind} without {what}{known}; fewstep draws with SD 1, SD 2 and SDXL")
     return index, notes if isinstance(notes, dict) else {}
+
+
+def _single_part(folder: Path) -> str:
+    """What a folder is that is no whole model, with what to do."""
+    if any((folder / name).is_file() for name in ("pytorch_lora_weights.safetensors", "adapter_config.json")):
+        return "the folder of a LoRA; load its model, and add it with fewstep.add_lora or --lora"
+    path = folder / "config.json"
+    kind = str(read_json(path).get("_class_name", "")) if path.is_file() else ""
+    found = next((what for mark, what in _FOREIGN_PARTS.items() if mark in kind), "")
+    return found or "not the diffusers folder of a whole model"
 
 
 def _single_file_parts(

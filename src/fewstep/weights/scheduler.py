@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.samplers import SAMPLERS
-from fewstep.diffusion.schedule import BetaKind, Final, NoiseSchedule, noise_schedule
-from fewstep.errors import CheckpointError, unknown
+from fewstep.diffusion.schedule import BETAS, BetaKind, Final, NoiseSchedule, noise_schedule
+from fewstep.errors import CheckpointError, quoted, unknown
 from fewstep.models.zoo import Family
 
 MOST_TRAIN_STEPS = 100_000
@@ -26,16 +27,53 @@ _SAMPLERS = {  # by the class; the first one of a sampler is the one to write
     "LCMScheduler": "lcm",
     "PNDMScheduler": "plms",
     "UniPCMultistepScheduler": "unipc",
-    # samplers that fewstep has not, by its nearest one; the noise levels are the same
     "DEISMultistepScheduler": "dpmpp_2m",
     "DPMSolverSinglestepScheduler": "dpmpp_2m",
     "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
     "KDPM2DiscreteScheduler": "heun",
     "LMSDiscreteScheduler": "dpmpp_2m",
 }
+_STAND_INS = tuple(_SAMPLERS)[-5:]  # samplers that fewstep has not, by its nearest one; the noise levels are the same
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
-_CLIPPING = ("ddim", "ddpm", "lcm")  # the classes that read clip_sample
+_CLIPPING = ("ddim", "ddpm")  # the samplers whose classes clip unless the file says otherwise
 _CURVES = ("karras", "exponential")
+_SPACINGS = ("leading", "trailing", "linspace")
+_HARMLESS: dict[str, tuple[Any, ...]] = {  # settings that would change the picture: the values with which they do not
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+    "clip_sample": (False,),
+    "disable_corrector": ([],),
+    "euler_at_final": (False,),
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "lambda_min_clipped": (-inf, None),
+    "lower_order_final": (True,),
+    "original_inference_steps": (50,),
+    "predict_x0": (True,),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
+    "solver_order": (2,),
+    "solver_p": (None,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "shift_terminal": (None,),
+    "thresholding": (False,),
+    "timestep_scaling": (10.0,),
+    "timestep_type": ("discrete",),
+    "trained_betas": (None,),
+    "use_beta_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "variance_type": (None, "fixed_small"),
+}
+_USUAL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_USUAL: dict[str, dict[str, Any]] = {  # what absence means to some classes
+    "DPMSolverSDEScheduler": _USUAL_BETAS,
+    "HeunDiscreteScheduler": _USUAL_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _USUAL_BETAS,
+    "KDPM2DiscreteScheduler": _USUAL_BETAS,
+    "LCMScheduler": {**_USUAL_BETAS, "beta_schedule": "scaled_linear"},
+}
+_RANGE = ("beta_start", "beta_end", "train_steps")
 _SETTINGS: dict[str, tuple[str, Any]] = {  # our name, theirs, and what its absence means
     "beta_schedule": ("beta_schedule", "linear"),
     "beta_start": ("beta_start", 0.0001),
@@ -54,6 +92,7 @@ class SchedulerConfig:
     `sampler`: its name in `diffusion`. `spacing`, `curve` (karras or exponential): the schedules that the file names,
     None where it names none; then each sampler has its own, see `schedule_for`. `final`: where a run ends, at 0 or at
     the lowest trained level (`set_alpha_to_one: false`), None likewise. `train_steps`: T, the number of time steps.
+    `stands_in_for`: the file's class where `sampler` is but the nearest one to it.
     """
 
     sampler: str = "plms"
@@ -67,6 +106,7 @@ class SchedulerConfig:
     steps_offset: int = 1
     final: Final | None = "sigma_min"
     zero_terminal_snr: bool = False
+    stands_in_for: str = ""
 
     @cached_property
     def noise_schedule(self) -> NoiseSchedule:
@@ -94,11 +134,14 @@ class SchedulerConfig:
     def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
         """From a scheduler_config.json; CheckpointError for one whose pictures would come out different here."""
         sampler = _sampler(config)
+        name = str(config["_class_name"])
+        config = {**_USUAL.get(name, {}), **config}
         _refuse(config, sampler)
         to_one = config.get("set_alpha_to_one")
         return cls(
             sampler=sampler,
             spacing=config.get("timestep_spacing"),
+            stands_in_for=name if name in _STAND_INS else "",
             curve=next((name for name in _CURVES if config.get(f"use_{name}_sigmas")), None),
             final=None if to_one is None else "zero" if to_one else "sigma_min",
             **{ours: _setting(config, theirs, usual) for ours, (theirs, usual) in _SETTINGS.items()},
@@ -128,8 +171,9 @@ def usual_scheduler(family: Family, prediction: Prediction = "epsilon") -> Sched
 def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
     value = config.get(name, usual)
     kinds = (int, float) if isinstance(usual, float) else type(usual)
-    if not isinstance(value, kinds) or (isinstance(value, int) and not 0 <= value <= MOST_TRAIN_STEPS):
-        raise CheckpointError(f"scheduler: {name} is {value!r}; expected something like {usual!r}")
+    number = isinstance(usual, int | float) and not isinstance(usual, bool)
+    if not isinstance(value, kinds) or (number and (isinstance(value, bool) or not 0 <= value <= MOST_TRAIN_STEPS)):
+        raise CheckpointError(f"scheduler: {name} is {quoted(value)}; expected something like {usual!r}")
     return value
 
 
@@ -143,11 +187,20 @@ def _sampler(config: Mapping[str, Any]) -> str:
 
 
 def _refuse(config: Mapping[str, Any], sampler: str) -> None:
-    """Settings under which diffusers would draw another picture than fewstep."""
-    wrong = [key for key in ("thresholding", "trained_betas", "use_beta_sigmas") if config.get(key)]
-    if sampler in _CLIPPING and config.get("clip_sample", sampler != "lcm"):
-        wrong.append("clip_sample")
-    if config.get("prediction_type", "epsilon") not in PREDICTIONS:
-        wrong.append("prediction_type")
-    for key in wrong:
-        raise CheckpointError(f"scheduler: {key} is {config.get(key, True)!r}, which no model of this family needs")
+    """CheckpointError for settings under which diffusers would draw another picture than fewstep."""
+    allowed = {**_HARMLESS, "prediction_type": PREDICTIONS, "beta_schedule": tuple(BETAS)}
+    allowed |= {"solver_order": (3,) if sampler == "dpmpp_3m_sde" else (2,)}
+    allowed |= {"skip_prk_steps": (True,)} if sampler == "plms" else {}
+    if config["_class_name"] in _STAND_INS:
+        allowed = {key: values for key, values in allowed.items() if not key.startswith(("solver", "lower_order"))}
+    unsaid = {"clip_sample": sampler in _CLIPPING, "skip_prk_steps": False}
+    for key, values in allowed.items():
+        value = config.get(key, unsaid.get(key, values[0]))
+        if value not in values:
+            others = " or ".join(repr(each) for each in values)
+            raise CheckpointError(f"scheduler: {key} is {quoted(value)}; fewstep draws with {others} alone")
+    if (spacing := config.get("timestep_spacing")) not in (None, *_SPACINGS):
+        raise CheckpointError(f"scheduler: {unknown('timestep_spacing', quoted(spacing), _SPACINGS)}")
+    start, end, count = (_setting(config, name, usual) for name, usual in (_SETTINGS[key] for key in _RANGE))
+    if not 0 < start <= end < 1 or count < 2:
+        raise CheckpointError(f"scheduler: betas from {start} to {end} over {count} steps are no noise schedule")

@@ -32,10 +32,10 @@ DROPPED = re.compile(
 SD 2 reads its text tower before the last of 24 layers, so that layer and the projection go unused."""
 
 _OTHERS = {
-    "lora_": "a LoRA",
-    "control_model.": "a ControlNet",
-    "double_blocks.": "a model of the Flux family",
-    "joint_blocks.": "a Stable Diffusion 3 model",
+    "lora_": "a LoRA; load its model, and add it with fewstep.add_lora or --lora",
+    "control_model.": "a ControlNet, which fewstep does not read",
+    "double_blocks.": "a model of the Flux family, which fewstep does not read",
+    "joint_blocks.": "a Stable Diffusion 3 model, which fewstep does not read",
     "down_blocks.": "one part of a diffusers folder; give the folder",
     UNET_PREFIX: "a UNet without its text towers",
     AUTOENCODER_PREFIX: "an autoencoder alone",
@@ -140,7 +140,7 @@ def _text_config(shapes: Shapes, prefix: str) -> TextConfig:
         inner=shapes[layer.format(0)][0],
         activation="quick_gelu" if clip else "gelu",
         projection=projection[1] if projection else None,
-        eos=vocabulary - 1,
+        eos=min(vocabulary, 49408) - 1,  # added tokens come after it
     )
 
 
@@ -148,8 +148,8 @@ def stated_scheduler(file: TensorFile, family: Family, prediction: Prediction | 
     """The family's usual one, with the prediction that the caller or the file names."""
     said, steps = file.notes.get("modelspec.prediction_type", ""), file.notes.get("global_step")
     v = "v_pred" in file.shapes or said.startswith("v")
-    epsilon = family != "sd2" or said.startswith("eps") or steps == "875000"  # the steps of SD 2's base
-    if not (prediction or v or epsilon or steps):
+    epsilon = family != "sd2" or said.startswith("eps") or steps == "875000"  # of SD 2's base; no other number tells
+    if not (prediction or v or epsilon):
         raise InputError(
             f"{file.path} is an SD 2 model and does not say what it predicts; pass prediction='v_prediction' "
             "(SD 2.1 for 768 pixels) or 'epsilon' (the base for 512 pixels, SD-Turbo)"
