@@ -300,8 +300,12 @@ def test_what_a_single_file_does_not_say_is_asked_for(
         load(tmp_path / "silent.safetensors")
     silent = load(tmp_path / "silent.safetensors", prediction="epsilon")
     assert (silent.scheduler.prediction, silent.defaults.width) == ("epsilon", 512)
-    torch.save({"state_dict": load_file(tmp_path / "sd2.safetensors"), "global_step": 140000}, tmp_path / "sd2.ckpt")
-    assert load(tmp_path / "sd2.ckpt").scheduler.prediction == "v_prediction"
+    for steps in (140000, 220000, 0):
+        torch.save({"state_dict": load_file(tmp_path / "sd2.safetensors"), "global_step": steps}, tmp_path / "sd2.ckpt")
+        with pytest.raises(InputError, match="does not say what it predicts"):
+            load(tmp_path / "sd2.ckpt")
+    torch.save({"state_dict": load_file(tmp_path / "sd2.safetensors"), "global_step": 875000}, tmp_path / "sd2.ckpt")
+    assert load(tmp_path / "sd2.ckpt").scheduler.prediction == "epsilon"
 
 
 def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_path: Path) -> None:

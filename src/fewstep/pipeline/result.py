@@ -19,7 +19,8 @@ class Result:
     `images`: PIL pictures, empty for other outputs. `array` (B, H, W, 3) in 0..1 with `output="numpy"`. `latents`
     (B, 4, h, w), scaled, with `output="latent"`. `tokens_used` and `tokens_dropped` count those of the prompt, without
     start, end and padding; `chunks` is how many text windows the longest one filled. `unknown_words`: words that the
-    model's vocabulary has not. `notes`: what was done otherwise than one might think. `seconds`: time of each stage. `settings`: what reproduces the pictures.
+    model's vocabulary has not. `notes`: what was done otherwise than one might think. `seconds`: time of each stage.
+    `settings`: what reproduces the pictures.
     """
 
     images: tuple[Image, ...] = ()

@@ -25,11 +25,11 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, TINY_NAMES
 from fewstep.text.tokenizer import Tokenizer
+from fewstep.weights.compatible import check_parts
 from fewstep.weights.fetch import ASSETS, located
 from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
 from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
 from fewstep.weights.layouts import Place, diffusers_places, single_places
-from fewstep.weights.compatible import check_parts
 from fewstep.weights.parts import Parts, family_of, published, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
 from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokenizers_of

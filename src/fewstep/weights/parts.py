@@ -61,10 +61,11 @@ def usual_defaults(
         width=size[0],
         height=size[1],
     )
-    for name, value in (noted or {}).items():
+    noted = {name: value for name, value in (noted or {}).items() if value is not None}
+    for name, value in noted.items():
         if name not in vars(usual) or isinstance(value, str) != (name in ("sampler", "schedule")):
             raise CheckpointError(f"model_index.json: the default {name} = {value!r} cannot be used")
-    return replace(usual, **(noted or {}))
+    return replace(usual, **noted)
 
 
 def published(parts: Parts, known: Entry) -> Parts:
