@@ -42,8 +42,7 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "kernels" and kernels() is None:
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
     monkeypatch.setattr(engine, "kernels", kernels if request.param == "kernels" else lambda: None)
-    for module in (engine, convolution):
-        monkeypatch.setattr(module, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "FEWEST_CHANNELS", 1)
 
 
 def pair(path: Path | str, *, strict: bool = False) -> Pair:

@@ -73,8 +73,11 @@ def test_a_mirrored_picture_has_the_mirrored_relation(reader):
 
 
 def test_no_picture_depends_on_the_others(reader):
+    """What is read is the same; how sure the reader is, is so up to the rounding of products in another batch."""
     pictures = render(scenes(5, seed=38), 64)
-    assert reader.read(pictures) == [reader.read(picture[None])[0] for picture in pictures]
+    together, alone = reader.read(pictures), [reader.read(picture[None])[0] for picture in pictures]
+    assert [replace(reading, fit=0.0) for reading in together] == [replace(reading, fit=0.0) for reading in alone]
+    assert [reading.fit for reading in together] == pytest.approx([reading.fit for reading in alone], abs=1e-5)
 
 
 def test_what_is_no_square_picture_is_refused(reader):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import fewstep
 from fewstep.engines.cpu import limits
 from fewstep.errors import InputError
 
@@ -32,21 +35,52 @@ def test_a_container_of_the_older_kind(cgroup: Path, quota: str, cores: int) -> 
     assert limits.usable_cores() == cores
 
 
-def test_threads_are_those_of_the_container_unless_the_user_chose(
-    cgroup: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (cgroup / "cpu.max").write_text("100000 100000")
+LARGE = 800_000_000  # parameters, as of Stable Diffusion's UNet
+
+
+@pytest.fixture
+def threads(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A machine where PyTorch takes 8 threads by itself, and two cores in the container."""
+    (cgroup / "cpu.max").write_text("200000 100000")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(limits, "THREADS", 8)
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        limits.spare_threads()
-        assert torch.get_num_threads() == 2
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        limits.spare_threads()
+    torch.set_num_threads(8)
+    yield 8
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_large_networks_take_the_cores_of_the_container_and_small_ones_one() -> None:
+    assert (limits.threads_for(LARGE), limits.threads_for(6_000_000)) == (2, 1)
+
+
+def test_a_number_of_threads_that_the_user_chose_stays(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(3)
+    assert (limits.threads_for(LARGE), limits.threads_for(6_000_000)) == (3, 3)
+    torch.set_num_threads(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert limits.threads_for(6_000_000) == 8
+
+
+def test_the_callers_number_of_threads_comes_back(threads: int) -> None:
+    with limits.cap_threads(1):
         assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_small_model_is_drawn_by_one_thread_from_python_as_from_the_command_line() -> None:
+    """In a thread of the caller's too, which PyTorch gives a number of its own."""
+    pipe = fewstep.load("blocks-base", device="cpu")
+    seen: list[int] = []
+    text, run = pipe.engine.encode_text, pipe.engine._fast.encode_text
+    pipe.engine._fast.encode_text = lambda ids: (seen.append(torch.get_num_threads()), run(ids))[1]
+    ids = [pipe.parts.tokenizers[0].eos * torch.ones(1, 1, 24, dtype=torch.int64)]
+    text(ids)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(text, [ids[0] * 0]).result()
+    assert (pipe.engine.threads, seen) == (1, [1, 1])
 
 
 def test_a_lack_of_memory_names_the_bytes() -> None:

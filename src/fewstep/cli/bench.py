@@ -30,7 +30,7 @@ def bench(
     steps: options.Steps = None,
     size: options.Size = None,
     runs: Annotated[int, typer.Option(min=1, max=1000, help="Pictures that count, after a first one.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU (else as fewstep generate has them).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU (else those that the engine takes).")] = None,
     decoder: options.Decoder = None,
     device: options.Device = None,
     dtype: options.DType = None,
@@ -78,7 +78,7 @@ def machine(pipe: Pipeline) -> dict[str, Any]:
         "python": platform.python_version(),
         "hardware": hardware(pipe.engine.device),
         "device": str(pipe.engine.device),
-        "threads": torch.get_num_threads(),
+        "threads": getattr(pipe.engine, "threads", torch.get_num_threads()),
         "engine": type(pipe.engine).__name__,
     }
 
@@ -133,12 +133,9 @@ def _loaded(model: str | None, threads: int | None, **how: str | None) -> Pipeli
 
     import fewstep
 
-    pipe = fewstep.load(model, **how)
     if threads is not None:
         torch.set_num_threads(threads)
-    elif pipe.parts.family == "blocks":
-        torch.set_num_threads(1)  # as `fewstep generate`: more gain next to nothing
-    return pipe
+    return fewstep.load(model, **how)
 
 
 def _warm(pipe: Pipeline, wanted: recipe.Recipe, runs: int) -> dict[str, Any]:

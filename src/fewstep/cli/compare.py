@@ -93,19 +93,10 @@ def _make(
         for one in chosen:
             bar.stage("loading")
             pipe = fewstep.load(one.model, device=device)
-            if pipe.parts.family == "blocks":
-                _spare_threads()
-            elif prompts is None:
+            if prompts is None and pipe.parts.family != "blocks":
                 raise InputError(f"{one.label} draws more than blocks; give prompts for it with --prompts FILE")
             drawings[one.label] = contenders.drawing(pipe, one, texts, seed=seed, on_step=bar.on_step)
     make_study(drawings, texts, folder, seed=seed, checks=-(-len(texts) // 10) if checks is None else checks)
-
-
-def _spare_threads() -> None:
-    """Use one thread: small networks and the reader gain nothing by more, and lose by them on a busy machine."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def read_prompts(file: Path, count: int) -> list[str]:
@@ -130,6 +121,7 @@ def held_out_prompts(count: int, seed: int) -> list[str]:
 
 def _count(folder: Path, files: Sequence[Path], judge: str | None) -> Outcome:
     """Count votes, and write chart and table beside the page."""
+    from fewstep.engines.cpu.limits import cap_threads
     from fewstep.evaluate.judges import JUDGES, judged
     from fewstep.evaluate.preference_chart import write_chart
     from fewstep.evaluate.report import csv_text, write_text
@@ -140,8 +132,8 @@ def _count(folder: Path, files: Sequence[Path], judge: str | None) -> Outcome:
     study = read_study(folder)
     ballots = [read_ballot(file, study.digest, {pair.id for pair in study.pairs}) for file in files]
     if judge is not None:
-        _spare_threads()
-        ballots.append(judged(study, folder, JUDGES[judge]()))
+        with cap_threads(1):
+            ballots.append(judged(study, folder, JUDGES[judge]()))
     outcome = tallied(study, ballots)
     stem = folder / ("preference" if outcome.judged_by is None else "preference-judged-by-model")
     table = stem.with_suffix(".csv")

@@ -63,13 +63,10 @@ def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[P
 
         place = {name: wanted.get(name) for name in ("device", "dtype")}
         how = {name: wanted.get(name) for name in ("revision", "prediction", "tokenizer", "decoder")}
-        known = fewstep.CATALOGUE.get(str(wanted.get("model")))
-        _spare_threads(known.family if known else "blocks" if "model" not in wanted else None)
         pipe = fewstep.load(wanted.get("model"), **place, **how)
         refiner = fewstep.load(wanted["refiner"], **place) if "refiner" in wanted else None
         for file, scale in wanted.get("lora", ()):
             fewstep.add_lora(pipe, file, scale)
-        _spare_threads(pipe.parts.family)
         loaded = perf_counter() - started
         result = draw(pipe, refiner, wanted, bar)
         settings = recipe.metadata(wanted, result.settings, outputs.folder_of(output))
@@ -77,16 +74,6 @@ def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[P
     if not quiet:
         print(f"loaded in {loaded:.1f} s; {summary(result)}", file=sys.stderr)
     return written
-
-
-def _spare_threads(family: str | None) -> None:
-    """Load and draw with one thread where more gain next to nothing: on a busy machine they wait for each other at
-    every layer, which made the embedded model 100 times slower.
-    """
-    if family == "blocks":
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def draw(pipe: Pipeline, refiner: Pipeline | None, wanted: recipe.Recipe, bar: progress.Bar) -> Result:

@@ -76,10 +76,10 @@ class Choices:
 
 
 @cache
-def of_this_machine() -> Choices:
+def of_this_machine(threads: int) -> Choices:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())
-    return Choices(cache_folder() / f"cpu-{digest(*machine, torch.get_num_threads())}.json")
+    return Choices(cache_folder() / f"cpu-{digest(*machine, threads)}.json")
 
 
 def digest(*what: object) -> str:

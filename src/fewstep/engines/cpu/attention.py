@@ -25,7 +25,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means) -> Tenso
     ways: Ways = {"plain": plain}
     if (kernels := means.kernels) is not None:
         ways["kernel"] = lambda: kernels.attention(q, k, v, heads)
-    return means.choices.run(f"attention {tuple(q.shape)} {k.shape[1]} {heads} {kernels is not None}", ways)
+    return means.choices.run(f"attention {tuple(q.shape[1:])} {k.shape[1]} {heads} {kernels is not None}", ways)
 
 
 class FastAttention(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cpu.compiled import Besides, Kernels
-from fewstep.engines.cpu.linear import fast_linear, floats
+from fewstep.engines.cpu.linear import by_picture, fast_linear, floats
 from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.winograd import (
     STRICT,
@@ -101,7 +101,7 @@ class FastConv(nn.Module):
         if means.tricks.onednn:
             ways["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, around)
         taps = "doubled" if self.doubled else "strict" if means.strict else "plain"
-        return means.choices.run(f"conv {taps} {tuple(x.shape)} {len(self.weight)} {norm is not None}", ways)
+        return means.choices.run(f"conv {taps} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", ways)
 
     def _direct(self, x: Tensor, around: Around) -> Tensor:
         kernels, bias, (outputs, channels) = self.means.kernels, self.conv[0].bias, self.weight.shape[:2]
@@ -110,7 +110,8 @@ class FastConv(nn.Module):
             return around.finished(kernels.conv3x3_few(x, self.weight, bias))
         h = x if around.norm is None else F.silu(normed(around.norm, x), inplace=True)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
-        return around.finished(F.conv2d(h, self.weight.float(), floats(bias), padding=1))
+        weight, bias = self.weight.float(), floats(bias)
+        return around.finished(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.means))
 
     def _plain(self, products: Products, x: Tensor, around: Around) -> Tensor:
         """With fewer products, in tensor operations."""
@@ -142,8 +143,8 @@ class FastConv(nn.Module):
 
 
 def _scheme(x: Tensor, means: Means) -> str:
-    """The kernels' scheme for maps of this size."""
-    return "strict" if means.strict or len(x) * x.shape[2] * x.shape[3] < FEWEST_PIXELS else "winograd"
+    """The kernels' scheme for maps of this size, whatever the batch."""
+    return "strict" if means.strict or x.shape[2] * x.shape[3] < FEWEST_PIXELS else "winograd"
 
 
 def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -184,6 +185,17 @@ def affine_of(sums: Tensor, pixels: int, norm: nn.GroupNorm) -> tuple[Tensor, Te
     return scale.float()[:, None, None], shift.float()[:, None, None]
 
 
+class FastPointwise(nn.Module):
+    """A 1x1 convolution."""
+
+    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+        super().__init__()
+        self.conv, self.means = (conv,), means
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _pixelwise(x, self.conv[0], self.means)
+
+
 class FastUpsample(nn.Module):
     """Doubling and its convolution without the enlarged map, where the size is exactly doubled."""
 
@@ -210,13 +222,16 @@ class FastDownsample(nn.Module):
 
         def direct() -> Tensor:
             padded = F.pad(x, (0, 1, 0, 1)) if first else x
-            return F.conv2d(padded, conv.weight.float(), floats(conv.bias), stride=2, padding=1 - first)
+            weight, bias = conv.weight.float(), floats(conv.bias)
+            return by_picture(lambda p: F.conv2d(p, weight, bias, stride=2, padding=1 - first), padded, self.means)
 
         ways: Ways = {"direct": direct}
         if self.means.tricks.fewer_products and kernels is not None and kernels.takes(conv.weight):
             scheme = _scheme(x, self.means)
             ways["kernel"] = lambda: kernels.conv3x3(x, conv.weight, conv.bias, scheme, every=2, first=first)
-        return self.means.choices.run(f"halved {first} {tuple(x.shape)} {len(conv.weight)} {conv.weight.dtype}", ways)
+        return self.means.choices.run(
+            f"halved {first} {tuple(x.shape[1:])} {len(conv.weight)} {conv.weight.dtype}", ways
+        )
 
 
 class FastTinyBlock(nn.Module):
@@ -262,8 +277,8 @@ class FastResBlock(nn.Module):
 
 def _pixelwise(x: Tensor, conv: nn.Conv2d, means: Means) -> Tensor:
     """A 1x1 convolution of x (B, C, H, W)."""
-    ways: Ways = {"direct": lambda: F.conv2d(x, conv.weight.float(), floats(conv.bias))}
+    ways: Ways = {"direct": lambda: by_picture(lambda p: F.conv2d(p, conv.weight.float(), floats(conv.bias)), x, means)}
     if means.tricks.onednn:
         rows, weight = x.permute(0, 2, 3, 1), conv.weight.flatten(1)
         ways["linear"] = lambda: fast_linear(rows, weight, conv.bias, means).permute(0, 3, 1, 2)
-    return means.choices.run(f"pixelwise {tuple(x.shape)} {len(conv.weight)}", ways)
+    return means.choices.run(f"pixelwise {tuple(x.shape[1:])} {len(conv.weight)}", ways)

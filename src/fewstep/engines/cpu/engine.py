@@ -15,15 +15,14 @@ from fewstep.engines.choices import Choices, of_this_machine
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.compiled import kernels, pixels_first
 from fewstep.engines.cpu.convolution import (
-    FEW_CHANNELS,
-    FEWEST_CHANNELS,
     FastConv,
     FastDownsample,
+    FastPointwise,
     FastResBlock,
     FastTinyBlock,
     FastUpsample,
 )
-from fewstep.engines.cpu.limits import memory_errors, spare_threads
+from fewstep.engines.cpu.limits import cap_threads, memory_errors, threads_for
 from fewstep.engines.cpu.linear import FastLinear
 from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.tricks import Tricks
@@ -53,7 +52,7 @@ class CpuEngine:
 
     Weights are those of `parts` themselves: what is merged into them or taken out again counts at the next call. They
     may be in float16, in half the memory: each is widened as it is read. If they are moved to another device or to a
-    format that is neither, the plain engine takes over.
+    format that is neither, the plain engine takes over. `threads` run each call; see `threads_for`.
     """
 
     def __init__(
@@ -66,11 +65,11 @@ class CpuEngine:
         choices: Choices | None = None,
     ) -> None:
         assert runs(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
-        spare_threads()
+        self.threads = threads_for(sum(weight.numel() for weight in parts.unet.parameters()))
         onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         tricks = replace(tricks or Tricks(), **({} if onednn else {"onednn": False}))
         built = kernels() if tricks.kernels else None
-        chosen = choices or of_this_machine()
+        chosen = choices or of_this_machine(self.threads)
         means = Means(choices=chosen, kernels=built, tricks=tricks, budget=budget, strict=strict)
         self.parts, self._fast = parts, EagerEngine(rebuilt_parts(parts, swaps(means)))
         self._fast.dtype = torch.float32  # of what goes through the networks
@@ -106,7 +105,7 @@ class CpuEngine:
         if not fits and not self._said:
             _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.parts.name)
             self._said = True
-        with torch.no_grad(), memory_errors():
+        with torch.no_grad(), memory_errors(), cap_threads(self.threads):
             yield self._fast if fits else EagerEngine(self.parts)
 
 
@@ -121,7 +120,7 @@ def swaps(means: Means) -> Swaps:
     """The fast layers, in the places of those that have some."""
     return Swaps(
         layers={
-            nn.Conv2d: lambda conv: FastConv(conv, means) if _is_plain_3x3(conv) else None,
+            nn.Conv2d: partial(_fast_conv, means=means),
             nn.Embedding: FastEmbedding,
             **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
         },
@@ -130,11 +129,13 @@ def swaps(means: Means) -> Swaps:
     )
 
 
-def _is_plain_3x3(conv: nn.Conv2d) -> bool:
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
-    return shape == ((3, 3), (1, 1), (1, 1), 1) and (
-        conv.in_channels >= FEWEST_CHANNELS or conv.in_channels <= FEW_CHANNELS
-    )
+def _fast_conv(conv: nn.Conv2d, means: Means) -> nn.Module | None:
+    if (conv.stride, conv.groups) == ((1, 1), 1):
+        if (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
+            return FastConv(conv, means)
+        if (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
+            return FastPointwise(conv, means)
+    return None
 
 
 _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {

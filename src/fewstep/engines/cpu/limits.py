@@ -12,6 +12,12 @@ import torch
 
 from fewstep.errors import InputError
 
+THREADS = torch.get_num_threads()
+"""What PyTorch takes by itself."""
+
+SMALL = 50_000_000
+"""Parameters of a UNet below which one thread is enough."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -22,10 +28,30 @@ def usable_cores() -> int:
     return max(1, min(affinity, round(quota / period))) if quota > 0 else affinity
 
 
-def spare_threads() -> None:
-    """Take no more threads than there are cores to run them; a number that the user has chosen stays."""
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
-        torch.set_num_threads(usable_cores())
+def threads_for(parameters: int) -> int:
+    """How many threads run a network of so many parameters best.
+
+    A number that the user has chosen, by OMP_NUM_THREADS or torch.set_num_threads; else one for small networks, which
+    gain next to nothing by more, while on a busy machine threads wait for each other at every layer; else no more than
+    there are cores.
+    """
+    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != THREADS:
+        return torch.get_num_threads()
+    return 1 if parameters < SMALL else min(THREADS, usable_cores())
+
+
+@contextmanager
+def cap_threads(count: int) -> Iterator[None]:
+    """Run the block with `count` threads, in this thread of Python alone; its own number comes back at the end."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def free_bytes() -> int | None:

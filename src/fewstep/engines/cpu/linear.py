@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,26 +37,41 @@ def fast_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, means: Means, *, residual: Tensor | None = None
 ) -> Tensor:
     """`F.linear` of x (..., C), plus a residual of its shape; weights in float16 are widened."""
-    ways: Ways = {"torch": lambda: _plus(F.linear(x, weight.float(), floats(bias)), residual)}
+    ways: Ways = {
+        "torch": lambda: _plus(by_picture(lambda p: F.linear(p, weight.float(), floats(bias)), x, means), residual)
+    }
     if means.tricks.onednn:
-        ways["onednn"] = lambda: _plus(_by_onednn(x, weight, bias), residual)
+        ways["onednn"] = lambda: _plus(by_picture(lambda p: _by_onednn(p, weight, bias), x, means), residual)
     if (kernels := means.kernels) is not None and kernels.takes(weight):
         ways["kernel"] = lambda: kernels.linear(x, weight, bias, residual=residual)
+        if x.dim() == 2:  # a row a picture: libraries would round one row otherwise than several
+            return ways["kernel"]()
     return means.choices.run(f"linear {_key(x, weight, means)} {residual is not None}", ways)
 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, means: Means) -> Tensor:
     """The first half of a linear layer's channels times the GELU of the second: GEGLU, arXiv:2002.05202."""
-    ways: Ways = {"torch": lambda: _gated(F.linear(x, weight.float(), bias.float()))}
+    ways: Ways = {"torch": lambda: _gated(by_picture(lambda p: F.linear(p, weight.float(), bias.float()), x, means))}
     if means.tricks.onednn:
-        ways["onednn"] = lambda: _gated(_by_onednn(x, weight, bias))
+        ways["onednn"] = lambda: _gated(by_picture(lambda p: _by_onednn(p, weight, bias), x, means))
     if (kernels := means.kernels) is not None and len(weight) % (2 * kernels.wide) == 0 and kernels.takes(weight):
         ways["kernel"] = lambda: kernels.linear(x, weight, bias, gated=True)
     return means.choices.run(f"gated {_key(x, weight, means)}", ways)
 
 
 def _key(x: Tensor, weight: Tensor, means: Means) -> str:
-    return f"{x.numel() // x.shape[-1]} {tuple(weight.shape)} {weight.dtype} {means.kernels is not None}"
+    """By the rows of one picture: a batch takes the ways that its pictures take alone."""
+    return f"{x.shape[1:-1].numel()} {tuple(weight.shape)} {weight.dtype} {means.kernels is not None}"
+
+
+def by_picture(layer: Callable[[Tensor], Tensor], x: Tensor, means: Means) -> Tensor:
+    """`layer` of x (B, ...), a picture at a time where kernels run: libraries round otherwise in another batch.
+
+    Without kernels all pictures at once, since what the weights cost is then paid for each.
+    """
+    if len(x) == 1 or x.dim() == 2 or means.kernels is None:
+        return layer(x)
+    return torch.cat([layer(picture[None]) for picture in x])
 
 
 def floats(bias: Tensor | None) -> Tensor | None:
