@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
+from fewstep.engines.choices import Choices
 from fewstep.engines.cpu import compiled
 from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
+from fewstep.engines.cpu.linear import fast_linear
+from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.scratch import LARGE, Outputs
+from fewstep.engines.cpu.tricks import Tricks
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +200,62 @@ def test_convolutions_in_strips(kernels: Kernels, channels: int, outputs: int) -
     wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
     around = {"affine": (scale, shift), "residual": wanted.float(), "rectified": True}
     assert error(kernels.conv3x3(x, weight, bias, "winograd", **around), 2 * wanted.relu()) < 1e-5
+
+
+def many(*shape: int) -> Tensor:
+    return pixels_first(torch.zeros(shape)) if len(shape) == 4 else torch.zeros(shape)
+
+
+WRONG: dict[str, Callable[[Kernels, int], object]] = {
+    "linear: a wider x": lambda k, c: k.linear(many(4, 2 * c), many(c, c), None),
+    "linear: a narrower x": lambda k, c: k.linear(many(4, c // 2), many(c, c), None),
+    "linear: no rows": lambda k, c: k.linear(many(0, c), many(c, c), None),
+    "linear: outputs of no whole panels": lambda k, c: k.linear(many(4, c), many(c + 1, c), None),
+    "linear: a short bias": lambda k, c: k.linear(many(4, c), many(c, c), many(c - 1)),
+    "linear: a gate without a bias": lambda k, c: k.linear(many(4, c), many(2 * c, c), None, gated=True),
+    "linear: a gate and a bias of half": lambda k, c: k.linear(many(4, c), many(2 * c, c), many(c), gated=True),
+    "linear: another residual": lambda k, c: k.linear(many(4, c), many(c, c), None, residual=many(3, c)),
+    "linear: a weight in float64": lambda k, c: k.linear(many(4, c), many(c, c).double(), None),
+    "linear: x in half": lambda k, c: k.linear(many(4, c).half(), many(c, c), None),
+    "conv: more channels": lambda k, c: k.conv3x3(many(1, 2 * c, 4, 4), many(c, c, 3, 3), None, "winograd"),
+    "conv: fewer channels": lambda k, c: k.conv3x3(many(1, c, 4, 4), many(c, 2 * c, 3, 3), None, "winograd"),
+    "conv: another window": lambda k, c: k.conv3x3(many(1, c, 4, 4), many(c, c, 1, 1), None, "winograd"),
+    "conv: no pixels": lambda k, c: k.conv3x3(many(1, c, 0, 4), many(c, c, 3, 3), None, "strict"),
+    "conv: a bias of another batch": lambda k, c: k.conv3x3(many(3, c, 4, 4), many(c, c, 3, 3), many(2, c), "strict"),
+    "conv: a short scale": lambda k, c: k.conv3x3(
+        many(2, c, 4, 4), many(c, c, 3, 3), None, "winograd", affine=(many(1, c), many(2, c))
+    ),
+    "conv: a small residual": lambda k, c: k.conv3x3(
+        many(1, c, 4, 4), many(c, c, 3, 3), None, "upsampled", residual=many(1, c, 4, 4)
+    ),
+    "conv: a residual in half": lambda k, c: k.conv3x3(
+        many(1, c, 4, 4), many(c, c, 3, 3), None, "winograd", residual=many(1, c, 4, 4).half()
+    ),
+    "few: more channels": lambda k, c: k.conv3x3_few(many(1, 8, 4, 4), many(c, 4, 3, 3), many(c)),
+    "few: filters of no whole panels": lambda k, c: k.conv3x3_few(many(1, 4, 4, 4), many(c + 1, 4, 3, 3), many(c + 1)),
+    "few: a short bias": lambda k, c: k.conv3x3_few(many(1, 4, 4, 4), many(c, 4, 3, 3), many(c // 2)),
+    "attention: wider keys": lambda k, c: k.attention(many(1, 3, c), many(1, 3, 2 * c), many(1, 3, 2 * c), 1),
+    "attention: fewer values": lambda k, c: k.attention(many(1, 3, c), many(1, 3, c), many(1, 2, c), 1),
+    "attention: another batch": lambda k, c: k.attention(many(2, 3, c), many(1, 3, c), many(1, 3, c), 1),
+    "attention: no keys": lambda k, c: k.attention(many(1, 3, c), many(1, 0, c), many(1, 0, c), 1),
+    "attention: heads that do not divide": lambda k, c: k.attention(*[many(1, 3, c)] * 3, 3),
+    "sums: channels of no whole vectors": lambda k, c: k.sums(many(1, 3, 4, 4)),
+    "sums: float64": lambda k, c: k.sums(many(1, c, 4, 4).double()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_kernel_takes_no_tensor_that_it_would_read_or_write_beside(kernels: Kernels, name: str) -> None:
+    with pytest.raises(ValueError, match="a kernel was given"):
+        WRONG[name](kernels, 4 * kernels.wide)
+
+
+def test_a_choice_made_for_one_width_does_not_take_another_to_the_kernel(kernels: Kernels, tmp_path: Path) -> None:
+    """What was measured for a layer is remembered by the shape of its weight, and says nothing of x."""
+    means = Means(choices=Choices(tmp_path / "choices.json"), kernels=kernels, tricks=Tricks(), budget=0)
+    weight = torch.randn(4 * kernels.wide, 2 * kernels.wide)
+    for _ in range(2):
+        fast_linear(torch.randn(1, 5, 2 * kernels.wide), weight, None, means)
+    means.choices.known = dict.fromkeys(means.choices.known, "kernel")
+    with pytest.raises((ValueError, RuntimeError)):
+        fast_linear(torch.randn(1, 5, 4 * kernels.wide), weight, None, means)

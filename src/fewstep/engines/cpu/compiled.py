@@ -96,6 +96,7 @@ class Kernels:
         **besides: Unpack[Besides],
     ) -> Tensor:
         """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O)."""
+        _check_conv(x, weight, bias, besides)
         affine, residual = besides.get("affine"), besides.get("residual")
         rectified, every, first = besides.get("rectified", False), besides.get("every", 1), besides.get("first", 0)
         if missing := -len(weight) % self.wide:
@@ -106,7 +107,10 @@ class Kernels:
             return pixels_first(wider[:, :-missing])
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
-        size = (len(range(first, side * scale, every)) for side in (height, width))
+        size = [len(range(first, side * scale, every)) for side in (height, width)]
+        _check(self.takes(weight) and every in (1, 2) and first in (0, 1), "channels of whole vectors", x, weight)
+        same = residual is None or (residual.shape == (batch, len(weight), *size) and residual.dtype == x.dtype)
+        _check(same, "a residual of the output's shape and format", x, weight, residual)
         added = residual if residual is None else pixels_first(residual)
         over = added if besides.get("over") else None
         out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
@@ -128,6 +132,8 @@ class Kernels:
 
     def conv3x3_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same by the definition, for maps of a few channels: the first convolution of a network."""
+        _check_conv(x, weight, bias, {})
+        _check(len(weight) % self.wide == 0, f"a multiple of {self.wide} filters", weight)
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         out, threads = self._outputs.empty(batch, height, width, len(weight)), torch.get_num_threads()
         turned = weight.float().permute(2, 3, 1, 0).contiguous()
@@ -154,7 +160,23 @@ class Kernels:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, gated: bool = False
     ) -> Tensor:
         """x (..., C) times weight (O, C), plus bias and residual; `gated`: one half times the GELU of the other."""
+        _check(
+            x.numel() > 0 and weight.dim() == 2 and x.shape[-1:] == weight.shape[1:],
+            "x (..., C), weight (O, C)",
+            x,
+            weight,
+        )
         outputs, depth = len(weight) // (2 if gated else 1), weight.shape[1]
+        _check(self.takes(weight) and outputs % self.wide == 0, f"a multiple of {self.wide} outputs", weight)
+        _check(not gated or bias is not None, "a gate with a bias", weight)
+        _check(bias is None or bias.shape == (len(weight),), "a bias (O)", weight, bias)
+        _check(
+            residual is None or residual.shape == (*x.shape[:-1], outputs),
+            "a residual of the output's shape",
+            x,
+            residual,
+        )
+        _check_numbers(x, weight, bias, residual)
         rows, weight, around = _apart(x.reshape(-1, depth)), weight.contiguous(), [_floats(bias), _floats(residual)]
         out, threads = self._outputs.empty(*x.shape[:-1], outputs), torch.get_num_threads()
         self._library.linear(
@@ -169,6 +191,10 @@ class Kernels:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         """Scaled dot-product attention of rows q (B, N, heads * D) to k and v (B, M, heads * D): (B, N, heads * D)."""
+        same = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+        _check(same and q.numel() > 0 and k.numel() > 0, "q (B, N, C), k and v (B, M, C)", q, k, v)
+        _check(heads > 0 and q.shape[2] % heads == 0, f"channels that {heads} heads share", q)
+        _check_numbers(q, k, v, None)
         (batch, queries, channels), keys = q.shape, k.shape[1]
         q, k, v = (_rows(each) for each in (q, k, v))
         out, threads = self._outputs.empty(batch, queries, channels), torch.get_num_threads()
@@ -181,6 +207,8 @@ class Kernels:
 
     def sums(self, x: Tensor) -> Tensor:
         """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
+        _check(x.dim() == 4 and x.numel() > 0 and x.shape[1] % self._lanes == 0, "x (B, C, H, W)", x)
+        _check_numbers(x, None)
         x, (batch, channels, height, width) = pixels_first(x), x.shape
         parts = scratch("sums", (batch, -(-height * width // PIXELS), 2, channels))
         sizes = batch, height * width, channels, PIXELS
@@ -253,6 +281,33 @@ def _openmp() -> c_void_p | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def _check(right: bool, wanted: str, *given: Tensor | None) -> None:
+    """ValueError where a kernel would read or write beside its tensors."""
+    if not right:
+        shapes = ", ".join("None" if each is None else str(tuple(each.shape)) for each in given)
+        raise ValueError(f"a kernel was given tensors of {shapes}; it takes {wanted}")
+
+
+def _check_numbers(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> None:
+    """ValueError for a device or a number format that the kernels do not read; `others` are converted."""
+    there = [each for each in (x, weight, *others) if each is not None]
+    if not (x.dtype == torch.float32 and all(each.device.type == "cpu" for each in there)):
+        raise ValueError(f"a kernel was given {x.dtype} on {x.device}; it computes in float32 on a CPU")
+    if weight is not None and weight.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"a kernel was given a weight of {weight.dtype}; it reads float32 and float16")
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, besides: Besides) -> None:
+    """ValueError unless all that a convolution reads and writes has the size that its kernel trusts."""
+    fits = x.dim() == weight.dim() == 4 and x.numel() > 0 and weight.shape[1:] == (x.shape[1], 3, 3)
+    _check(fits, "x (B, C, H, W), weight (O, C, 3, 3)", x, weight)
+    outputs = ((len(weight),), (len(x), len(weight)))
+    _check(bias is None or bias.shape in outputs, "a bias (O) or (B, O)", x, weight, bias)
+    for each in besides.get("affine") or ():
+        _check(each.numel() == len(x) * x.shape[1], "a scale and a shift (B, C)", x, each)
+    _check_numbers(x, weight, bias, *(besides.get("affine") or ()), besides.get("residual"))
 
 
 def pixels_first(x: Tensor) -> Tensor:
