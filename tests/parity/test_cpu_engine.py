@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep import Pipeline
 from fewstep.engines.choices import Choices, Ways
 from fewstep.engines.cpu import convolution, engine
-from fewstep.engines.cpu.compiled import kernels
+from fewstep.engines.cpu.build import kernels
 from fewstep.engines.cpu.engine import CpuEngine
 from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.tricks import Tricks
@@ -184,7 +184,18 @@ def test_a_way_is_measured_once_and_remembered(tmp_path: Path) -> None:
     assert calls == ["quick"]
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": "gone"}'])
+DAMAGED = {
+    "cut": "{",
+    "a list": "[1]",
+    "a number": '{"a": 3}',
+    "a way that is gone": '{"a": "gone"}',
+    "nested": "[" * 100_000,
+    "large": '{"a": "' + "x" * (2 << 20) + '"}',
+    "half a letter": '{"a": "\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_memory_is_made_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "cpu.json"
     path.write_text(content)

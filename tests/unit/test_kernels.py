@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.engines.choices import Choices
-from fewstep.engines.cpu import compiled
+from fewstep.engines.cpu import build, compiled
 from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
 from fewstep.engines.cpu.linear import fast_linear
 from fewstep.engines.cpu.means import Means
@@ -23,7 +25,7 @@ from fewstep.engines.cpu.tricks import Tricks
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    found = compiled.kernels()
+    found = build.kernels()
     if found is None:
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
     return found
@@ -32,9 +34,9 @@ def kernels() -> Kernels:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """Kernels are looked for anew, and once more after the test."""
-    compiled.kernels.cache_clear()
+    build.kernels.cache_clear()
     yield
-    compiled.kernels.cache_clear()
+    build.kernels.cache_clear()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -131,35 +133,102 @@ def test_memory_is_used_again_only_when_nothing_lies_on_it() -> None:
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
-    monkeypatch.setattr(compiled, "_compilers", list)
+    monkeypatch.setattr(build, "_compilers", list)
 
 
 def compiler_that_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(compiled, "_compilers", lambda: [["false"]])
+    monkeypatch.setattr(build, "_compilers", lambda: [["false"]])
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 def wrong_results(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
-    monkeypatch.setattr(compiled, "_right", lambda built: False)
+    monkeypatch.setattr(build, "_right", lambda built: False)
 
 
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize("trouble", [no_compiler, compiler_that_fails, wrong_results])
 def test_pictures_need_no_kernels(trouble: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trouble(monkeypatch, tmp_path)  # type: ignore[operator]
-    assert compiled.kernels() is None
+    assert build.kernels() is None
     assert fewstep.load(device="cpu").text_to_image("a red cube", steps=1, seed=1).images
 
 
 @pytest.mark.usefixtures("forgotten")
 def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    if compiled.kernels() is None:
+    if build.kernels() is None:
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
-    compiled.kernels.cache_clear()
+    build.kernels.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert compiled.kernels() is not None
-    assert [path.suffix for path in (tmp_path / "fewstep").iterdir()] == [".so"]
+    assert build.kernels() is not None
+    assert sorted(path.suffix for path in (tmp_path / "fewstep").iterdir()) == [".sha256", ".so"]
+
+
+DRAW = """
+import sys, torch
+from fewstep.engines.cpu import build
+if "compile" not in sys.argv: build.subprocess.run = lambda *a, **k: sys.exit("compiled again")
+found = build.kernels()
+print("ran" if found is not None and found.attention(*[torch.ones(1, 4, 32)] * 3, 1).mean() == 1 else "none")
+"""
+
+
+def started(cache: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """A process that builds or loads the kernels, and runs one."""
+    command = [sys.executable, "-c", DRAW, *more]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def cut(library: Path) -> None:
+    """As a full disk or a kill leaves it: to map it is to die by SIGBUS."""
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def changed(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 255
+    library.write_bytes(content)
+
+
+def without_its_digest(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+def writable_by_all(library: Path) -> None:
+    library.chmod(0o666)
+
+
+def a_link(library: Path) -> None:
+    library.rename(library.with_suffix(".moved"))
+    library.symlink_to(library.with_suffix(".moved"))
+
+
+@pytest.mark.parametrize("spoil", [cut, changed, without_its_digest, writable_by_all, a_link])
+def test_a_library_that_is_not_what_was_built_is_built_anew(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    if started(tmp_path, "compile").stdout != "ran\n":
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    assert started(tmp_path).stdout == "ran\n"
+    (library,) = (tmp_path / "fewstep").glob("*.so")
+    spoil(library)
+    assert "compiled again" in started(tmp_path).stderr
+    assert started(tmp_path, "compile").stdout == "ran\n"
+    assert started(tmp_path).stdout == "ran\n"
+    assert not library.is_symlink()
+    assert not library.stat().st_mode & 0o022
+
+
+def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path) -> None:
+    """Whatever lies there, with whatever digest beside it: kernels are built for the process alone."""
+    if started(tmp_path, "compile").stdout != "ran\n":
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    folder = tmp_path / "fewstep"
+    assert not folder.stat().st_mode & 0o077
+    folder.chmod(0o777)
+    before = sorted(folder.iterdir())
+    assert "compiled again" in started(tmp_path).stderr
+    assert started(tmp_path, "compile").stdout == "ran\n"
+    assert sorted(folder.iterdir()) == before
 
 
 def test_short_memory_shrinks_the_chunk(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

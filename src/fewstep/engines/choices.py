@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,9 @@ from torch import Tensor
 
 LONG = 2.0
 """Seconds of one run of all ways above which a second run is left out."""
+
+LARGEST_FILE = 1 << 20
+"""Bytes of kept choices: some thousand keys."""
 
 Ways = dict[str, Callable[[], Tensor]]
 
@@ -88,8 +92,14 @@ def digest(*what: object) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what is found out about this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
+    """Where what is found out about this machine is kept; a relative XDG_CACHE_HOME does not count."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():
+        return named / "fewstep"
+    try:
+        return Path.home() / ".cache" / "fewstep"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "fewstep-cache"
 
 
 def processor() -> str:
@@ -102,9 +112,12 @@ def processor() -> str:
 
 
 def _read(path: Path | None) -> dict[str, str]:
+    """What the file says; nothing for one that is damaged, too large, or no file: it is made anew."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
+        if path is None or not path.is_file() or path.stat().st_size > LARGEST_FILE:
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     kept = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
     return found if kept else {}

@@ -1,18 +1,9 @@
-"""The kernels in `kernels/`: built once for this very processor, where there is a C compiler, and never needed."""
+"""The kernels in `kernels/` as functions of tensors; build.py builds the library."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
 from ctypes import CDLL, Array, c_int, c_long, c_void_p
-from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -20,18 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.engines.choices import cache_folder, processor
 from fewstep.engines.cpu.scratch import Outputs, scratch
 
-SOURCES = Path(__file__).parent / "kernels"
 SCHEMES = ("winograd", "strict", "upsampled")
 """As convolution.c counts them; what they are says winograd.py."""
 CHUNK = 2 << 20
 """Floats of a convolution's transformed input at a time: a third of a last-level cache."""
 PIXELS = 512
 """Summed at a time in float32, before float64 takes over."""
-
-_log = logging.getLogger(__name__)
 
 
 class Besides(TypedDict, total=False):
@@ -214,62 +201,6 @@ class Kernels:
         sizes = batch, height * width, channels, PIXELS
         self._library.sums(x.data_ptr(), parts.data_ptr(), *sizes, torch.get_num_threads(), self._parallel)
         return parts.double().sum(1)
-
-
-@cache
-def kernels() -> Kernels | None:
-    """The kernels, built when first asked for; None without a compiler, or if what they compute is wrong here."""
-    for compiler in _compilers():
-        try:
-            found = Kernels(CDLL(str(_built(compiler))))
-        except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            _log.debug("the CPU kernels were not built by %s: %s", compiler[0], error)
-            continue
-        if _right(found):
-            return found
-        _log.debug("the CPU kernels as built by %s compute wrongly here", compiler[0])
-    _log.debug("no compiled CPU kernels; pip install 'fewstep[kernels]' brings a compiler")
-    return None
-
-
-def _compilers() -> list[list[str]]:
-    """The commands to try: $CC, the system's compilers, the one that the extra brings."""
-    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-    found = [[path] for name in names if name and (path := shutil.which(name))]
-    if importlib.util.find_spec("ziglang"):
-        found.append([sys.executable, "-m", "ziglang", "cc"])
-    return found
-
-
-def _built(compiler: list[str]) -> Path:
-    """The library, from the cache or made now."""
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
-    what = (*(source.read_bytes() for source in sources), *flags, *compiler, processor())
-    path = cache_folder() / f"kernels-{blake2b(repr(what).encode(), digest_size=8).hexdigest()}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        files = [str(source) for source in sources if source.suffix == ".c"]
-        subprocess.run([*compiler, *flags, *files, "-o", str(partial)], check=True, capture_output=True, timeout=120)
-        partial.replace(path)
-    return path
-
-
-@torch.no_grad()
-def _right(built: Kernels) -> bool:
-    """Whether what they compute is what PyTorch computes."""
-    x = torch.linspace(-1, 1, 2 * built.wide * 35).sin().view(1, 2 * built.wide, 5, 7)
-    weight = torch.linspace(-1, 1, built.wide * 2 * built.wide * 9).cos().view(built.wide, 2 * built.wide, 3, 3)
-    close = [
-        torch.allclose(built.conv3x3(source, weight, None, scheme), F.conv2d(target, weight, padding=1), atol=1e-2)
-        for scheme in SCHEMES
-        for source, target in [(x, F.interpolate(x, scale_factor=2.0) if scheme == "upsampled" else x)]
-    ]
-    rows = x.view(1, 5, -1)
-    wanted = F.scaled_dot_product_attention(rows, rows, rows)
-    return all(close) and torch.allclose(built.attention(rows, rows, rows, 1), wanted, atol=1e-3)
 
 
 def _openmp() -> c_void_p | None:

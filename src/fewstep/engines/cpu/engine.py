@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Choices, of_this_machine
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
-from fewstep.engines.cpu.compiled import kernels, pixels_first
+from fewstep.engines.cpu.build import kernels
+from fewstep.engines.cpu.compiled import pixels_first
 from fewstep.engines.cpu.convolution import (
     FastConv,
     FastDownsample,

@@ -71,7 +71,7 @@ def by_picture(layer: Callable[[Tensor], Tensor], x: Tensor, means: Means) -> Te
     """
     if len(x) == 1 or x.dim() == 2 or means.kernels is None:
         return layer(x)
-    return torch.cat([layer(picture[None]) for picture in x])
+    return torch.cat([layer(x[i : i + 1]) for i in range(len(x))])
 
 
 def floats(bias: Tensor | None) -> Tensor | None:

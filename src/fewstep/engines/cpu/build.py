@@ -1,0 +1,132 @@
+"""The library of kernels: built once for this very processor, where there is a C compiler, and never needed.
+
+It is code, so it is loaded only from a folder that no other user can write to, and only if it is, to the byte, what was
+built.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from ctypes import CDLL
+from functools import cache
+from hashlib import blake2b, sha256
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fewstep.engines.choices import cache_folder, processor
+from fewstep.engines.cpu.compiled import SCHEMES, Kernels
+from fewstep.files import atomic_write, partial_path
+
+SOURCES = Path(__file__).parent / "kernels"
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, built when first asked for; None without a compiler, or if what they compute is wrong here."""
+    for compiler in _compilers():
+        try:
+            found = Kernels(CDLL(str(_built(compiler))))
+        except (OSError, subprocess.SubprocessError, AttributeError) as error:
+            _log.debug("the CPU kernels were not built by %s: %s", compiler[0], error)
+            continue
+        if _right(found):
+            return found
+        _log.debug("the CPU kernels as built by %s compute wrongly here", compiler[0])
+    _log.debug("no compiled CPU kernels; pip install 'fewstep[kernels]' brings a compiler")
+    return None
+
+
+def _compilers() -> list[list[str]]:
+    """The commands to try: $CC, the system's compilers, the one that the extra brings."""
+    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    found = [[path] for name in names if name and (path := shutil.which(name))]
+    if importlib.util.find_spec("ziglang"):
+        found.append([sys.executable, "-m", "ziglang", "cc"])
+    return found
+
+
+def _built(compiler: list[str]) -> Path:
+    """The library, from the cache where it is whole there, or made now."""
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
+    what = (*(source.read_bytes() for source in sources), *flags, *compiler, processor())
+    path = _private_folder() / f"kernels-{blake2b(repr(what).encode(), digest_size=8).hexdigest()}.so"
+    if not _whole(path):
+        files = [str(source) for source in sources if source.suffix == ".c"]
+        with partial_path(path) as partial:
+            command = [*compiler, *flags, *files, "-o", str(partial)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            digest = sha256(partial.read_bytes()).hexdigest()
+        with atomic_write(_digest_file(path)) as file:
+            file.write(digest.encode())
+    return path
+
+
+def _private_folder() -> Path:
+    """The cache's folder, where it belongs to this user alone; else one for this process."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_mine(folder.stat()):
+            return folder
+        _log.debug("other users can write to %s: kernels are built for this process alone", folder)
+    except OSError as error:
+        _log.debug("%s cannot be used (%s): kernels are built for this process alone", folder, error)
+    return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is there, this user's own, and byte for byte what was built: not cut short, not another."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not (stat.S_ISREG(status.st_mode) and _is_mine(status)):
+                return False
+            return sha256(file.read()).hexdigest() == _digest_file(path).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return False
+
+
+def _is_mine(status: os.stat_result) -> bool:
+    """Whether this user owns it, and nobody else can write to it."""
+    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+@torch.no_grad()
+def _right(built: Kernels) -> bool:
+    """Whether what they compute is what PyTorch computes."""
+    x = torch.linspace(-1, 1, 2 * built.wide * 35).sin().view(1, 2 * built.wide, 5, 7)
+    weight = torch.linspace(-1, 1, built.wide * 2 * built.wide * 9).cos().view(built.wide, 2 * built.wide, 3, 3)
+    close = [
+        torch.allclose(built.conv3x3(source, weight, None, scheme), F.conv2d(target, weight, padding=1), atol=1e-2)
+        for scheme in SCHEMES
+        for source, target in [(x, F.interpolate(x, scale_factor=2.0) if scheme == "upsampled" else x)]
+    ]
+    rows = x.view(1, 5, -1)
+    wanted = F.scaled_dot_product_attention(rows, rows, rows)
+    return all(close) and torch.allclose(built.attention(rows, rows, rows, 1), wanted, atol=1e-3)
