@@ -39,12 +39,14 @@ def to_tensor(image: Picture, width: int | None = None, height: int | None = Non
     """`image` as float32 (1, 3, H, W) in [-1, 1], H and W rounded down to multiples of 8.
 
     Takes a PIL image or the path of a PNG, JPEG or WebP file (turned as its EXIF data say, transparency on
-    white), an array (H, W, 3) of uint8 or of floats in 0..1, or a tensor (3, H, W) or (B, 3, H, W) that is
-    in [-1, 1] already. Keeps its size where `width` or `height` is None. PIL images are resized by Lanczos
+    white), an array (H, W, 3), or (B, H, W, 3), of uint8 or of floats in 0..1, or a tensor (3, H, W) or (B, 3, H, W)
+    that is in [-1, 1] already. Keeps its size where `width` or `height` is None. PIL images are resized by Lanczos
     and equal those of diffusers' VaeImageProcessor. Raises `InputError`.
     """
     if isinstance(image, Tensor):
         return _resized(_checked(image, channels=3, lowest=-1.0), width, height)
+    if isinstance(image, np.ndarray) and image.ndim == 4 and len(image):
+        return torch.cat([to_tensor(each, width, height) for each in image])
     if isinstance(image, np.ndarray) and image.dtype != np.uint8:
         planes = _checked(np.moveaxis(image, -1, 0).copy(), channels=3, lowest=0.0)
         return _resized(planes * 2 - 1, width, height)
@@ -56,14 +58,21 @@ def mask_to_tensor(mask: Picture, width: int, height: int) -> Tensor:
     """`mask` as float32 (1, 1, H, W) of 0 (keep) and 1 (repaint): white is 1, split at half brightness.
 
     Takes a PIL image or a path (transparency does not count), or an array or tensor (H, W): uint8, bool, or
-    floats in 0..1. Equal to diffusers' mask processor for PIL images. Raises `InputError`.
+    floats in 0..1. Where no number is above 1, 1 is white. Equal to diffusers' mask processor for other PIL images.
+    Raises `InputError`, also for a mask that is white nowhere.
     """
+    if isinstance(mask, np.ndarray) and mask.shape[2:] == (1,):
+        mask = mask[:, :, 0]
     if isinstance(mask, Tensor) or (isinstance(mask, np.ndarray) and mask.dtype != np.uint8):
         grey = _resized(_checked(mask, channels=1, lowest=0.0), width, height)
     else:
         picture = _opened(mask)
+        if picture.mode in ("L", "RGB") and np.max(picture.getextrema()) == 1:
+            picture = picture.point(lambda value: 255 * value)
         picture = picture.resize(_size(picture.size, width, height), Image.Resampling.LANCZOS)
         grey = _from_pil(_converted(picture, "L"))
+    if not bool((grey >= 0.5).any()):
+        raise InputError("the mask is white nowhere, so nothing would be redrawn; white (1, 255 or True) is redrawn")
     return (grey >= 0.5).float()
 
 
@@ -163,9 +172,20 @@ def _decoded(image: Image.Image) -> Image.Image:
     if image.width * image.height > LARGEST_PICTURE:
         raise InputError(f"{image.width} x {image.height} pixels are over the limit of {LARGEST_PICTURE:,}")
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):  # Pillow would clip at 255
-        return Image.fromarray((np.asarray(upright, np.uint16) // 257).astype(np.uint8))
+    if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):  # Pillow would clip at 255
+        return _of_8_bits(upright)
     return upright
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, of whole numbers up to 255 or 65535, or of floats up to 1 or 255; InputError for others."""
+    values = np.asarray(image, np.float64)
+    low, high = float(values.min()), float(values.max())
+    wide = 65535 if image.mode != "F" and (high > 255 or image.mode != "I") else 255
+    scale = 255 / wide if image.mode != "F" or high > 1 else 255.0
+    if not 0 <= low <= high <= wide:  # NaN too
+        raise InputError(f"a picture of mode {image.mode} with values from {low:g} to {high:g}; expected 0 to {wide}")
+    return Image.fromarray((values * scale).astype(np.uint8))
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

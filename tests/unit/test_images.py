@@ -79,6 +79,60 @@ def test_masks_from_arrays(kind):
     assert mask_to_tensor(expected, 48, 32)[0, 0, 5].tolist() == [0] * 24 + [1] * 24
 
 
+ONES = {
+    "an array of uint8": lambda half: half.astype(np.uint8),
+    "an array with a channel": lambda half: half.astype(np.uint8)[:, :, None],
+    "an array of whole numbers": lambda half: half.astype(np.int64),
+    "a grey picture": lambda half: Image.fromarray(half.astype(np.uint8)),
+    "a coloured picture": lambda half: Image.fromarray(np.stack([half.astype(np.uint8)] * 3, 2)),
+    "a picture of whole numbers": lambda half: Image.fromarray(half.astype(np.int32)),
+    "a picture of floats": lambda half: Image.fromarray(half.astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", ONES)
+def test_where_no_number_of_a_mask_is_above_1_it_is_white(kind):
+    half = np.zeros((16, 24))
+    half[:, 12:] = 1
+    assert mask_to_tensor(ONES[kind](half), 24, 16).equal(mask_to_tensor(half.astype(bool), 24, 16))
+
+
+@pytest.mark.parametrize("mask", [np.zeros((16, 24), bool), np.zeros((16, 24), np.uint8), Image.new("L", (24, 16), 9)])
+def test_a_mask_that_is_white_nowhere_is_refused(mask):
+    with pytest.raises(InputError, match="white nowhere"):
+        mask_to_tensor(mask, 24, 16)
+
+
+def test_a_batch_of_pictures_as_results_hold_it():
+    batch = to_tensor(picture())
+    batch = torch.cat([batch, batch.flip(2), batch.flip(3)])
+    torch.testing.assert_close(to_tensor(to_numpy(batch)), batch)
+    bytes_ = (to_numpy(batch) * 255).round().astype(np.uint8)
+    torch.testing.assert_close(to_tensor(bytes_), batch)
+
+
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        (np.full((8, 8), 200, np.int32), 200),
+        (np.array([[0, 65535]] * 8, np.int32).repeat(4, 1), None),
+        (np.full((8, 8), 0.5, np.float32), 127),
+        (np.full((8, 8), 200.0, np.float32), 200),
+    ],
+)
+def test_whole_numbers_and_floats_are_scaled_not_clipped(values, grey):
+    read = ((to_tensor(Image.fromarray(values)) + 1) * 127.5).round()
+    assert read.unique().tolist() == ([0.0, 255.0] if grey is None else [grey])
+
+
+@pytest.mark.parametrize(
+    "values", [np.full((8, 8), -1, np.int32), np.full((8, 8), 70000, np.int32), np.full((8, 8), np.nan, np.float32)]
+)
+def test_whole_numbers_and_floats_outside_are_refused(values):
+    with pytest.raises(InputError, match="expected 0 to"):
+        to_tensor(Image.fromarray(values))
+
+
 def test_transparent_parts_are_white():
     image = picture(16, 16, "RGBA")
     image.putalpha(255)
