@@ -23,7 +23,7 @@ FACE = "fewstep"  # src/fewstep/__init__.py
 FLOORS = {
     "errors": 0, "files": 0, "rng": 0, "images": 0,
     "nn": 1, "diffusion": 1,
-    "models": 2, "text": 2,
+    "models": 2, "text": 2, "formats": 2,
     "weights": 3,
     "engines": 4, "safety": 4, "adapters": 4,
     "pipeline": 5, "data": 5,

@@ -13,11 +13,11 @@ import torch
 from small import FAMILIES, assert_same_weights, parts
 from torch import Tensor
 
+from fewstep.formats.tensors import TensorFile
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, Family
-from fewstep.weights.files import TensorFile
 from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gathered, single_places
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts, save_single_file

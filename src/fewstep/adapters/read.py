@@ -13,7 +13,7 @@ from typing import Any
 from fewstep.adapters.lora import Factors, Layer, Lora, layers_of, networks
 from fewstep.adapters.names import layer_names
 from fewstep.errors import CheckpointError, InputError
-from fewstep.weights.files import TensorFile
+from fewstep.formats.tensors import TensorFile
 from fewstep.weights.folder import read_json
 from fewstep.weights.load import open_tensors
 from fewstep.weights.parts import Parts

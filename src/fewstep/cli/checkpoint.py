@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from fewstep.weights.files import TensorFile
+    from fewstep.formats.tensors import TensorFile
 
 Description = dict[str, Any]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.evaluate.intervals import Estimate, Interval
-from fewstep.weights.files import kind_of, read_safetensors
+from fewstep.formats.tensors import kind_of, read_safetensors
 
 FEWEST_PICTURES = 10
 """Resampling fewer says nothing of how they scatter."""

@@ -14,12 +14,12 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
+from fewstep.formats.tensors import Shape
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
-from fewstep.weights.files import Shape
 
 UNET_PREFIX = "model.diffusion_model."
 AUTOENCODER_PREFIX = "first_stage_model."

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError, quoted, unknown
+from fewstep.formats.tensors import TensorFile, joined, kind_of, read_safetensors
+from fewstep.formats.unpickle import read_torch
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -27,13 +29,11 @@ from fewstep.models.zoo import CATALOGUE, TINY_NAMES
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.compatible import check_parts
 from fewstep.weights.fetch import ASSETS, located
-from fewstep.weights.files import TensorFile, joined, kind_of, read_safetensors
 from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
 from fewstep.weights.layouts import Place, diffusers_places, single_places
 from fewstep.weights.parts import Parts, family_of, published, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
 from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokenizers_of
-from fewstep.weights.unpickle import read_torch
 
 CPU = torch.device("cpu")
 MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down

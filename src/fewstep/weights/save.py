@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.errors import InputError
+from fewstep.formats.tensors import TensorFile
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
-from fewstep.weights.files import TensorFile
 from fewstep.weights.layouts import gathered, single_places
 from fewstep.weights.parts import Parts, family_of
 from fewstep.weights.single import Contents, recognise

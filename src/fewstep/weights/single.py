@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.errors import CheckpointError, InputError
+from fewstep.formats.tensors import Shape, TensorFile
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 from fewstep.models.zoo import CATALOGUE, Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.fetch import cached_folder
-from fewstep.weights.files import Shape, TensorFile
 from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX
 from fewstep.weights.scheduler import SchedulerConfig, usual_scheduler
 

@@ -1,0 +1,290 @@
+"""Torch archives (.ckpt, .bin, .pt), read without running anything that is in them.
+
+A pickle is a program. Its instructions are followed here one by one, and all that they can make is numbers, texts,
+lists, dictionaries and descriptions of tensors: no name in it is ever imported or called. Neither torch's nor Python's
+unpickler sees the file; the tensors are mapped from where the archive's checked directory says that they lie.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import CheckpointError, quoted
+from fewstep.formats.archive import Member, read_directory, read_member
+from fewstep.formats.tensors import MOST_TENSORS, TensorFile
+
+LARGEST_PICKLE = 8_000_000  # bytes; that of SD 1.4 has 0.2 million
+MOST_INSTRUCTIONS = 500_000
+MOST_COPIED = 4_000_000  # characters and items that instructions may copy
+MOST_DIMENSIONS = 8
+
+_DTYPES = {
+    f"torch {name}Storage": dtype
+    for name, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}
+_STUBBED = {  # what else the trainers of published files left in them; read as nothing
+    "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint",
+    "numpy.core.multiarray scalar",
+    "numpy._core.multiarray scalar",
+    "numpy dtype",
+}
+_KNOWN = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "_codecs encode",  # how protocol 2 writes bytes
+    *_DTYPES,
+    *_STUBBED,
+}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": set,
+}
+_VALUES = re.compile(r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?BIN(STRING|UNICODE8?|BYTES8?)|STRING|UNICODE")
+
+
+class Name(NamedTuple):
+    """A name that a pickle asks for: never imported."""
+
+    text: str
+
+
+class Storage(NamedTuple):
+    """Numbers of an archive: the member `key` holds `length` of them."""
+
+    key: str
+    dtype: torch.dtype
+    length: int
+
+
+class Described(NamedTuple):
+    """A tensor that has not been read: a view of a storage."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_torch(path: Path) -> TensorFile:
+    """The tensors of a torch archive, mapped into memory; CheckpointError for an unsafe or broken file.
+
+    Only the `state_dict` of a training checkpoint is taken.
+    """
+    members = read_directory(path)
+    root = _root(path, members)
+    if (order := members.get(f"{root}/byteorder")) and read_member(path, order) != b"little":
+        raise CheckpointError(f"{path} was written on a machine of another byte order; save it on a usual one")
+    try:
+        content = Interpreter().run(read_member(path, members[f"{root}/data.pkl"]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except Exception as error:  # pickletools promises no kind, and the instructions may be any
+        raise CheckpointError(f"{path} holds a broken pickle: {quoted(str(error))}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Described) and isinstance(name, str)}
+    if not 0 < len(tensors) <= MOST_TENSORS:
+        raise CheckpointError(f"{path} holds {len(tensors)} tensors; expected 1 to {MOST_TENSORS}")
+    places = {name: _place(path, members, root, name, tensor) for name, tensor in tensors.items()}
+    steps, mapped = content.get("global_step"), torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    return TensorFile(
+        path=path,
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        dtypes={name: tensor.storage.dtype for name, tensor in tensors.items()},
+        read=lambda name, _: _read(mapped, places[name], tensors[name]),
+        notes={"global_step": str(steps)} if isinstance(steps, int) and abs(steps) < 10**12 else {},
+    )
+
+
+def _root(path: Path, members: Mapping[str, Member]) -> str:
+    """The folder in the archive that holds its one pickle."""
+    pickles = [name for name in members if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1 or members[pickles[0]].size > LARGEST_PICKLE:
+        raise CheckpointError(f"{path} is a zip archive without the data.pkl of one torch checkpoint")
+    return pickles[0].split("/")[0]
+
+
+def _place(path: Path, members: Mapping[str, Member], root: str, name: str, tensor: Described) -> Member:
+    """The member that holds a tensor's numbers; CheckpointError unless all of them are in it, once each."""
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    member = members.get(f"{root}/data/{storage.key}")
+    if member is None or member.size != storage.length * storage.dtype.itemsize:
+        raise CheckpointError(f"{path}: the numbers of {quoted(name)} are missing or not {storage.length:,}")
+    sizes = (*shape, *strides, tensor.offset)
+    fits = len(shape) == len(strides) <= MOST_DIMENSIONS
+    if fits and all(type(each) is int and 0 <= each <= storage.length for each in sizes):
+        numbers = torch.Size(shape).numel()
+        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        fits = numbers <= storage.length and (numbers == 0 or last < storage.length)
+    else:
+        fits = False
+    if not fits:
+        raise CheckpointError(f"{path}: {quoted(name)} is no view of {storage.length:,} numbers: {quoted(tensor[1:])}")
+    return member
+
+
+def _read(file: Tensor, member: Member, tensor: Described) -> Tensor:
+    """The tensor in the mapped `file`; copied where its numbers are not aligned."""
+    dtype, numbers = tensor.storage.dtype, file[member.start : member.start + member.size]
+    numbers = (numbers if member.start % dtype.itemsize == 0 else numbers.clone()).view(dtype)
+    return numbers.as_strided(tensor.shape, tensor.strides, numbers.storage_offset() + tensor.offset)
+
+
+class Interpreter:
+    """Follows a pickle's instructions with values of its own.
+
+    CheckpointError for an instruction or a name that no tensors need, and for more work than any checkpoint needs.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.copied = 0
+
+    def run(self, pickle: bytes) -> Any:
+        """What the pickle describes: numbers, texts, lists, dictionaries, `Described` tensors."""
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+            if number > MOST_INSTRUCTIONS:
+                raise CheckpointError(f"holds a pickle of over {MOST_INSTRUCTIONS:,} instructions")
+            self._follow(opcode.name, argument)
+        (result,) = self.stack
+        return result
+
+    def _follow(self, name: str, argument: Any) -> None:
+        if _VALUES.fullmatch(name):
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            self.stack.append(self.memo[argument])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            step = _STEPS.get(name)
+            if step is None:
+                raise CheckpointError(f"holds the instruction {name}, which tensors do not need; nothing was run")
+            step(self, argument)
+
+    def marked(self) -> list[Any]:
+        """What was put on the stack since the last mark, taken off it."""
+        at = self.marks.pop()
+        items = self.stack[at:]
+        del self.stack[at:]
+        return items
+
+    def count(self, items: Any) -> None:
+        """Count what is copied: the same long text a million times is work too."""
+        self.copied += len(items)
+        if self.copied > MOST_COPIED:
+            raise CheckpointError("holds a pickle that copies more than any checkpoint needs")
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What a name stands for with these arguments."""
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+            raise ValueError("something is called that is no function")
+        match function.text.split()[-1]:
+            case "_rebuild_tensor_v2":
+                storage, offset, shape, strides = arguments[:4]
+                if not isinstance(storage, Storage):
+                    raise ValueError("a tensor has no storage")
+                return Described(storage, offset, tuple(shape), tuple(strides))
+            case "_rebuild_parameter":
+                return arguments[0]
+            case "encode":
+                text, encoding = arguments
+                self.count(text)
+                if encoding not in ("latin1", "latin-1"):
+                    raise ValueError(f"bytes are written as {quoted(encoding)}, not as latin1")
+                return text.encode("latin1")
+            case "OrderedDict":
+                self.count(arguments[0] if arguments else ())
+                return dict(*arguments)
+        if function.text in _STUBBED:
+            return None
+        raise ValueError(f"{function.text} is called")
+
+    def name(self, text: str) -> Name:
+        """A name of the few that checkpoints need."""
+        if text not in _KNOWN:
+            raise CheckpointError(
+                f"asks for {quoted(text.replace(' ', '.'))}, which is not among the {len(_KNOWN)} names that tensors "
+                "need; nothing was run. Convert it to .safetensors where it is trusted"
+            )
+        return Name(text)
+
+
+def _storage(machine: Interpreter, _: Any) -> None:
+    kind, name, key, _place, count = machine.stack.pop()
+    if kind != "storage" or not isinstance(name, Name) or type(count) is not int or not 0 <= count < 2**48:
+        raise ValueError("a storage is described in another way")
+    machine.stack.append(Storage(str(key), _DTYPES[name.text], count))
+
+
+def _pushed(make: Callable[[Interpreter], Any]) -> Callable[[Interpreter, Any], None]:
+    return lambda machine, _: machine.stack.append(make(machine))
+
+
+def _call(machine: Interpreter, _: Any) -> None:
+    arguments, function = machine.stack.pop(), machine.stack.pop()
+    machine.stack.append(machine.call(function, arguments))
+
+
+def _last(count: int) -> Callable[[Interpreter], tuple[Any, ...]]:
+    def take(machine: Interpreter) -> tuple[Any, ...]:
+        items = machine.stack[-count:]
+        del machine.stack[-count:]
+        return tuple(items)
+
+    return take
+
+
+def _set_items(machine: Interpreter, items: list[Any]) -> None:
+    machine.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+
+_STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
+    "GLOBAL": lambda machine, text: machine.stack.append(machine.name(text)),
+    "BINPERSID": _storage,
+    "REDUCE": _call,
+    "NEWOBJ": _call,
+    "BUILD": lambda machine, _: machine.stack.pop(),  # attributes, of which tensors and dictionaries need none
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
+    "POP": lambda machine, _: machine.stack.pop(),
+    "POP_MARK": lambda machine, _: machine.marked(),
+    "TUPLE": _pushed(lambda machine: tuple(machine.marked())),
+    "LIST": _pushed(lambda machine: machine.marked()),
+    "TUPLE1": _pushed(_last(1)),
+    "TUPLE2": _pushed(_last(2)),
+    "TUPLE3": _pushed(_last(3)),
+    "APPEND": lambda machine, _: machine.stack[-2].append(machine.stack.pop()),
+    "APPENDS": lambda machine, _: machine.stack[machine.marks[-1] - 1].extend(machine.marked()),
+    "ADDITEMS": lambda machine, _: machine.stack[machine.marks[-1] - 1].update(machine.marked()),
+    "SETITEM": lambda machine, _: _set_items(machine, list(_last(2)(machine))),
+    "SETITEMS": lambda machine, _: _set_items(machine, machine.marked()),
+}
