@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checksums."""
+"""Files that appear whole or not at all, files that are read without trust, and checksums."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError, quoted
+from fewstep.memory import is_short_of_memory, shortage
 
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -61,6 +63,32 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; prepare its folder again") from error
+
+
+def file_size(path: Path) -> int:
+    """Bytes of the file at `path`; OSError for what is none: a folder, a named pipe, a device, no name at all."""
+    try:
+        status = path.stat()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "a name cannot hold a null byte") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+    return status.st_size
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """The door of a parser: whatever goes wrong inside becomes a CheckpointError that names the file and the reason."""
+    try:
+        yield
+    except (CheckpointError, InputError, NotFiniteError, MissingExtraError):
+        raise
+    except Exception as error:  # parsers raise dozens of kinds
+        if is_short_of_memory(error):
+            raise CheckpointError(f"{path} cannot be read: {shortage(error)}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {quoted(reason, 200)[1:-1]}") from error
 
 
 def checksum(path: Path) -> str:

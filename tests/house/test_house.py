@@ -21,7 +21,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 FACE = "fewstep"  # src/fewstep/__init__.py
 FLOORS = {
-    "errors": 0, "files": 0, "rng": 0, "images": 0,
+    "errors": 0, "files": 0, "memory": 0, "rng": 0, "images": 0,
     "nn": 1, "diffusion": 1,
     "models": 2, "text": 2, "formats": 2,
     "weights": 3,
@@ -32,7 +32,7 @@ FLOORS = {
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
-FOR_ALL = {"errors", "files"}  # which their own floor may import too
+FOR_ALL = {"errors", "files", "memory"}  # which their own floor may import too
 
 CORE_ROOMS = ("nn", "diffusion", "models", "text", "weights", "pipeline")
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "PIL", "tokenizers", "huggingface_hub", "typer", "rich"}

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import fewstep
+from fewstep import memory
 from fewstep.engines.cpu import limits
 from fewstep.errors import InputError
 
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(limits, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(limits.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     return tmp_path
 

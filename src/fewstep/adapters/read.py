@@ -12,7 +12,8 @@ from typing import Any
 
 from fewstep.adapters.lora import Factors, Layer, Lora, layers_of, networks
 from fewstep.adapters.names import layer_names
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, quoted
+from fewstep.files import reading
 from fewstep.formats.tensors import TensorFile
 from fewstep.weights.folder import read_json
 from fewstep.weights.load import open_tensors
@@ -143,14 +144,19 @@ def _settings(file: TensorFile) -> Mapping[str, Any]:
         return read_json(beside)
     try:
         found = json.loads(file.notes.get(NOTE, "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file.path} has metadata ({NOTE}) that is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.path} has metadata ({NOTE}) that is not JSON: {quoted(str(error))}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file.path} has metadata ({NOTE}) that is no JSON object")
     return found
 
 
 def _factors(file: TensorFile, keys: Keys, name: str, settings: Mapping[str, Any]) -> Factors:
+    with reading(file.path):
+        return _checked_factors(file, keys, name, settings)
+
+
+def _checked_factors(file: TensorFile, keys: Keys, name: str, settings: Mapping[str, Any]) -> Factors:
     down, up = (file.read(keys[role], False) for role in ("down", "up"))
     alpha = file.read(keys["alpha"], True).item() if "alpha" in keys else _noted_alpha(settings, name, len(down))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):

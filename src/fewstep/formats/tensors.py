@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, quoted
+from fewstep.files import file_size, reading
 
 Shape = tuple[int, ...]
 
-LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+LARGEST_HEADER = 8_000_000  # bytes; that of SDXL has 0.3 million
 MOST_TENSORS = 20_000
+MOST_BRACKETS = 200_000  # three for each tensor, and what trainers note as texts
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,13 +54,14 @@ class TensorFile:
 
 def kind_of(path: Path) -> str:
     """`"safetensors"` or `"torch"` by what the file holds, whatever it is called; CheckpointError for another file."""
-    try:
+    with reading(path):
+        size = file_size(path)
         with path.open("rb") as file:
             start = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not start:
         raise CheckpointError(f"{path} is empty; download it again")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"
     for magic, what, advice in _FOREIGN:
         if start.lstrip().lower().startswith(magic):
             raise CheckpointError(f"{path} is {what}; {advice}")
@@ -73,18 +76,23 @@ def kind_of(path: Path) -> str:
 
 def read_safetensors(path: Path) -> TensorFile:
     """The tensors of a .safetensors file, after its header was checked; CheckpointError says what is wrong with it."""
-    entries, data = _header(path)
+    with reading(path):
+        entries, data = _header(path)
     notes = entries.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise CheckpointError(f"{path} has metadata that is no dictionary of texts; download it again")
     if len(entries) > MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
     try:
         mapped: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
 
     def read(name: str, keep_mapped: bool) -> Tensor:
-        if keep_mapped:
-            return mapped(name)
+        with reading(path):
+            return mapped(name) if keep_mapped else copied(name)
+
+    def copied(name: str) -> Tensor:
         start, end = entries[name]["data_offsets"]  # read, since mapped pages count as memory until all is done
         buffer = torch.empty(end - start, dtype=torch.uint8)
         with path.open("rb") as file:
@@ -115,12 +123,19 @@ def joined(path: Path, files: Iterable[TensorFile]) -> TensorFile:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The parsed header, and where the data starts."""
-    size = path.stat().st_size
+    size = file_size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > LARGEST_HEADER or file.read(1) != b"{":
+        if size < 8 or file.read(1) != b"{":
             raise CheckpointError(f"{path} is not a safetensors file, nor a torch archive; it has no header")
+        if length > LARGEST_HEADER:
+            cut = " and is cut short" if length > size else ""
+            raise CheckpointError(
+                f"{path} has a header of {length:,} bytes{cut}; models have {LARGEST_HEADER:,} at most"
+            )
         start = b"{" + file.read(length - 1)
+    if start.count(b"{") + start.count(b"[") > MOST_BRACKETS or start.count(b",") > 4 * MOST_BRACKETS:
+        raise CheckpointError(f"{path} has a header of more parts than {MOST_TENSORS:,} tensors need")
     try:
         header = json.loads(start)
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)

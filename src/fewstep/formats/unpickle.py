@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, quoted
+from fewstep.files import reading
 from fewstep.formats.archive import Member, read_directory, read_member
 from fewstep.formats.tensors import MOST_TENSORS, TensorFile
 
@@ -94,6 +95,11 @@ def read_torch(path: Path) -> TensorFile:
 
     Only the `state_dict` of a training checkpoint is taken.
     """
+    with reading(path):
+        return _archive(path)
+
+
+def _archive(path: Path) -> TensorFile:
     members = read_directory(path)
     root = _root(path, members)
     if (order := members.get(f"{root}/byteorder")) and read_member(path, order) != b"little":
@@ -151,8 +157,9 @@ def _place(path: Path, members: Mapping[str, Member], root: str, name: str, tens
 def _read(file: Tensor, member: Member, tensor: Described) -> Tensor:
     """The tensor in the mapped `file`; copied where its numbers are not aligned."""
     dtype, numbers = tensor.storage.dtype, file[member.start : member.start + member.size]
-    numbers = (numbers if member.start % dtype.itemsize == 0 else numbers.clone()).view(dtype)
-    return numbers.as_strided(tensor.shape, tensor.strides, numbers.storage_offset() + tensor.offset)
+    with reading(member.name):
+        numbers = (numbers if member.start % dtype.itemsize == 0 else numbers.clone()).view(dtype)
+        return numbers.as_strided(tensor.shape, tensor.strides, numbers.storage_offset() + tensor.offset)
 
 
 class Interpreter:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, quoted
+from fewstep.files import file_size
 
 END = "<|endoftext|>"
 # In the order in which they are added: where two are the same token, the last one's flags count.
@@ -20,7 +21,8 @@ SPLITTERS = ["WhitespaceSplit", "Punctuation"]  # of a word list
 CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 WORD_END = "</w>"
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-LARGEST_FILE = 64 * 2**20  # bytes; CLIP's own tokenizer.json has 3.6 million
+LARGEST_FILE = 6_000_000  # bytes; CLIP's own tokenizer.json has 3.6 million
+MOST_ADDED = 1_000  # tokens; each is searched for in every text
 LARGEST_WINDOW = 4096  # transformers writes 10**30 for "not known"
 
 Merges = Sequence[tuple[str, str]]
@@ -50,7 +52,8 @@ class Tokenizer:
         try:
             return _load(Path(folder))
         except Exception as error:  # the tokenizers library raises bare ones
-            raise CheckpointError(f"no tokenizer can be read from {folder}: {error}") from error
+            reason = quoted(str(error), 200)[1:-1]
+            raise CheckpointError(f"no tokenizer can be read from {folder}: {reason}") from error
 
     @classmethod
     def from_vocabulary(
@@ -150,6 +153,8 @@ def _words(vocabulary: Mapping[str, int], unknown: str) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
+    if len(added) > MOST_ADDED:
+        raise CheckpointError(f"it adds {len(added):,} tokens; at most {MOST_ADDED:,} are read")
     for index, token in sorted(added.items()):
         backend.add_tokens([token])
         if _id(backend, token.content) != index:
@@ -236,14 +241,14 @@ def _expect(value: object, kind: type[T]) -> T:
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > LARGEST_FILE:
-        raise CheckpointError(f"{path.name} has {path.stat().st_size:,} bytes; the limit is {LARGEST_FILE:,}")
+    if (size := file_size(path)) > LARGEST_FILE:
+        raise CheckpointError(f"{path.name} has {size:,} bytes; the limit is {LARGEST_FILE:,}")
     return path.read_text(encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty when there is no such file."""
-    text = _read_text(path) if path.is_file() else "{}"
+    text = _read_text(path) if path.exists() else "{}"
     try:
         return _expect(json.loads(text), dict)
     except (ValueError, RecursionError) as error:

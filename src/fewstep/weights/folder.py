@@ -8,25 +8,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, quoted
+from fewstep.files import file_size
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-LARGEST_CONFIG = 4_000_000  # bytes
+LARGEST_CONFIG = 1_000_000  # bytes; an index of shards has 0.1 million
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; CheckpointError if there is none, or it is over 4 MB."""
+    """The JSON object in `path`; CheckpointError if there is none, or it is over 1 MB."""
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise CheckpointError(f"{path} is {path.stat().st_size:,} bytes; a config has at most {LARGEST_CONFIG:,}")
+        if (size := file_size(path)) > LARGEST_CONFIG:
+            raise CheckpointError(f"{path} is {size:,} bytes; a config has at most {LARGEST_CONFIG:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; is the folder complete?") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {quoted(str(error), 200)[1:-1]}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
@@ -39,8 +42,8 @@ def parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         return parse(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} lacks a setting or has one of another kind: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{path} lacks a setting or has one of another kind: {quoted(error)}") from error
 
 
 def parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from fewstep.errors import InputError
+from fewstep.memory import cgroup_numbers, is_short_of_memory, shortage
 
 THREADS = torch.get_num_threads()
 """What PyTorch takes by itself."""
@@ -18,13 +17,13 @@ THREADS = torch.get_num_threads()
 SMALL = 50_000_000
 """Parameters of a UNet below which one thread is enough."""
 
-_CGROUP = Path("/sys/fs/cgroup")
-
 
 def usable_cores() -> int:
     """The cores that the scheduler gives to this process, or the time of as many: a container may have fewer."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = _numbers("cpu.max") or _numbers("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or (0, 1)
+    quota, period = (
+        cgroup_numbers("cpu.max") or cgroup_numbers("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or (0, 1)
+    )
     return max(1, min(affinity, round(quota / period))) if quota > 0 else affinity
 
 
@@ -54,37 +53,14 @@ def cap_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def free_bytes() -> int | None:
-    """Memory that can still be had, where the system tells it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-    limit, used = _numbers("memory.max"), _numbers("memory.current")
-    return min(free, limit[0] - used[0]) if limit and used else free
-
-
 @contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn PyTorch's report of a lack of memory into an InputError that says what to do."""
     try:
         yield
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_short_of_memory(error):
             raise
-        needed, free = re.search(r"(\d+) bytes", str(error)), free_bytes()
         raise InputError(
-            f"{int(needed[1]) if needed else 0:,} more bytes of memory are needed at once and "
-            f"{'an unknown number' if free is None else f'{free:,}'} are free; draw fewer or smaller pictures, "
-            "or load the model with decoder='tiny'"
+            f"{shortage(error)}; draw fewer or smaller pictures, or load the model with decoder='tiny'"
         ) from error
-
-
-def _numbers(*files: str) -> tuple[int, ...] | None:
-    """The numbers in files of the process's control group; None where there are none, or no limit."""
-    try:
-        words = " ".join((_CGROUP / file).read_text(encoding="ascii") for file in files).split()
-        return tuple(int(word) for word in words)
-    except (OSError, ValueError):
-        return None
