@@ -17,7 +17,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.errors import InputError, NotFiniteError
+from fewstep.errors import InputError, NotFiniteError, printable, quoted
+from fewstep.files import file_size
 
 Picture = Image.Image | NDArray[Any] | Tensor | str | Path
 
@@ -119,7 +120,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     Of a foreign file it holds `prompt`, `negative_prompt` and what is found of `steps`, `sampler` (by its
     foreign name), `guidance_scale`, `seed`, `width`, `height`, `model`. Raises `InputError`.
     """
-    with _readable(path), Image.open(path, formats=FORMATS) as image:
+    with _readable(path), _regular(path), Image.open(path, formats=FORMATS) as image:
         own = "fewstep" in image.info
         text = image.info.get("fewstep" if own else "parameters")
         if not isinstance(text, str):
@@ -145,6 +146,12 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 @contextmanager
+def _regular(path: str | Path) -> Iterator[None]:
+    file_size(Path(path))
+    yield
+
+
+@contextmanager
 def _readable(source: object) -> Iterator[None]:
     name = source if isinstance(source, str | Path) else type(source).__name__
     try:
@@ -152,7 +159,8 @@ def _readable(source: object) -> Iterator[None]:
     except InputError:
         raise
     except UNREADABLE as error:
-        raise InputError(f"{name} cannot be read as a PNG, JPEG or WebP picture: {error}") from error
+        reason = quoted(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+        raise InputError(f"{printable(str(name))} cannot be read as a PNG, JPEG or WebP picture: {reason}") from error
 
 
 def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
@@ -163,6 +171,7 @@ def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
             return _decoded(image)
         if not isinstance(image, str | Path):
             raise InputError(f"{type(image).__name__} is not a picture, an array, a tensor or a path")
+        file_size(Path(image))
         with Image.open(image, formats=FORMATS) as opened:
             return _decoded(opened)
 

@@ -305,7 +305,25 @@ def _checked(kind: type[T], what: str, **shape: Any) -> T:
             raise CheckpointError(
                 f"{what}: {name} is {quoted(value)}; expected a number above 0, at most {LARGEST_NUMBER}"
             )
+    for whole, parts in _divided(**shape):
+        if whole % parts:
+            raise CheckpointError(f"{what}: {whole} channels cannot be shared by {parts} heads or groups")
     return kind(**shape)
+
+
+def _divided(
+    stages: tuple[Stage, ...] = (),
+    channels: tuple[int, ...] = (),
+    groups: int = 1,
+    width: int = 1,
+    heads: int = 1,
+    **_: Any,
+) -> Iterator[tuple[int, int]]:
+    """Channels, and the heads or groups that share them."""
+    yield width, heads
+    yield from ((stage.channels, groups) for stage in stages)
+    yield from ((stage.channels, stage.heads) for stage in stages if stage.depth or stage is stages[-1])
+    yield from ((each, groups) for each in channels)
 
 
 def _numbers(shape: Config) -> Iterator[tuple[str, Any]]:
@@ -314,7 +332,7 @@ def _numbers(shape: Config) -> Iterator[tuple[str, Any]]:
         if isinstance(value, tuple):
             for each in value:
                 yield from _numbers(vars(each) if isinstance(each, Stage) else {name: each})
-        elif not (value is None or isinstance(value, bool) or name == "activation"):
+        elif value is not None and name not in ("activation", "linear_projection", "force_upcast"):
             yield name, value
 
 

@@ -37,6 +37,7 @@ from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokeniz
 
 CPU = torch.device("cpu")
 MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down
+LARGEST_SIDE = 8192  # pixels of the pictures that a model was trained on
 SHOWN = 3  # names of each kind of problem
 _IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
 
@@ -237,9 +238,12 @@ def _filling(folder: Path, network: nn.Module, *, half: bool) -> Filling:
 
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     """Width and height in pixels of the pictures a UNet was trained on."""
-    side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
+    path = folder / "unet" / "config.json"
+    side = read_json(path).get("sample_size") or 64
     height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
-    return int(width) * factor, int(height) * factor
+    if not all(type(each) is int and 0 < each * factor <= LARGEST_SIDE for each in (width, height)):
+        raise CheckpointError(f"{path}: sample_size is {quoted(side)}; expected a number of latent pixels")
+    return width * factor, height * factor
 
 
 def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device) -> None:

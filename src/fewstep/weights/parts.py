@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fewstep.errors import CheckpointError
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.diffusion.schedule import SCHEDULES
+from fewstep.errors import CheckpointError, quoted
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -38,6 +40,17 @@ class Parts:
     tiny: TinyAutoencoder | None = None
 
 
+DEFAULTS: Mapping[str, Collection[str] | float] = {
+    "steps": 1000,
+    "guidance_scale": 100.0,
+    "sampler": SAMPLERS,
+    "schedule": SCHEDULES,
+    "width": 8192,
+    "height": 8192,
+}
+"""What a model may note as its defaults: the names there are, or the largest number."""
+
+
 def family_of(unet: UNetConfig) -> Family:
     """The family by the UNet's conditioning and its kind of projections; SD 1 and 2 differ in nothing else."""
     if unet.addition:
@@ -61,11 +74,21 @@ def usual_defaults(
         width=size[0],
         height=size[1],
     )
-    noted = {name: value for name, value in (noted or {}).items() if value is not None}
+    noted = {} if noted is None else noted
+    if not isinstance(noted, Mapping):
+        raise CheckpointError(f"model_index.json: the defaults are {quoted(noted)}; expected a dictionary")
+    noted = {name: value for name, value in noted.items() if value is not None}
     for name, value in noted.items():
-        if name not in vars(usual) or isinstance(value, str) != (name in ("sampler", "schedule")):
-            raise CheckpointError(f"model_index.json: the default {name} = {value!r} cannot be used")
+        if name not in DEFAULTS or not _is_default(DEFAULTS[name], value):
+            raise CheckpointError(f"model_index.json: the default {quoted(name)} = {quoted(value)} cannot be used")
     return replace(usual, **noted)
+
+
+def _is_default(rule: Collection[str] | float, value: Any) -> bool:
+    """Whether `value` is one of some names, or a number from 0 to a largest one; whole where that is whole."""
+    if not isinstance(rule, int | float):
+        return isinstance(value, str) and value in rule
+    return type(value) in (int, type(rule)) and 0 <= value <= rule
 
 
 def published(parts: Parts, known: Entry) -> Parts:
