@@ -31,14 +31,18 @@ DROPPED = re.compile(
 
 SD 2 reads its text tower before the last of 24 layers, so that layer and the projection go unused."""
 
+_LORA = "a LoRA; load its model, and add it with fewstep.add_lora or --lora"
 _OTHERS = {
-    "lora_": "a LoRA; load its model, and add it with fewstep.add_lora or --lora",
-    "control_model.": "a ControlNet, which fewstep does not read",
+    **dict.fromkeys(("lora_", "lora.", ".hada_w1", ".lokr_w1"), _LORA),
+    "control": "a ControlNet, which fewstep does not read",
     "double_blocks.": "a model of the Flux family, which fewstep does not read",
     "joint_blocks.": "a Stable Diffusion 3 model, which fewstep does not read",
+    "transformer_blocks.0.attn.": "the transformer of a newer family (Stable Diffusion 3, Flux), which is not read",
+    "decoder.layers.": "a tiny autoencoder; load a whole model with decoder= its folder",
+    UNET_PREFIX: "a UNet without its text towers; give a file with all parts",
+    **dict.fromkeys((AUTOENCODER_PREFIX, "decoder.conv_in."), "an autoencoder alone; give a file with all parts"),
     "down_blocks.": "one part of a diffusers folder; give the folder",
-    UNET_PREFIX: "a UNet without its text towers",
-    AUTOENCODER_PREFIX: "an autoencoder alone",
+    "text_model.": "a text encoder alone; give a file with all parts",
 }
 _CLIP_NAMES = (
     "text_model.embeddings.token_embedding.weight",
