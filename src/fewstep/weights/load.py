@@ -48,6 +48,7 @@ _FOREIGN_PIPELINES = {
     "Kandinsky": " (Kandinsky)",
     "Upscale": " (an upscaler)",
 }
+_OUTDATED = {"steps_offset": 1, "clip_sample": False}  # what diffusers' pipelines of SD 1 and 2 put into old files
 _OTHER_PARTS = ("adapter", "controlnet", "depth_estimator", "low_res_scheduler", "motion_adapter", "unet_2")
 _FOREIGN_PARTS = {  # by the class in a config.json
     "ControlNet": "a ControlNet, which fewstep does not read",
@@ -126,8 +127,8 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
     index, notes = _index(folder)
     names = [name for name in parts_of(index) if name.startswith("text_encoder")]
     home = {name: _home(folder, name, notes) for name in ("scheduler", "unet", "vae", *names)}
-    scheduler = parsed(home["scheduler"] / "scheduler_config.json", SchedulerConfig.from_diffusers)
     unet = _network(home["unet"], UNet, UNetConfig.from_diffusers)
+    scheduler = read_scheduler(home["scheduler"], unet.config)
     autoencoder = _network(home["vae"], AutoencoderKL, AutoencoderConfig.from_diffusers)
     towers = [_network(home[name], TextEncoder, TextConfig.from_transformers) for name in names]
     words = [name.replace("text_encoder", "tokenizer") for name in names]
@@ -148,6 +149,12 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
     )
     return parts, [_filling(home[name], network, half=half) for name, network in networks]
+
+
+def read_scheduler(folder: Path, unet: UNetConfig) -> SchedulerConfig:
+    """What the scheduler_config.json in `folder` says of a model with that UNet, as diffusers' pipelines read it."""
+    outdated = {} if unet.addition else _OUTDATED
+    return parsed(folder / "scheduler_config.json", lambda config: SchedulerConfig.from_diffusers(config | outdated))
 
 
 def _home(folder: Path, name: str, notes: Mapping[str, Any]) -> Path:

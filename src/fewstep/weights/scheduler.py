@@ -126,7 +126,8 @@ class SchedulerConfig:
     def schedule_for(self, sampler: str) -> str:
         """The schedule of `sampler` where the user names none: the checkpoint's, else that of diffusers' class."""
         spec = SAMPLERS[sampler]
-        return (spec.curves and self.curve) or self.spacing or spec.spacing
+        named = None if spec.consistency else self.spacing  # that class reads no spacing
+        return (spec.curves and self.curve) or named or spec.spacing
 
     def final_for(self, sampler: str) -> Final:
         """Where a run of `sampler` ends."""
