@@ -42,7 +42,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {  # settings that would change the pict
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     "clip_sample": (False,),
     "disable_corrector": ([],),
-    "euler_at_final": (False,),
     "final_sigmas_type": ("zero",),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-inf, None),
