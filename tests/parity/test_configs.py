@@ -396,3 +396,27 @@ def test_a_setting_of_the_text_encoder_is_refused_or_heeded(key: str, value: Any
     assert difference(states.last, wanted.last_hidden_state) < 1e-4
     assert difference(states.penultimate, wanted.hidden_states[-2]) < 1e-4
     assert difference(states.pooled, wanted.text_embeds) < 1e-4
+
+
+SAVED = (*CLASSES, *(f"{name}Scheduler" for name in ("DEISMultistep", "DPMSolverSinglestep", "LMSDiscrete")))
+
+
+@pytest.mark.parametrize("name", [*SAVED, "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_what_a_scheduler_of_diffusers_saves_of_itself_loads(name: str) -> None:
+    saved = json.loads(getattr(diffusers, name).from_config(USUAL).to_json_string())
+    assert SchedulerConfig.from_diffusers(saved).steps_offset == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stated", [2, 49407])
+def test_the_pooled_text_is_read_at_the_end_token_where_tokens_were_added(stated: int) -> None:
+    """Files say 2 for CLIP's end token, 49407; transformers then takes the highest id, which an added token has."""
+    settings = {"vocab_size": 49410, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    settings |= {"num_attention_heads": 2, "max_position_embeddings": 8, "projection_dim": 12}
+    theirs = CLIPTextModelWithProjection(CLIPTextConfig(**settings, eos_token_id=49407)).eval()
+    architectures = {"architectures": ["CLIPTextModelWithProjection"]}
+    ours = TextEncoder(TextConfig.from_transformers({**settings, **architectures, "eos_token_id": stated})).eval()
+    ours.load_state_dict({name: tensor for name, tensor in theirs.state_dict().items() if "position_ids" not in name})
+    prompts = torch.tensor([[49406, 320, 49409, 5, 49407, 49407], [49406, 7, 8, 49407, 0, 0]])
+    assert difference(ours(prompts).pooled, theirs(prompts).text_embeds) < 1e-5
+    assert ours(prompts).pooled[0].sub(ours(prompts).pooled[1]).abs().max() > 1e-3

@@ -237,9 +237,9 @@ def test_all_that_does_not_fit_is_told_at_once(copy: Path) -> None:
         (
             "unet/config.json",
             {"block_out_channels": "wide"},
-            "lacks a setting or has one of another kind|cannot be built",
+            "block_out_channels is 'wide'",
         ),
-        ("unet/config.json", {"block_out_channels": []}, "lacks a setting|cannot be built"),
+        ("unet/config.json", {"block_out_channels": []}, "block_out_channels is "),
         ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
         ("unet/config.json", {"norm_num_groups": 7}, "cannot be built"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu'"),

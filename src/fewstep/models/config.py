@@ -65,12 +65,12 @@ class UNetConfig:
     def from_diffusers(cls, config: Config) -> UNetConfig:
         """From a `UNet2DConditionModel` config.json; CheckpointError names a setting this family has not."""
         _check(config, "UNet", _UNET_FIXED)
-        channels = config.get("block_out_channels", (320, 640, 1280, 1280))
-        count = len(channels)
-        downs = _block_types(config)
-        heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count)
-        depths = _per_level(config.get("transformer_layers_per_block", 1), count)
-        resnets = _per_level(config.get("layers_per_block", 2), count)
+        channels = _channels(config, (320, 640, 1280, 1280))
+        count, downs = len(channels), _block_types(config, len(channels))
+        named = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+        heads = _per_level(config, named, 8, count)
+        depths = _per_level(config, "transformer_layers_per_block", 1, count)
+        resnets = _per_level(config, "layers_per_block", 2, count)
         stages = tuple(
             Stage(channels=c, resnets=r, depth=d if kind == "CrossAttnDownBlock2D" else 0, heads=h)
             for c, r, d, h, kind in zip(channels, resnets, depths, heads, downs, strict=True)
@@ -138,7 +138,7 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, config: Config) -> AutoencoderConfig:
         """From an `AutoencoderKL` config.json; CheckpointError names a setting this family has not."""
-        channels = config.get("block_out_channels", (64,))
+        channels = _channels(config, (64,))
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         fixed = {name: [kind] * len(channels) for name, kind in kinds.items()}
         _check(config, "autoencoder", {**_AUTOENCODER_FIXED, **fixed})
@@ -195,7 +195,7 @@ class TextConfig:
             raise CheckpointError(f"text encoder: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
         if shape["eos"] == 2 and shape["vocabulary"] >= 49408:
             shape["eos"] = 49407  # published configs say 2, wrongly; added tokens come after it
-        projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        projected = "CLIPTextModelWithProjection" in str(config.get("architectures"))
         projection = (config.get("projection_dim", 512) or 0) if projected else None
         return _checked(cls, "text encoder", **shape, projection=projection)
 
@@ -316,12 +316,14 @@ def _check(config: Config, what: str, fixed: Config) -> None:
             raise CheckpointError(f"{what}: {key} is {quoted(given)}; this family of models has only {values[0]!r}")
 
 
-def _block_types(config: Config) -> list[str]:
+def _block_types(config: Config, count: int) -> list[str]:
     """The kinds of a UNet's levels on the way down, which those on the way up must mirror."""
-    downs = list(config.get("down_block_types", _DOWN_TYPES))
-    ups = list(config.get("up_block_types", [kind.replace("Down", "Up") for kind in reversed(downs)]))
-    if not set(downs) <= set(_DOWN_TYPES) or [kind.replace("Down", "Up") for kind in reversed(downs)] != ups:
-        raise CheckpointError(f"UNet: its levels are {quoted(downs)} and {quoted(ups)}; known are {_DOWN_TYPES[2:]}")
+    downs = _per_level(config, "down_block_types", _DOWN_TYPES, count)
+    if not all(kind in _DOWN_TYPES for kind in downs):
+        raise CheckpointError(f"UNet: down_block_types is {quoted(downs)}; known are {' and '.join(_DOWN_TYPES[2:])}")
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(downs)]
+    if (ups := config.get("up_block_types", mirrored)) not in (mirrored, tuple(mirrored)):
+        raise CheckpointError(f"UNet: up_block_types is {quoted(ups)}; to these down_block_types belongs {mirrored}")
     return downs
 
 
@@ -350,8 +352,19 @@ def _values(shape: Config) -> Iterator[tuple[str, Any]]:
                 yield name, each
 
 
-def _per_level(value: int | list[int], count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value)
+def _channels(config: Config, usual: tuple[int, ...]) -> list[Any]:
+    """The channels of each level."""
+    value = config.get("block_out_channels", usual)
+    return _per_level(config, "block_out_channels", usual, len(value) if isinstance(value, list | tuple) else 0)
+
+
+def _per_level(config: Config, key: str, usual: Any, count: int) -> list[Any]:
+    """The values of `key`, which names one for each of `count` levels or one for all."""
+    value = config.get(key, usual)
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if not count or len(values) != count:
+        raise CheckpointError(f"{key} is {quoted(value)}; expected a value for each of the network's levels")
+    return values
 
 
 def _one(values: list[int]) -> int | list[int]:

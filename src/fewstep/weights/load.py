@@ -253,7 +253,8 @@ def _filling(folder: Path, network: nn.Module, *, half: bool) -> Filling:
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     """Width and height in pixels of the pictures a UNet was trained on."""
     path = folder / "unet" / "config.json"
-    side = read_json(path).get("sample_size") or 64
+    given = read_json(path).get("sample_size")
+    side = 64 if given is None else given
     sides = side if isinstance(side, list) else [side, side]
     if len(sides) != 2 or not all(type(each) is int and 0 < each <= LARGEST_SIDE for each in sides):
         raise CheckpointError(f"{path}: sample_size is {quoted(side)}; expected one or two whole numbers, as 64")
