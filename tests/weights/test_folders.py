@@ -322,6 +322,15 @@ def test_every_sampler_survives_a_scheduler_config(sampler: str) -> None:
     assert SchedulerConfig.from_diffusers(trailing.to_diffusers()) == trailing
 
 
+def test_another_sampler_keeps_the_noise_levels_and_nothing_of_the_old_one() -> None:
+    config = SchedulerConfig(sampler="dpmpp_2m", curve="karras", stands_in_for="LMSDiscreteScheduler")
+    other = config.sampled_by("euler_ancestral", "trailing")
+    assert other.schedule_for("euler") == "trailing"
+    assert not other.substitution
+    assert other.noise_schedule == config.noise_schedule
+    assert SchedulerConfig.from_diffusers(other.to_diffusers()) == other
+
+
 def test_published_scheduler_configs_are_read_as_their_classes_mean_them() -> None:
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     sd1 = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import inf
@@ -127,6 +127,10 @@ class SchedulerConfig:
         spec = SAMPLERS[sampler]
         named = None if spec.consistency else self.spacing  # that class reads no spacing
         return (spec.curves and self.curve) or named or spec.spacing
+
+    def sampled_by(self, sampler: str, spacing: str | None) -> SchedulerConfig:
+        """The same noise levels with another sampler and schedule, as after a distillation."""
+        return replace(self, sampler=sampler, spacing=spacing, curve=None, stands_in_for="")
 
     def final_for(self, sampler: str) -> Final:
         """Where a run of `sampler` ends."""
