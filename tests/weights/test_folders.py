@@ -322,6 +322,16 @@ def test_every_sampler_survives_a_scheduler_config(sampler: str) -> None:
     assert SchedulerConfig.from_diffusers(trailing.to_diffusers()) == trailing
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_a_curve_without_its_ends_is_refused(spacing: str) -> None:
+    config = SchedulerConfig(sampler="euler").to_diffusers() | {"use_karras_sigmas": True}
+    assert SchedulerConfig.from_diffusers(config).schedule_for("euler") == "karras"
+    with pytest.raises(CheckpointError, match=f"use_karras_sigmas with timestep_spacing '{spacing}'"):
+        SchedulerConfig.from_diffusers(config | {"timestep_spacing": spacing})
+    multistep = config | {"timestep_spacing": spacing, "_class_name": "UniPCMultistepScheduler"}
+    assert SchedulerConfig.from_diffusers(multistep).schedule_for("unipc") == "karras"
+
+
 def test_another_sampler_keeps_the_noise_levels_and_nothing_of_the_old_one() -> None:
     config = SchedulerConfig(sampler="dpmpp_2m", curve="karras", stands_in_for="LMSDiscreteScheduler")
     other = config.sampled_by("euler_ancestral", "trailing")

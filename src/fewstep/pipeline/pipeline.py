@@ -140,10 +140,10 @@ class Pipeline:
 
 def _check_refiner(base: Parts, refiner: Parts) -> None:
     """InputError for a model that cannot go on with the latents of another one."""
-    if not (base.unet.config.addition and refiner.unet.config.addition) or refiner.unet.config.in_channels != 4:
+    if bool(base.unet.config.addition) != bool(refiner.unet.config.addition) or refiner.unet.config.in_channels != 4:
         raise InputError(
-            f"{refiner.name} cannot refine what {base.name} draws: both must be SDXL models, such as 'sdxl-base' and "
-            "'sdxl-refiner', and the refiner none for inpainting"
+            f"{refiner.name} cannot refine what {base.name} draws: expected two SDXL models, such as 'sdxl-base' and "
+            "'sdxl-refiner', or two that are none, and no inpainting model as the refiner"
         )
     first, second = ((vae.config.factor, vae.config.scaling_factor) for vae in (base.autoencoder, refiner.autoencoder))
     if first != second:

@@ -211,9 +211,6 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
     allowed |= {"skip_prk_steps": (True,)} if sampler == "plms" else {}
     if config.get("use_karras_sigmas"):
         allowed["use_exponential_sigmas"] = (False, None)
-    spec, curves = SAMPLERS[sampler], [curve for curve in _CURVES if config.get(f"use_{curve}_sigmas")]
-    if curves and spec.curves and spec.reading == "euler":
-        allowed["timestep_spacing"] = (None, "linspace")  # under others these classes leave out the ends of the curve
     if config["_class_name"] in _STAND_INS:
         allowed = {key: values for key, values in allowed.items() if not key.startswith(("solver", "lower_order"))}
     unsaid = {"clip_sample": sampler in _CLIPPING, "skip_prk_steps": False}
@@ -222,6 +219,12 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
         if value not in values:
             others = " or ".join(repr(each) for each in values)
             raise CheckpointError(f"scheduler: {key} is {quoted(value)}; fewstep draws with {others} alone")
+    spec, curves = SAMPLERS[sampler], [curve for curve in _CURVES if config.get(f"use_{curve}_sigmas")]
+    if curves and spec.curves and spec.reading == "euler" and config.get("timestep_spacing") in ("leading", "trailing"):
+        raise CheckpointError(
+            f"scheduler: use_{curves[0]}_sigmas with timestep_spacing {config['timestep_spacing']!r} leaves out the "
+            "ends of the curve in this class; fewstep draws with the whole curve alone: take the timestep_spacing away"
+        )
     start, end, count = (_setting(config, name, usual) for name, usual in (_SETTINGS[key] for key in _RANGE))
     if not 0 < start <= end < 1 or count < 2:
         raise CheckpointError(
