@@ -15,15 +15,17 @@ import torch
 from safetensors.torch import save_file
 from small import parts, text_configs, unet_config
 
-from fewstep.errors import CheckpointError
+import fewstep
+from fewstep.errors import CheckpointError, InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
 from fewstep.weights import load as loading
-from fewstep.weights.load import load_parts, load_tiny
+from fewstep.weights.load import load_parts, load_tiny, open_tensors
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts, save_single_file
+from fewstep.weights.single import recognise
 
 Oracle = Callable[[str], tuple[Any, Path]]
 
@@ -371,6 +373,30 @@ def test_the_folder_of_another_pipeline_is_called_what_it_is(index: dict[str, An
 def test_the_folder_of_one_part_is_called_what_it_is(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
     assert said in refusal(tmp_path)
+
+
+def test_a_folder_of_files_asks_for_one_of_them(tmp_path: Path) -> None:
+    (tmp_path / "v1-5-pruned.safetensors").touch()
+    assert "give that: 'v1-5-pruned.safetensors'" in refusal(tmp_path)
+
+
+def test_a_tiny_decoder_wants_latents_of_an_eighth(tmp_path: Path) -> None:
+    save_parts(parts("sd1"), tmp_path / "model")
+    with pytest.raises(InputError, match="2 times as wide as latents; a tiny decoder needs 8"):
+        fewstep.load(tmp_path / "model", device="cpu", decoder="blocks-tiny")
+
+
+@pytest.mark.parametrize(
+    "key", ["input_blocks.1.0.in_layers.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
+)
+@pytest.mark.parametrize("size", [0, 10**7])
+def test_a_single_file_of_absurd_shapes_is_refused(key: str, size: int, tmp_path: Path) -> None:
+    model = parts("sd1")
+    save_single_file(model, tmp_path / "model.safetensors")
+    file = open_tensors(tmp_path / "model.safetensors")
+    shapes = {**file.shapes, f"model.diffusion_model.{key}": (size, size, 3, 3)}
+    with pytest.raises(CheckpointError, match=f"model.safetensors looks like sd1, but cannot be: .* is {size};"):
+        recognise(replace(file, shapes=shapes))
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_config.json"])

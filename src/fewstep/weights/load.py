@@ -190,7 +190,9 @@ def _single_part(folder: Path) -> str:
     path = folder / "config.json"
     kind = str(read_json(path).get("_class_name", "")) if path.is_file() else ""
     found = next((what for mark, what in _FOREIGN_PARTS.items() if mark in kind), "")
-    return found or "not the diffusers folder of a whole model"
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt"))
+    other = f"; if a file in it is one, give that: {quoted(files[0])}" if files else ""
+    return found or f"not the diffusers folder of a whole model{other}"
 
 
 def _single_file_parts(

@@ -67,7 +67,15 @@ def recognise(file: TensorFile) -> Contents:
     try:
         unet = _unet_config(shapes, sd1=family == "sd1")
         autoencoder = _autoencoder_config(shapes, sdxl=family.startswith("sdxl"))
-        return Contents(family, unet, autoencoder, tuple(_text_config(shapes, at) for at in TEXT_PREFIXES[family]))
+        texts = [_text_config(shapes, at) for at in TEXT_PREFIXES[family]]
+        return Contents(  # through the door that checks every number
+            family,
+            UNetConfig.from_diffusers(unet.to_diffusers(64)),
+            AutoencoderConfig.from_diffusers(autoencoder.to_diffusers(64)),
+            tuple(TextConfig.from_transformers(text.to_transformers()) for text in texts),
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path} looks like {family}, but cannot be: {error}") from error
     except (LookupError, ValueError) as error:
         raise CheckpointError(f"{file.path} looks like {family}, but {error} is missing or misshapen") from error
 
