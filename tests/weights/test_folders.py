@@ -242,7 +242,7 @@ def test_all_that_does_not_fit_is_told_at_once(copy: Path) -> None:
         ("unet/config.json", {"block_out_channels": []}, "block_out_channels is "),
         ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
         ("unet/config.json", {"norm_num_groups": 7}, "cannot be built"),
-        ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu'"),
+        ("unet/config.json", {"act_fn": "gelu"}, "act_fn is .gelu."),
         ("vae/config.json", {"layers_per_block": -1}, "layers_per_block is -1"),
         ("text_encoder/config.json", {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"),
         ("text_encoder/config.json", {"hidden_act": "os.system"}, "hidden_act is 'os.system'"),

@@ -192,7 +192,9 @@ class TextConfig:
         _check(config, "text encoder", _TEXT_FIXED)
         shape = {ours: config.get(theirs, usual) for ours, (theirs, usual) in _TEXT.items()}
         if (activation := shape["activation"]) not in ("quick_gelu", "gelu"):
-            raise CheckpointError(f"text encoder: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
+            raise CheckpointError(
+                f"text encoder: hidden_act is {quoted(activation)}; known are 'quick_gelu' and 'gelu'"
+            )
         if shape["eos"] == 2 and shape["vocabulary"] >= 49408:
             shape["eos"] = 49407  # published configs say 2, wrongly; added tokens come after it
         projected = "CLIPTextModelWithProjection" in str(config.get("architectures"))
@@ -313,7 +315,9 @@ def _check(config: Config, what: str, fixed: Config) -> None:
         if isinstance(given, list) and given and not isinstance(values[0], list) and given == given[:1] * len(given):
             given = given[0]  # the same at every level
         if given not in values:
-            raise CheckpointError(f"{what}: {key} is {quoted(given)}; this family of models has only {values[0]!r}")
+            raise CheckpointError(
+                f"{what}: {key} is {quoted(given)}; this family of models has only {quoted(values[0])}"
+            )
 
 
 def _block_types(config: Config, count: int) -> list[str]:

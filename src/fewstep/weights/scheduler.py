@@ -198,7 +198,7 @@ def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
 def _sampler(config: Mapping[str, Any]) -> str:
     name = str(config.get("_class_name"))
     if name not in _SAMPLERS:
-        raise CheckpointError(unknown("scheduler _class_name", name, _SAMPLERS))
+        raise CheckpointError(unknown("scheduler _class_name", name[:80], _SAMPLERS))
     if name == _MULTISTEP and config.get("algorithm_type") == "sde-dpmsolver++":
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
     return _SAMPLERS[name]
