@@ -8,7 +8,7 @@ import pytest
 
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.zoo import CATALOGUE
-from fewstep.weights.scheduler import SchedulerConfig
+from fewstep.weights.scheduler import SchedulerConfig, usual_scheduler
 
 Settings = dict[str, Any]
 
@@ -219,6 +219,12 @@ def test_a_published_scheduler_loads_with_its_schedules(name: str) -> None:
     if known is not None and known.defaults is not None:
         assert known.defaults.sampler == config.sampler
         assert (known.defaults.schedule or config.schedule_for(config.sampler)) == READ_AS[name][1]
+
+
+@pytest.mark.parametrize("name", ["sd-v1-4", "sd-v2-1", "sdxl-base", "sdxl-refiner"])
+def test_single_files_which_say_nothing_count_as_the_published_models(name: str) -> None:
+    config = SchedulerConfig.from_diffusers(SCHEDULERS[name])
+    assert usual_scheduler(CATALOGUE[name].family, config.prediction) == config
 
 
 @pytest.mark.parametrize("name", UNETS)
