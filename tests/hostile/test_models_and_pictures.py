@@ -113,7 +113,6 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "a spacing of a list": (SCHEDULER, {"timestep_spacing": [1]}),
     "betas one by one": (SCHEDULER, {"trained_betas": [0.1] * 1000}),
     "an index of numbers": (INDEX, {"unet": 5, "vae": 6}),
-    "notes that are a list": (INDEX, {"_fewstep": {"defaults": [1]}}),
     "defaults of NaN": (INDEX, {"_fewstep": {"defaults": {"steps": NAN}}}),
     "defaults of a billion": (INDEX, {"_fewstep": {"defaults": {"steps": 10**9}}}),
     "a default that nobody knows": (INDEX, {"_fewstep": {"defaults": {"\x1b[2J": 1}}}),

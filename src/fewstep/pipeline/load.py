@@ -9,6 +9,7 @@ import torch
 
 from fewstep.adapters.edition import edition
 from fewstep.engines.device import choose_device, choose_dtype
+from fewstep.errors import InputError
 from fewstep.models.zoo import CATALOGUE, TINY
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.weights.load import load_parts, load_tiny
@@ -50,6 +51,8 @@ def load(
     if known is not None and known.base is not None:
         parts = edition(parts, known)
     if decoder is not None:
+        if (factor := parts.autoencoder.config.factor) != 8:
+            raise InputError(f"{parts.name} draws pictures {factor} times as wide as latents; a tiny decoder needs 8")
         chosen_decoder = TINY[parts.family] if decoder == "tiny" else decoder
         parts = replace(parts, tiny=load_tiny(chosen_decoder, dtype=choose_dtype(dtype, chosen), device=chosen))
     return Pipeline(parts)

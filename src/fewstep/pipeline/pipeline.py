@@ -140,15 +140,17 @@ class Pipeline:
 
 def _check_refiner(base: Parts, refiner: Parts) -> None:
     """InputError for a model that cannot go on with the latents of another one."""
-    configs = [(each.unet.config, each.autoencoder.config) for each in (base, refiner)]
-    if not all(unet.addition and unet.in_channels == 4 for unet, _ in configs):
+    if bool(base.unet.config.addition) != bool(refiner.unet.config.addition) or refiner.unet.config.in_channels != 4:
         raise InputError(
-            f"{refiner.name} cannot refine what {base.name} draws: both must be SDXL models that read latents alone, "
-            "such as 'sdxl-base' and 'sdxl-refiner'"
+            f"{refiner.name} cannot refine what {base.name} draws: expected two SDXL models, such as 'sdxl-base' and "
+            "'sdxl-refiner', or two that are none, and no inpainting model as the refiner"
         )
-    scales = [vae.scaling_factor for _, vae in configs]
-    if scales[0] != scales[1]:
-        raise InputError(f"{base.name} and {refiner.name} scale their latents by {scales[0]} and {scales[1]}")
+    first, second = ((vae.config.factor, vae.config.scaling_factor) for vae in (base.autoencoder, refiner.autoencoder))
+    if first != second:
+        raise InputError(
+            f"{base.name} and {refiner.name} have other latents: of 1/{first[0]} and 1/{second[0]} of a picture's "
+            f"side, scaled by {first[1]} and {second[1]}"
+        )
 
 
 def _finished(run: Run, options: TaskOptions) -> Result:

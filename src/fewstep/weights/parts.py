@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from fewstep.diffusion.samplers import SAMPLERS
@@ -17,6 +18,9 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.scheduler import SchedulerConfig
+
+_RANGES = {"steps": (1, 1000), "guidance_scale": (0, 100), "width": (64, 8192), "height": (64, 8192)}
+_NAMES = {"sampler": tuple(SAMPLERS), "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +42,6 @@ class Parts:
     licence: str
     force_zeros_for_empty_prompt: bool = False
     tiny: TinyAutoencoder | None = None
-
-
-DEFAULTS: Mapping[str, Collection[str] | float] = {
-    "steps": 1000,
-    "guidance_scale": 100.0,
-    "sampler": SAMPLERS,
-    "schedule": SCHEDULES,
-    "width": 8192,
-    "height": 8192,
-}
-"""What a model may note as its defaults: the names there are, or the largest number."""
 
 
 def family_of(unet: UNetConfig) -> Family:
@@ -74,21 +67,13 @@ def usual_defaults(
         width=size[0],
         height=size[1],
     )
-    noted = {} if noted is None else noted
-    if not isinstance(noted, Mapping):
-        raise CheckpointError(f"model_index.json: the defaults are {quoted(noted)}; expected a dictionary")
-    noted = {name: value for name, value in noted.items() if value is not None}
+    noted = {name: value for name, value in (noted or {}).items() if value is not None}
     for name, value in noted.items():
-        if name not in DEFAULTS or not _is_default(DEFAULTS[name], value):
+        low, high = _RANGES.get(name, (inf, -inf))
+        number = type(value) is int or (type(value) is float and name == "guidance_scale")
+        if not (low <= value <= high if number else value in _NAMES.get(name, ())):
             raise CheckpointError(f"model_index.json: the default {quoted(name)} = {quoted(value)} cannot be used")
     return replace(usual, **noted)
-
-
-def _is_default(rule: Collection[str] | float, value: Any) -> bool:
-    """Whether `value` is one of some names, or a number from 0 to a largest one; whole where that is whole."""
-    if not isinstance(rule, int | float):
-        return isinstance(value, str) and value in rule
-    return type(value) in (int, type(rule)) and 0 <= value <= rule
 
 
 def published(parts: Parts, known: Entry) -> Parts:
