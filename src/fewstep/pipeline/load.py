@@ -55,4 +55,6 @@ def load(
             raise InputError(f"{parts.name} draws pictures {factor} times as wide as latents; a tiny decoder needs 8")
         chosen_decoder = TINY[parts.family] if decoder == "tiny" else decoder
         parts = replace(parts, tiny=load_tiny(chosen_decoder, dtype=choose_dtype(dtype, chosen), device=chosen))
-    return Pipeline(parts)
+    asked = {"revision": revision, "prediction": prediction, "tokenizer": tokenizer, "decoder": decoder, "dtype": dtype}
+    said = {name: str(value).removeprefix("torch.") for name, value in asked.items() if value is not None}
+    return Pipeline(parts, loaded=said if known is not None else {"model": str(what), **said})
