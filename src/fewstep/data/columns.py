@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -65,6 +67,23 @@ def completed(record: Record, other: Record) -> Record:
     return replace(record, **gaps, hashes=tuple(dict.fromkeys((*record.hashes, *other.hashes))))
 
 
+def decoded_text(data: bytes) -> str:
+    """The text in `data`: UTF-8, UTF-16 with a byte order mark, or Windows' Latin letters where it is no UTF-8.
+
+    Raises `ValueError` for what is none of them: UTF-8 with a flipped bit, other code pages, binary data.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if b"\0" in data:
+        raise ValueError("not a text: it holds zero bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if not data.decode("utf-8", "ignore").isascii():
+            raise  # most of it is UTF-8
+        return data.decode("cp1252")
+
+
 def clean_caption(text: str) -> str | None:
     """`text` in one line of at most 8192 characters, without half letters; None if nothing is left."""
     whole = text.encode("utf-8", "ignore").decode("utf-8").replace("\0", " ")
@@ -81,6 +100,10 @@ def _text(value: Any) -> str | None:
 
 
 def _caption(value: Any) -> str | None:
+    """Tables without a note of what their bytes are have captions as bytes."""
+    if isinstance(value, bytes):
+        with suppress(ValueError):
+            value = decoded_text(value)
     return clean_caption(value) if isinstance(value, str) else None
 
 

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     TOO_SMALL is looked for twice: in what is said of a picture, and in the picture.
     """
 
+    AMBIGUOUS_KEY = "ambiguous_key"
     CUT_SHORT = "cut_short"
     DAMAGED_METADATA = "damaged_metadata"
     NO_CAPTION = "no_caption"

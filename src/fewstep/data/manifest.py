@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ MANIFEST, INDEX, SUCCESS, REJECTED = "manifest.json", "index.safetensors", "_SUC
 WORK = ".work"
 """What is not finished yet: reports and pictures of the first pass."""
 FORMAT = 1
+RULES = "2"  # by which members of a tar become samples; another number for every change
 Index = Mapping[str, NDArray[Any]]
 
 INDEX_TYPES: dict[str, type] = {
@@ -46,7 +47,9 @@ INDEX_TYPES: dict[str, type] = {
 class Manifest:
     """The account of a preparation; `samples` is `accepted` and all of `rejected` together.
 
-    `made_with` and `settings` decide the bytes of the shards. `inputs`: name, bytes, samples and damage of each.
+    `made_with` and `settings` decide the bytes of the shards. `inputs`: name, bytes, samples, members and damage of
+    each. `members`: how many members of the inputs are part of pictures, and how many for each reason are part of none;
+    together all that were seen.
     `buckets`: width, height and samples of each size that is used. `shards`: name, bucket, samples, bytes, sha256.
     """
 
@@ -60,6 +63,7 @@ class Manifest:
     buckets: Sequence[Mapping[str, int]]
     shards: Sequence[Mapping[str, Any]]
     index: Mapping[str, Any]
+    members: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -68,7 +72,7 @@ class Manifest:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """The inputs that ended early, and why."""
+        """The inputs of which something could not be read, and what."""
         return {each["name"]: each["damage"] for each in self.inputs if each["damage"]}
 
     @property
@@ -79,9 +83,9 @@ class Manifest:
 
 
 def made_with() -> dict[str, str]:
-    """The versions that decide what a shard's bytes are."""
+    """The versions that decide what a shard's bytes are: Pillow's, its codecs', and that of the rules of reading."""
     codecs = {name: str(features.version_codec(name)) for name in ("jpg", "zlib")}
-    return {"pillow": PIL.__version__, **codecs, "webp": str(features.version_module("webp"))}
+    return {"pillow": PIL.__version__, **codecs, "webp": str(features.version_module("webp")), "rules": RULES}
 
 
 def read_manifest(folder: Path) -> Manifest:
