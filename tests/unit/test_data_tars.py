@@ -286,7 +286,7 @@ EXTENSIONS: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str | None]] = 
     "a pax size of 5000 digits": ([extended(b"x", b"5010 size=" + b"9" * 4999 + b"\n")], DAMAGED),
     "a pax date of no number": ([extended(b"x", b"14 mtime=nan\n\n")], None),
     "a pax date beyond all years": ([extended(b"x", b"17 mtime=1e999999")], DAMAGED),
-    "pax records in 200 kB": ([extended(b"x", b"8 a=bcd\n" * 25_000)], None),
+    "pax records in 200 kB": ([extended(b"x", b"8 a=bcd\n" * 25_000)], DAMAGED),
     "an unknown character set": ([extended(b"x", b"23 hdrcharset=JUNKJUNK\n")], None),
     "global headers of junk": ([extended(b"g", b"\xff" * 5000)], None),
     "a pax header before a pax header": ([extended(b"x", b"12 path=m.p\n")] * 1500, None),
@@ -421,7 +421,7 @@ def test_a_narrow_picture_is_not_made_huge(tmp_path):
 
 @pytest.mark.parametrize("data", [b"a\0b", b"\x81\x8d", "\xfc\xfc".encode() + b"\xff"])
 def test_what_is_no_text_is_said_to_be_none(data):
-    with pytest.raises(ValueError, match="zero bytes|codec can't decode"):
+    with pytest.raises(ValueError, match=r"zero bytes|codec can't decode"):
         decoded_text(data)
 
 

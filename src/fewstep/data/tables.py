@@ -69,7 +69,9 @@ def _rows(path: Path, damage: Damage, *, pictures: bool) -> Iterator[tuple[int, 
             file, groups = _opened(path, source)
             known = {*HASHES, *(name for names in NAMES.values() for name in names)}
             known |= set(PICTURE_COLUMNS) if pictures else set()
-            columns = [name for name in file.schema_arrow.names if name.lower() in known]
+            columns = [
+                field.name for field in file.schema_arrow if field.name.lower() in known and _is_flat(field.type)
+            ]
             first = 0
             for group in range(groups):
                 yield from _group_rows(file, group, first, columns, damage)
@@ -99,6 +101,15 @@ def _opened(path: Path, source: Any) -> tuple[Any, int]:
     if not 0 <= about.num_rows <= size or about.num_row_groups * about.num_columns > 10 * _MOST_GROUPS:
         raise ValueError(f"it claims {about.num_rows:,} rows in {about.num_row_groups:,} groups, in {size:,} bytes")
     return file, about.num_row_groups
+
+
+def _is_flat(kind: Any) -> bool:
+    """Whether a value is one value, or a structure of such: a list may hold a billion in a few bytes."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return all(not types.is_nested(kind.field(i).type) for i in range(kind.num_fields))
+    return not types.is_nested(kind)
 
 
 def _group_rows(

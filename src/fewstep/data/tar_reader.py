@@ -17,6 +17,7 @@ from fewstep.errors import quoted
 BLOCK = 512
 LONGEST_NAME = 4096  # bytes
 LARGEST_EXTENSION = 1 << 20  # bytes of a pax header; those of macOS hold icons
+MOST_RECORDS = 1000  # of a pax header
 MOST_MEMBERS = 1_000_000
 LARGEST_GAP = 1 << 28  # bytes of one file that are searched for the next header, all gaps together
 _PIECE = 1 << 20  # of a gap, read at a time
@@ -216,7 +217,9 @@ def _number(field: bytes) -> int | None:
 def _pax(data: bytes) -> _Extension | None:
     """What the records `LENGTH NAME=VALUE` of a pax header say; None if they are damaged."""
     found, at = _Extension(), 0
-    while at < len(data):
+    for _ in range(MOST_RECORDS):
+        if at == len(data):
+            return found
         space = data.find(b" ", at, at + _DIGITS)
         end = at + int(data[at:space]) if space > 0 and data[at:space].isdigit() else 0
         if not space < end <= len(data) or data[end - 1] != ord("\n"):
@@ -231,4 +234,4 @@ def _pax(data: bytes) -> _Extension | None:
         elif name.startswith(b"GNU.sparse."):
             found = found._replace(sparse=True)
         at = end
-    return found
+    return None
