@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch  # noqa: F401  which the children need not import each
-from frame import Outcome, assert_cheap, attempt
+from frame import BYTES, SECONDS, Outcome, assert_cheap, attempt
 from PIL import Image
 
 from fewstep.data.filters import Filter
@@ -265,8 +267,8 @@ TABLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a caption of 100 MB of blanks": (
         lambda: table({"image": [picture()], "caption": [" " * (100 * MEGA)]}, compression="zstd"), "claims",
     ),
-    "a value of 10 MB that is used 100 times": (
-        lambda: table({"image": [bytes(10 * MEGA)] * 100, "caption": ["a"] * 100}, compression="zstd"), ANY,
+    "a value of 3 MB that is used 100 times": (
+        lambda: table({"image": [bytes(3 * MEGA)] * 100, "caption": ["a"] * 100}, compression="zstd"), ANY,
     ),
     "a million rows in a few bytes": (lambda: table({"caption": ["a"] * 1_000_000}), "claims"),
     "2000 row groups": (lambda: table({"caption": ["a"] * 2000}, row_group_size=1), ""),
@@ -290,6 +292,36 @@ def test_tables(tmp_path: Path, name: str) -> None:
         damage = outcome.words
         assert outcome.kind in ("", "DamageError"), outcome
     assert_told(outcome, damage)
+
+
+READER = """
+import json, sys, resource
+from pathlib import Path
+from fewstep.data.tables import PICTURE_COLUMNS
+from fewstep.data.table_rows import serve
+serve(sys.argv[1], json.dumps(["caption", "md5"]), json.dumps(PICTURE_COLUMNS))
+spent = resource.getrusage(resource.RUSAGE_SELF)
+lines = Path("/proc/self/status").read_text().splitlines()
+memory = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
+print(memory, spent.ru_utime + spent.ru_stime, file=sys.stderr)
+"""
+COSTLY = [
+    name for name in TABLES if any(word in name for word in ("value", "caption", "rows", "groups", "lists", "3000"))
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the memory of a process")
+@pytest.mark.parametrize("name", COSTLY)
+def test_the_process_that_reads_a_table_stays_small(tmp_path: Path, name: str) -> None:
+    """pyarrow alone takes 60 MB."""
+    pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.parquet").write_bytes(TABLES[name][0]())
+    command = [sys.executable, "-c", READER, tmp_path / "a.parquet"]
+    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    read = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=settings, check=True)
+    memory, seconds = read.stderr.split()
+    assert int(memory) << 10 < 64 * MEGA + BYTES
+    assert float(seconds) < SECONDS
 
 
 @pytest.mark.parametrize("name", ["junk in a footer, 0", "no footer", "a value of 120 MB of zeros"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -100,10 +99,6 @@ def _text(value: Any) -> str | None:
 
 
 def _caption(value: Any) -> str | None:
-    """Tables without a note of what their bytes are have captions as bytes."""
-    if isinstance(value, bytes):
-        with suppress(ValueError):
-            value = decoded_text(value)
     return clean_caption(value) if isinstance(value, str) else None
 
 
