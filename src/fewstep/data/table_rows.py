@@ -23,7 +23,7 @@ from fewstep.errors import printable, quoted
 LENGTH = struct.Struct("<I")
 LONGEST_TEXT = 1 << 17  # characters of a value; captions and links are shorter
 ROWS = 256  # read at a time, at most
-_AT_ONCE = 1 << 24  # bytes of rows read at a time, if each value were as long as its column in the row group
+_AT_ONCE = 1 << 22  # bytes of rows read at a time, if each value were as long as its column in the row group
 _LARGEST_COLUMN = 1 << 22  # bytes of a column in a row group that may have been compressed to nearly nothing
 _MOST_SHRUNK = 20  # times that larger columns may have been compressed
 _MOST_REPEATED = 8  # times that the values of a row group may be used
