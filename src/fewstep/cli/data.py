@@ -167,7 +167,7 @@ def inspect(
     if verify and (faults := list(shards.damaged())):
         raise CheckpointError("; ".join(faults))
     if as_json:
-        typer.echo(json.dumps(vars(shards.manifest), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(vars(shards.manifest), indent=1))
     else:
         _print(shards.manifest)
 

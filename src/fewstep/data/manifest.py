@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import features
 from safetensors.numpy import save
 
 from fewstep.data.buckets import Size
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, quoted
 from fewstep.files import atomic_write, read_json, write_json
 
 MANIFEST, INDEX, SUCCESS, REJECTED = "manifest.json", "index.safetensors", "_SUCCESS", "rejected.csv"
@@ -97,10 +98,40 @@ def read_manifest(folder: Path) -> Manifest:
     values = read_json(folder / MANIFEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} is not of format {FORMAT}; prepare the folder again")
-    try:
-        return Manifest(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}; prepare the folder again") from error
+    wrong = [name for name, shape in _SHAPES.items() if not _fits(values.get(name, {}), shape)]
+    if wrong or values.keys() - _SHAPES.keys():
+        names = quoted(wrong[0] if wrong else min(values.keys() - _SHAPES.keys()))
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {names} is not what it should be; prepare it again")
+    return Manifest(**values)
+
+
+_COUNTS = {str: int}
+_SHAPES: dict[str, Any] = {
+    "format": int,
+    "made_with": {str: str},
+    "settings": {str: object},
+    "inputs": [{"name": str, "bytes": int, "samples": int, "damage": (str, NoneType)}],
+    "samples": int,
+    "accepted": int,
+    "rejected": _COUNTS,
+    "buckets": [{"width": int, "height": int, "samples": int}],
+    "shards": [{"name": str, "samples": int, "bytes": int, "sha256": str}],
+    "index": {"bytes": int, "sha256": str},
+    "members": _COUNTS,
+}
+"""What the values in a manifest are; integers are 0 or more. A dictionary of a type holds any names."""
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict) and str in shape:
+        return isinstance(value, dict) and all(_fits(each, shape[str]) for each in value.values())
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_fits(value.get(name), each) for name, each in shape.items())
+    if shape is int:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, shape)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

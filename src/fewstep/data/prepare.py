@@ -37,7 +37,7 @@ from fewstep.data.manifest import (
 from fewstep.data.pack import PackTask, Piece, pack
 from fewstep.data.sift import PART, Json, Settings, SiftTask, sift
 from fewstep.data.sources import input_files
-from fewstep.errors import InputError, printable
+from fewstep.errors import InputError, printable, quoted
 from fewstep.files import PARTIAL, atomic_write, read_json, write_json
 
 SUFFIXES = {"jpeg": "jpg", "png": "png"}
@@ -135,16 +135,19 @@ def _work_folder(folder: Path, plan: Json) -> Path:
 
 def _require_same(folder: Path, before: Json, now: Json) -> None:
     for name in ("settings", "inputs", "made_with"):
-        if before[name] != now[name]:
-            difference = _difference(name, before[name], now[name])
+        known = before.get(name) if isinstance(before, dict) else None
+        if known != now[name]:
+            difference = _difference(name, known, now[name])
             raise InputError(f"{folder} was begun with other {difference}; name another folder")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, list):
+    if isinstance(before, list) and isinstance(now, list):
         return f"inputs ({len(before)} then, {len(now)} now, or of other sizes)"
-    changed = next(key for key in now if before.get(key) != now[key])
-    return f"{name.replace('made_with', 'versions')} ({changed}: {before.get(changed)} then, {now[changed]} now)"
+    said = before if isinstance(before, dict) else {}
+    changed = next((key for key in {**now, **said} if said.get(key) != now.get(key)), name)
+    then = quoted(said.get(changed))
+    return f"{name.replace('made_with', 'versions')} ({quoted(changed)}: {then} then, {quoted(now.get(changed))} now)"
 
 
 def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:

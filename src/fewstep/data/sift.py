@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from fewstep.data.buckets import Size, bucket_sizes, nearest_bucket
 from fewstep.data.columns import Record
+from fewstep.data.duplicates import Seen
 from fewstep.data.filters import Filter, Reason
 from fewstep.data.pictures import ENCODINGS, Encoding, PictureError, decoded, encoded, fitted, perceptual_hash
 from fewstep.data.raw import DamageError, Found, Leftover
@@ -43,6 +44,7 @@ class Settings:
             raise InputError(unknown("encoding", self.encoding, ENCODINGS))
         if self.per_shard < 1:
             raise InputError(f"per_shard is {self.per_shard}; a shard needs at least 1 picture")
+        Seen(self.near)  # refuses more bits than can differ
         bucket_sizes(self._square(), self.step)  # refuses a side that no step divides
 
     @property
