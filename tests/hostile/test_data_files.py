@@ -22,6 +22,7 @@ from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
 from fewstep.data.sift import Settings
 from fewstep.data.sources import samples
+from fewstep.data.tables import SETTINGS as READER_SETTINGS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -232,6 +233,24 @@ def few() -> dict[str, Any]:
     return {"image": [picture(i) for i in range(3)], "caption": ["a", "b", "c"]}
 
 
+def varint(number: int) -> bytes:
+    """As the footer writes it: 7 bits a byte, the lowest first, and the sign in the lowest bit."""
+    number, out = number * 2, b""
+    while number > 127:
+        out, number = out + bytes([number & 127 | 128]), number >> 7
+    return out + bytes([number])
+
+
+def claiming_less() -> bytes:
+    """A value of 120 MB in 4 kB, of which the footer says that it has 2 MB."""
+    from pyarrow import parquet
+
+    data = table({"image": [bytes(120 * MEGA)]}, compression="zstd", use_dictionary=False)
+    size = parquet.ParquetFile(io.BytesIO(data)).metadata.row_group(0).column(0).total_uncompressed_size
+    at = data.rindex(varint(size))
+    return data[:at] + varint(2_000_000) + data[at + len(varint(size)) :]
+
+
 def footer_cut(data: bytes, length: int) -> bytes:
     return data[:-8] + struct.pack("<I", length) + b"PAR1"
 
@@ -264,6 +283,7 @@ TABLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a value of 120 MB of zeros": (
         lambda: table({"image": [bytes(120 * MEGA)], "caption": ["a"]}, compression="zstd"), "claims",
     ),
+    "a value whose size the footer denies": (claiming_less, "row group 0"),
     "a caption of 100 MB of blanks": (
         lambda: table({"image": [picture()], "caption": [" " * (100 * MEGA)]}, compression="zstd"), "claims",
     ),
@@ -317,7 +337,7 @@ def test_the_process_that_reads_a_table_stays_small(tmp_path: Path, name: str) -
     pytest.importorskip("pyarrow.parquet")
     (tmp_path / "a.parquet").write_bytes(TABLES[name][0]())
     command = [sys.executable, "-c", READER, tmp_path / "a.parquet"]
-    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    settings = os.environ | READER_SETTINGS
     read = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=settings, check=True)
     memory, seconds = read.stderr.split()
     assert int(memory) << 10 < 64 * MEGA + BYTES

@@ -29,11 +29,9 @@ _MOST_SHRUNK = 20  # times that larger columns may have been compressed
 _MOST_REPEATED = 8  # times that the values of a row group may be used
 _MOST_GROUPS = 100_000
 _LARGEST_FOOTER = 1 << 24  # bytes
-_SPARE, _PER_BYTE, _MOST_MEMORY = (
-    1 << 27,
-    8,
-    1 << 31,
-)  # bytes of memory: in any case, for each byte of the file, at most
+_SPARE = 1 << 26  # bytes of memory for any file
+_PER_BYTE = 8  # bytes of memory for each byte of the file
+_MOST_MEMORY = 1 << 31  # bytes for the largest file
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[int, Row | None]]

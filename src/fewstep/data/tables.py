@@ -28,6 +28,8 @@ sys.path[:] = json.loads(sys.argv[1])
 from fewstep.data.table_rows import serve
 serve(*sys.argv[2:])
 """
+SETTINGS = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1", "ARROW_IO_THREADS": "1"}
+"""Of the process: no memory taken ahead, and few threads, since their stacks count towards its limit."""
 _LONGEST_HEAD = 1 << 24  # bytes
 
 
@@ -73,7 +75,7 @@ def _rows(path: Path, pictures: tuple[str, ...], damage: Damage) -> Iterator[_Ro
     if find_spec("pyarrow") is None:
         raise MissingExtraError(f'{path} needs pyarrow to be read: pip install "fewstep[train]"')
     words = [json.dumps(sys.path), os.fspath(path), json.dumps(_COLUMNS), json.dumps(pictures)]
-    settings = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
+    settings = os.environ | SETTINGS
     command = [sys.executable, "-c", _READ, *words]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=settings
