@@ -267,7 +267,8 @@ def test_damage_is_counted_and_skipped(name, tmp_path):
 
 
 def test_a_blocklist_knows_a_file_by_its_checksum(tmp_path):
-    (tmp_path / "a.tar").write_bytes(tar_bytes(*sample("bad", picture(1)), *sample("b", picture(2), md5="F00")))
+    members = [*sample("bad", picture(1)), *sample("b", picture(2), md5="F00"), *sample("good", picture(3))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(*members))
     blocked = frozenset({sha256(picture(1)).hexdigest(), "f00"})
     settings = replace(SETTINGS, filter=Filter(min_size=64, blocked=blocked))
     assert prepare([tmp_path], tmp_path / "out", settings).rejected["blocked"] == 2

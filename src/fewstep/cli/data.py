@@ -13,7 +13,7 @@ import typer
 from typer import Argument, Option
 
 from fewstep.cli import progress
-from fewstep.errors import InputError
+from fewstep.errors import CheckpointError, InputError, printable, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,10 @@ def prepare(
     if not quiet:
         _print(manifest)
     typer.echo(out)
+    if lost := [each["name"] for each in manifest.inputs if each["damage"] and not each["samples"]]:
+        raise CheckpointError(
+            f"nothing could be read of {len(lost)} inputs, {quoted(lost[0])} first; the rest is in {out}"
+        )
 
 
 @app.command()
@@ -158,13 +162,12 @@ def inspect(
 ) -> None:
     """Show where every picture of a collection went, and whether its shards are whole."""
     from fewstep.data.shards import open_shards
-    from fewstep.errors import CheckpointError
 
     shards = open_shards(folder)
     if verify and (faults := list(shards.damaged())):
         raise CheckpointError("; ".join(faults))
     if as_json:
-        typer.echo(json.dumps(vars(shards.manifest), indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(vars(shards.manifest), indent=1))
     else:
         _print(shards.manifest)
 
@@ -178,13 +181,18 @@ def _progress(what: str, quiet: bool) -> Iterator[Shown]:
 
 def _print(manifest: Manifest) -> None:
     """The account in a few lines, on stderr: stdout is for programs."""
+    from fewstep.data.sift import PART
+
     share = manifest.accepted / manifest.samples if manifest.samples else 0.0
     lines = [f"{manifest.accepted:,} of {manifest.samples:,} pictures accepted ({share:.1%})"]
     lines += [f"  {count:>9,} {reason}" for reason, count in manifest.rejected.items() if count]
     buckets = (f"{each['width']}x{each['height']}: {each['samples']:,}" for each in manifest.buckets)
     lines += [f"buckets {', '.join(buckets) or 'none'}; {len(manifest.shards)} shards"]
+    unused = {reason: count for reason, count in manifest.members.items() if reason != PART}
+    lines += [f"members of tars that are part of no picture: {sum(unused.values()):,}"] if unused else []
+    lines += [f"  {count:>9,} {reason}" for reason, count in unused.items()]
     lines += [f"damaged input {name} {damage}" for name, damage in manifest.damaged.items()]
-    print("\n".join(lines), file=sys.stderr)
+    print(printable("\n".join(lines)), file=sys.stderr)
 
 
 def _latents(shards: Shards, pipe: Pipeline, dtype: torch.dtype) -> tuple[Encode, CacheKey]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from fewstep.errors import InputError
 
 LEAST_AREA = 0.9
+LARGEST_SIDE = 8192  # pixels
 
 
 class Size(NamedTuple):
@@ -27,6 +28,8 @@ def bucket_sizes(side: int, step: int = 64) -> tuple[Size, ...]:
     """
     if step < 8 or step % 8:
         raise InputError(f"the buckets' step is {step}; it must be a multiple of 8, as the autoencoders need")
+    if side > LARGEST_SIDE:
+        raise InputError(f"side {side} is over {LARGEST_SIDE}, the largest that pictures are cut to")
     if side < step or side % step:
         near = max(step, round(side / step) * step)
         raise InputError(f"side {side} is not a multiple of the step {step}; take {near}, or another step")

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.data.shards import Indices, Shards, stacked_images
-from fewstep.errors import CheckpointError, InputError, NotFiniteError
+from fewstep.errors import CheckpointError, InputError, NotFiniteError, printable, quoted
 from fewstep.files import atomic_write, read_json, write_json
 
 CHUNK = 1024  # part of the format: another number would misplace the rows of caches that are there
@@ -72,12 +72,20 @@ class Cache:
             span, row = divmod(int(self.places[i]), CHUNK)
             for name, tensor in self._chunk(span).items():
                 rows.setdefault(name, []).append(tensor[row])
-        return {name: torch.stack(each) for name, each in rows.items()}
+        try:
+            return {name: torch.stack(each) for name, each in rows.items()}
+        except RuntimeError as error:
+            raise InputError(
+                f"the pictures {list(indices)[:8]} are not of one bucket, whose latents have one size"
+            ) from error
 
     def _chunk(self, number: int) -> Tensors:
         if number not in self.opened:
             span = self.spans[number]
-            self.opened[number] = read_chunk(self.folder / span.name, self.key, check=number not in self.checked)
+            tensors = read_chunk(self.folder / span.name, self.key, check=number not in self.checked)
+            if any(tensor.shape[:1] != span.indices.shape for tensor in tensors.values()):
+                raise CheckpointError(f"{self.folder / span.name} has not a row for each picture; {_MEND}")
+            self.opened[number] = tensors
             self.checked.add(number)
             if len(self.opened) > MOST_OPEN:
                 self.opened.popitem(last=False)
@@ -149,6 +157,10 @@ def write_cache(
     rank r of n writes its part with `share` = (r, n). `CheckpointError` if the folder is the cache of something else,
     `NotFiniteError` if the network gives NaN or infinity.
     """
+    if batch < 1 or not 0 <= share[0] < share[1]:
+        raise InputError(
+            f"batch {batch}, share {share}: a batch has 1 picture or more, a share is (r, n) with 0 <= r < n"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "cache.json"
@@ -190,9 +202,10 @@ def read_chunk(path: Path, key: CacheKey, *, check: bool = True) -> Tensors:
         with safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {_MEND}") from error
-    _require_same(path, note.get("key", {}), key)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({printable(str(error))}); {_MEND}") from error
+    note = note if isinstance(note, dict) else {}
+    _require_same(path, note.get("key"), key)
     if check and note.get("sha256") != weights_digest(tensors):
         raise CheckpointError(f"{path} is damaged: its checksum is not what it says; {_MEND}")
     return tensors
@@ -208,11 +221,12 @@ def _spans(shards: Shards) -> list[Span]:
     return [Span(f"chunk-{number:06d}.safetensors", part) for number, part in enumerate(parts)]
 
 
-def _require_same(path: Path, found: Mapping[str, str], key: CacheKey) -> None:
+def _require_same(path: Path, found: object, key: CacheKey) -> None:
+    said = found if isinstance(found, dict) else {}
     for name, value in asdict(key).items():
-        if found.get(name) != value:
+        if said.get(name) != value:
             raise CheckpointError(
-                f"{path} was made with other {name} ({str(found.get(name))[:40]}, not {value[:40]}), so it does not "
+                f"{path} was made with other {name} ({quoted(said.get(name), 40)}, not {value[:40]}), so it does not "
                 "fit; delete it, or name another folder"
             )
 

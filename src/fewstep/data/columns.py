@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -63,6 +64,23 @@ def completed(record: Record, other: Record) -> Record:
     """`record`, with what it does not say taken from `other`, and the hashes of both."""
     gaps = {f.name: getattr(other, f.name) for f in fields(record) if getattr(record, f.name) is None}
     return replace(record, **gaps, hashes=tuple(dict.fromkeys((*record.hashes, *other.hashes))))
+
+
+def decoded_text(data: bytes) -> str:
+    """The text in `data`: UTF-8, UTF-16 with a byte order mark, or Windows' Latin letters where it is no UTF-8.
+
+    Raises `ValueError` for what is none of them: UTF-8 with a flipped bit, other code pages, binary data.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if b"\0" in data:
+        raise ValueError("not a text: it holds zero bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        if not data.decode("utf-8", "ignore").isascii():
+            raise  # most of it is UTF-8
+        return data.decode("cp1252")
 
 
 def clean_caption(text: str) -> str | None:

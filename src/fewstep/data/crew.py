@@ -70,6 +70,7 @@ class Crew:
                 raise ChildProcessError(
                     f"the work for {left[0].output} was lost {ATTEMPTS} times: out of memory? Take fewer processes; "
                     "on a cluster, see that all machines reach the folder. The same command goes on where it was"
+                    f"{f'; the input is {source}' if (source := getattr(left[0], 'source', None)) else ''}"
                 )
 
     def _finished(self, work: Callable[[T], None], tasks: Sequence[T]) -> Iterator[Exception | None]:

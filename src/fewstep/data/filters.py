@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ class Reason(StrEnum):
     TOO_SMALL is looked for twice: in what is said of a picture, and in the picture.
     """
 
+    AMBIGUOUS_KEY = "ambiguous_key"
     CUT_SHORT = "cut_short"
     DAMAGED_METADATA = "damaged_metadata"
     NO_CAPTION = "no_caption"
@@ -60,6 +62,9 @@ class Filter:
     def __post_init__(self) -> None:
         if self.missing not in POLICIES:
             raise InputError(unknown("policy for missing values", self.missing, POLICIES))
+        limits = {name: getattr(self, name) for name in ("min_aesthetic", "max_watermark", "max_unsafe")}
+        if wrong := [name for name, value in limits.items() if value is not None and not isfinite(value)]:
+            raise InputError(f"{wrong[0]} is {limits[wrong[0]]}; it is a number, or None for no limit")
         if self.min_size is not None and self.min_size < 1:
             raise InputError(f"min_size is {self.min_size}; it is a number of pixels, 1 or more, or None")
 
@@ -101,7 +106,7 @@ def read_blocklist(path: str | Path) -> frozenset[str]:
     Empty lines and what follows a `#` do not count. Raises `InputError` for a file that cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the blocklist {path} cannot be read: {error}") from error
     entries = (line.partition("#")[0].strip().lower() for line in lines)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from PIL import features
 from safetensors.numpy import save
 
 from fewstep.data.buckets import Size
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, quoted
 from fewstep.files import atomic_write, read_json, write_json
 
 MANIFEST, INDEX, SUCCESS, REJECTED = "manifest.json", "index.safetensors", "_SUCCESS", "rejected.csv"
 WORK = ".work"
 """What is not finished yet: reports and pictures of the first pass."""
 FORMAT = 1
+RULES = "2"  # by which members of a tar become samples; another number for every change
 Index = Mapping[str, NDArray[Any]]
 
 INDEX_TYPES: dict[str, type] = {
@@ -46,7 +48,9 @@ INDEX_TYPES: dict[str, type] = {
 class Manifest:
     """The account of a preparation; `samples` is `accepted` and all of `rejected` together.
 
-    `made_with` and `settings` decide the bytes of the shards. `inputs`: name, bytes, samples and damage of each.
+    `made_with` and `settings` decide the bytes of the shards. `inputs`: name, bytes, samples, members and damage of
+    each. `members`: how many members of the inputs are part of pictures, and how many for each reason are part of none;
+    together all that were seen.
     `buckets`: width, height and samples of each size that is used. `shards`: name, bucket, samples, bytes, sha256.
     """
 
@@ -60,6 +64,7 @@ class Manifest:
     buckets: Sequence[Mapping[str, int]]
     shards: Sequence[Mapping[str, Any]]
     index: Mapping[str, Any]
+    members: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -68,7 +73,7 @@ class Manifest:
 
     @property
     def damaged(self) -> dict[str, str]:
-        """The inputs that ended early, and why."""
+        """The inputs of which something could not be read, and what."""
         return {each["name"]: each["damage"] for each in self.inputs if each["damage"]}
 
     @property
@@ -79,9 +84,9 @@ class Manifest:
 
 
 def made_with() -> dict[str, str]:
-    """The versions that decide what a shard's bytes are."""
+    """The versions that decide what a shard's bytes are: Pillow's, its codecs', and that of the rules of reading."""
     codecs = {name: str(features.version_codec(name)) for name in ("jpg", "zlib")}
-    return {"pillow": PIL.__version__, **codecs, "webp": str(features.version_module("webp"))}
+    return {"pillow": PIL.__version__, **codecs, "webp": str(features.version_module("webp")), "rules": RULES}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -93,10 +98,40 @@ def read_manifest(folder: Path) -> Manifest:
     values = read_json(folder / MANIFEST)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{folder / MANIFEST} is not of format {FORMAT}; prepare the folder again")
-    try:
-        return Manifest(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}; prepare the folder again") from error
+    wrong = [name for name, shape in _SHAPES.items() if not _fits(values.get(name, {}), shape)]
+    if wrong or values.keys() - _SHAPES.keys():
+        names = quoted(wrong[0] if wrong else min(values.keys() - _SHAPES.keys()))
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {names} is not what it should be; prepare it again")
+    return Manifest(**values)
+
+
+_COUNTS = {str: int}
+_SHAPES: dict[str, Any] = {
+    "format": int,
+    "made_with": {str: str},
+    "settings": {str: object},
+    "inputs": [{"name": str, "bytes": int, "samples": int, "damage": (str, NoneType)}],
+    "samples": int,
+    "accepted": int,
+    "rejected": _COUNTS,
+    "buckets": [{"width": int, "height": int, "samples": int}],
+    "shards": [{"name": str, "samples": int, "bytes": int, "sha256": str}],
+    "index": {"bytes": int, "sha256": str},
+    "members": _COUNTS,
+}
+"""What the values in a manifest are; integers are 0 or more. A dictionary of a type holds any names."""
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict) and str in shape:
+        return isinstance(value, dict) and all(_fits(each, shape[str]) for each in value.values())
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_fits(value.get(name), each) for name, each in shape.items())
+    if shape is int:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, shape)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

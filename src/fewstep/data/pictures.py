@@ -18,6 +18,8 @@ Encoding = Literal["jpeg", "png"]
 ENCODINGS: tuple[Encoding, ...] = ("jpeg", "png")
 FORMATS = ("JPEG", "PNG", "WEBP")
 LARGEST_PICTURE = 64_000_000  # pixels
+LARGEST_EMPTY = 8_000_000  # pixels of a picture whose file may be as small as it can
+MOST_SHRUNK = 200  # pixels for each byte of the file; a grey wall has 85 as a JPEG
 JPEG_QUALITY = 95
 
 HASH_BITS = 128
@@ -37,13 +39,12 @@ class PictureError(Exception):
 def decoded(data: bytes) -> Image.Image:
     """The JPEG, PNG or WebP file `data` as an RGB picture of 8 bits: upright, transparency on white.
 
-    Raises `PictureError` for a file of another kind, a damaged one, and one of over 64 million pixels, whose
-    pixels are not read.
+    Raises `PictureError` for a file of another kind, a damaged one, and one of over 64 million pixels, or over 8
+    million with more than 200 for each byte of the file, whose pixels are not read.
     """
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > LARGEST_PICTURE:
-                raise PictureError(Reason.TOO_LARGE)
+            _require_size(opened.width * opened.height, len(data))
             opened.load()
             return _rgb(ImageOps.exif_transpose(opened))
     except (PictureError, MemoryError):
@@ -56,13 +57,23 @@ def decoded(data: bytes) -> Image.Image:
         raise PictureError(Reason.DAMAGED_PICTURE) from error
 
 
+def _require_size(pixels: int, size: int) -> None:
+    """Refuse a picture of too many pixels, also for its file, before they are decoded."""
+    if pixels < 1:
+        raise PictureError(Reason.DAMAGED_PICTURE)
+    if pixels > LARGEST_PICTURE or pixels > max(LARGEST_EMPTY, MOST_SHRUNK * size):
+        raise PictureError(Reason.TOO_LARGE)
+
+
 def fitted(picture: Image.Image, size: Size) -> tuple[Image.Image, tuple[int, int]]:
     """`picture` made to cover `size` by Lanczos and cut to it in the middle, and where the cut begins.
 
-    The second is (top, left) in the resized picture: the crop that SDXL is told.
+    The second is (top, left) in the resized picture: the crop that SDXL is told. `PictureError` for one so narrow that
+    it would have over 64 million pixels then.
     """
     scale = max(size.width / picture.width, size.height / picture.height)
     width, height = max(size.width, round(picture.width * scale)), max(size.height, round(picture.height * scale))
+    _require_size(width * height, width * height)
     left, top = (width - size.width) // 2, (height - size.height) // 2
     resized = picture.resize((width, height), Image.Resampling.LANCZOS) if picture.size != (width, height) else picture
     return resized.crop((left, top, left + size.width, top + size.height)), (top, left)

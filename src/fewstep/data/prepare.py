@@ -35,9 +35,9 @@ from fewstep.data.manifest import (
     write_manifest,
 )
 from fewstep.data.pack import PackTask, Piece, pack
-from fewstep.data.sift import Json, Settings, SiftTask, sift
+from fewstep.data.sift import PART, Json, Settings, SiftTask, sift
 from fewstep.data.sources import input_files
-from fewstep.errors import InputError
+from fewstep.errors import InputError, printable, quoted
 from fewstep.files import PARTIAL, atomic_write, read_json, write_json
 
 SUFFIXES = {"jpeg": "jpg", "png": "png"}
@@ -50,13 +50,14 @@ def prepare(
 
     A run that was interrupted goes on; one that is finished is only read. Of duplicates the first in the order of
     the inputs stays. Damaged pictures and inputs are counted and told in the manifest. Raises `InputError` for inputs
-    that are not there and for a folder that holds something else, and `OSError` for a full disk.
+    that are not there, for a folder that holds something else, and where no picture was accepted (the account is
+    written then too), and `OSError` for a full disk.
     """
     settings, crew, folder = settings or Settings(), crew or Crew(), Path(folder)
     files = input_files(inputs)
     plan = _plan(files, settings)
     if (folder / SUCCESS).is_file():
-        return _finished(folder, plan)
+        return _required_some(_finished(folder, plan), folder)
     work = _work_folder(folder, plan)
     sifting = [
         SiftTask(source=file.resolve(), output=work / f"input-{number:06d}.json") for number, file in enumerate(files)
@@ -68,26 +69,45 @@ def prepare(
     manifest = _account(folder, plan, choice, packing)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
-    return manifest
+    return _required_some(manifest, folder)
+
+
+def _required_some(manifest: Manifest, folder: Path) -> Manifest:
+    if manifest.accepted:
+        return manifest
+    reasons = [f"{count:,} {reason}" for reason, count in manifest.rejected.items() if count]
+    unused = [f"{count:,} {reason}" for reason, count in manifest.members.items() if count and reason != PART]
+    members = f"; members that are part of none: {', '.join(unused)}" if unused else ""
+    damaged = "".join(f"; {name} {damage}" for name, damage in list(manifest.damaged.items())[:3])
+    raise InputError(
+        f"none of {manifest.samples:,} pictures was accepted "
+        f"({', '.join(reasons) or 'none was found'}{members}{damaged}). "
+        f"{folder / REJECTED} names each; mend the inputs or loosen the limits, and name another folder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What stays, bucket by bucket and in the order of the inputs, and what becomes of the rest.
 
-    A head of `kept` also holds its `piece`. `rejected`: (number of the input, key, reason). `counts`: the pictures in
-    each input; `damage`: what is wrong with it, or None.
+    A head of `kept` also holds its `piece`. `rejected`: (number of the input, key, reason); `unused` alike for members
+    that are part of no picture. `inputs`: samples, members and damage of each.
     """
 
     kept: dict[Size, list[Json]]
     rejected: list[tuple[int, str, str]]
-    counts: list[int]
-    damage: list[str | None]
+    unused: list[tuple[int, str, str]]
+    inputs: list[Json]
 
 
 def _plan(files: Sequence[Path], settings: Settings) -> Json:
-    inputs = [{"name": file.as_posix(), "bytes": file.stat().st_size} for file in files]
+    inputs = [{"name": _readable_name(file), "bytes": file.stat().st_size} for file in files]
     return {"made_with": made_with(), "settings": settings.as_json(), "inputs": inputs}
+
+
+def _readable_name(path: Path) -> str:
+    r"""The path with `/`; bytes that are no UTF-8 as `\xff`, since JSON cannot hold them."""
+    return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _finished(folder: Path, plan: Json) -> Manifest:
@@ -115,28 +135,33 @@ def _work_folder(folder: Path, plan: Json) -> Path:
 
 def _require_same(folder: Path, before: Json, now: Json) -> None:
     for name in ("settings", "inputs", "made_with"):
-        if before[name] != now[name]:
-            difference = _difference(name, before[name], now[name])
+        known = before.get(name) if isinstance(before, dict) else None
+        if known != now[name]:
+            difference = _difference(name, known, now[name])
             raise InputError(f"{folder} was begun with other {difference}; name another folder")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    if isinstance(before, list):
+    if isinstance(before, list) and isinstance(now, list):
         return f"inputs ({len(before)} then, {len(now)} now, or of other sizes)"
-    changed = next(key for key in now if before.get(key) != now[key])
-    return f"{name.replace('made_with', 'versions')} ({changed}: {before.get(changed)} then, {now[changed]} now)"
+    said = before if isinstance(before, dict) else {}
+    changed = next((key for key in {**now, **said} if said.get(key) != now.get(key)), name)
+    then = quoted(said.get(changed))
+    return f"{name.replace('made_with', 'versions')} ({quoted(changed)}: {then} then, {quoted(now.get(changed))} now)"
 
 
 def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:
     seen, sizes = Seen(settings.near), settings.sizes
     kept: list[list[Json]] = [[] for _ in sizes]
     rejected: list[tuple[int, str, str]] = []
-    counts, damage = [], []
+    unused: list[tuple[int, str, str]] = []
+    inputs = []
     for number, task in enumerate(tasks):
         report = read_json(task.output)
-        counts.append(len(report["kept"]) + len(report["rejected"]))
-        damage.append(report["damage"])
+        samples = len(report["kept"]) + len(report["rejected"])
+        inputs.append({"samples": samples, "members": report["members"], "damage": report["damage"]})
         rejected += [(number, key, reason) for key, reason in report["rejected"]]
+        unused += [(number, name, reason) for name, reason in report["unused"]]
         for head in report["kept"]:
             if reason := seen.rejection(head["sha256"], int(head["looks"], 16)):
                 rejected.append((number, head["key"], reason.value))
@@ -144,7 +169,7 @@ def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:
             piece = Piece(source=task.output.with_suffix(".pictures"), start=head["start"], parts=tuple(head["parts"]))
             kept[head["bucket"]].append(head | {"piece": piece})
     used = {size: heads for size, heads in zip(sizes, kept, strict=True) if heads}
-    return Choice(kept=used, rejected=rejected, counts=counts, damage=damage)
+    return Choice(kept=used, rejected=rejected, unused=unused, inputs=inputs)
 
 
 def _pack_tasks(choice: Choice, settings: Settings, folder: Path, work: Path) -> Iterator[PackTask]:
@@ -170,17 +195,18 @@ def _account(folder: Path, plan: Json, choice: Choice, packing: Sequence[PackTas
     heads = [head | {"bucket": i} for i, heads in enumerate(choice.kept.values()) for head in heads]
     rows = {name: [head.get(name) for head in heads] for name in INDEX_TYPES}
     rows["shard"] = [number for number, task in enumerate(packing) for _ in task.pieces]
-    members = [member for report in reports for member in report["members"]]
+    written = [member for report in reports for member in report["members"]]
     places = ("start", "length", "told_start", "told_length", "crc")
-    rows |= {name: [member[i] for member in members] for i, name in enumerate(places)}
+    rows |= {name: [member[i] for member in written] for i, name in enumerate(places)}
     reasons = Counter(reason for _, _, reason in choice.rejected)
-    inputs = zip(plan["inputs"], choice.counts, choice.damage, strict=True)
+    members = sum((Counter(each["members"]) for each in choice.inputs), Counter[str]())
     return Manifest(
         format=FORMAT,
         made_with=plan["made_with"],
         settings=plan["settings"],
-        inputs=[each | {"samples": count, "damage": damage} for each, count, damage in inputs],
-        samples=sum(choice.counts),
+        inputs=[named | counted for named, counted in zip(plan["inputs"], choice.inputs, strict=True)],
+        samples=sum(each["samples"] for each in choice.inputs),
+        members=dict(members),
         accepted=len(heads),
         rejected={reason.value: reasons[reason.value] for reason in Reason},
         buckets=[
@@ -195,10 +221,11 @@ def _account(folder: Path, plan: Json, choice: Choice, packing: Sequence[PackTas
 
 
 def _write_rejected(path: Path, choice: Choice, inputs: Sequence[Json]) -> None:
-    """A table of all pictures that were left out."""
+    """A table of all pictures that were left out, and of members that are part of none."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("input", "key", "reason"))
-    table.writerows((inputs[number]["name"], key, reason) for number, key, reason in choice.rejected)
+    rows = (*choice.rejected, *choice.unused)
+    table.writerows((inputs[number]["name"], printable(key), reason) for number, key, reason in rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -17,14 +18,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from fewstep.data.buckets import Size
 from fewstep.data.columns import Record
 from fewstep.data.filters import Filter
 from fewstep.data.manifest import INDEX, INDEX_TYPES, Index, Manifest, read_manifest
 from fewstep.data.pictures import PictureError, decoded
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, printable, quoted
 from fewstep.files import checksum
 
 Indices = NDArray[np.int64]
+SCORES = ("aesthetic", "watermark", "unsafe", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,8 @@ class Shards:
             )
 
     def _sample(self, i: int) -> Sample:
-        return _as_sample(i, *self._stored(i))
+        stored = self._stored(i)
+        return _as_sample(i, self.manifest.sizes[self.buckets[i]], *stored)
 
     def _stored(self, i: int) -> tuple[Path, bytes, dict[str, Any]]:
         """The shard that holds picture `i`, the picture's file, and what is told of it."""
@@ -118,7 +122,7 @@ class Shards:
             raise CheckpointError(
                 f"picture {i} in {path} is damaged; prepare the folder again, or bring the shard back"
             )
-        return path, picture, json.loads(told)
+        return path, picture, _told(path, i, told)
 
 
 def open_shards(folder: str | Path) -> Shards:
@@ -130,15 +134,16 @@ def open_shards(folder: str | Path) -> Shards:
     folder = Path(folder)
     manifest = read_manifest(folder)
     for shard in manifest.shards:
+        if not re.fullmatch(r"[\w-]+\.tar", shard["name"]):
+            raise CheckpointError(f"{folder} names a shard {quoted(shard['name'])}, which is no file in it")
         _require_size(folder / "shards" / shard["name"], shard["bytes"])
     path = folder / INDEX
     _require_size(path, manifest.index["bytes"])
     try:
         index = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; prepare the folder again") from error
-    if missing := INDEX_TYPES.keys() - index.keys():
-        raise CheckpointError(f"{path} has no column {min(missing)!r}; prepare the folder again")
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {printable(str(error))}; prepare the folder again") from error
+    _require_rows(path, index, manifest)
     return Shards(folder=folder, manifest=manifest, index=index)
 
 
@@ -156,6 +161,26 @@ def _require_size(path: Path, size: int) -> None:
         )
 
 
+def _require_rows(path: Path, index: Index, manifest: Manifest) -> None:
+    """Refuse an index whose columns are not there, or that points out of the shards."""
+    shapes = {name: ((manifest.accepted,), kind) for name, kind in INDEX_TYPES.items()}
+    for name, (shape, kind) in (shapes | {"sha256": ((manifest.accepted, 32), np.uint8)}).items():
+        if name not in index:
+            raise CheckpointError(f"{path} has no column {name!r}; prepare the folder again")
+        if index[name].shape != shape or index[name].dtype != kind:
+            found = f"{index[name].dtype} {index[name].shape}"
+            raise CheckpointError(f"{path} has a column {name!r} of {found}, not {shape}; prepare the folder again")
+    sizes = np.array([shard["bytes"] for shard in manifest.shards], np.int64)
+    start, length, told, end = (index[name] for name in ("start", "length", "told_start", "told_length"))
+    inside = (index["bucket"] >= 0) & (index["bucket"] < len(manifest.buckets))
+    inside &= (index["shard"] >= 0) & (index["shard"] < len(sizes))
+    if inside.all():
+        inside &= (start >= 0) & (length >= 0) & (length <= told - start) & (end >= 0)
+        inside &= end <= sizes[index["shard"]] - told if len(inside) else inside
+    if not inside.all():
+        raise CheckpointError(f"{path} says that picture {int(inside.argmin())} is where no shard is; prepare it again")
+
+
 def _bytes(path: Path, places: Sequence[int]) -> tuple[bytes, bytes]:
     """A picture's file and its JSON, at their starts and lengths. Opened each time: a descriptor survives no fork."""
     start, length, told_start, told_length = places
@@ -171,16 +196,34 @@ def _bytes(path: Path, places: Sequence[int]) -> tuple[bytes, bytes]:
     return whole[:length], whole[told_start - start :]
 
 
-def _as_sample(i: int, path: Path, picture: bytes, told: dict[str, Any]) -> Sample:
+def _told(path: Path, i: int, data: bytes) -> dict[str, Any]:
+    """What is told of picture `i`: its caption, if there is one, is a text, and sizes and scores are numbers."""
+    try:
+        told = json.loads(data)
+        numbers = [told[name] for name in ("original_height", "original_width", "crop_top", "crop_left")]
+        sound = isinstance(told.get("caption", ""), str) and all(type(number) is int for number in numbers)
+        sound = sound and all(isinstance(told[name], int | float) for name in SCORES if name in told)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"what is told of picture {i} in {path} makes no sense; prepare the folder again"
+        ) from error
+    if not sound:
+        raise CheckpointError(f"what is told of picture {i} in {path} is of other kinds; prepare the folder again")
+    return dict(told)
+
+
+def _as_sample(i: int, size: Size, path: Path, picture: bytes, told: dict[str, Any]) -> Sample:
     try:
         pixels = np.array(decoded(picture))
     except PictureError as error:
         raise CheckpointError(f"picture {i} in {path} cannot be decoded; prepare the folder again") from error
+    if pixels.shape[:2] != (size.height, size.width):
+        raise CheckpointError(f"picture {i} in {path} is not of its bucket's size; prepare the folder again")
     return Sample(
         index=i,
         image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
         caption=told.get("caption", ""),
         original_size=(told["original_height"], told["original_width"]),
         crop=(told["crop_top"], told["crop_left"]),
-        scores={name: told[name] for name in ("aesthetic", "watermark", "unsafe", "similarity") if name in told},
+        scores={name: told[name] for name in SCORES if name in told},
     )

@@ -10,13 +10,17 @@ from typing import Any, BinaryIO
 
 from fewstep.data.buckets import Size, bucket_sizes, nearest_bucket
 from fewstep.data.columns import Record
+from fewstep.data.duplicates import Seen
 from fewstep.data.filters import Filter, Reason
 from fewstep.data.pictures import ENCODINGS, Encoding, PictureError, decoded, encoded, fitted, perceptual_hash
-from fewstep.data.sources import DamageError, Found, samples
+from fewstep.data.raw import DamageError, Found, Leftover
+from fewstep.data.sources import samples
 from fewstep.errors import InputError, unknown
 from fewstep.files import atomic_write, write_json
 
 Json = dict[str, Any]
+PART = "part_of_a_picture"
+MOST_LISTED = 10_000  # members of an input that are part of no picture, by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Settings:
             raise InputError(unknown("encoding", self.encoding, ENCODINGS))
         if self.per_shard < 1:
             raise InputError(f"per_shard is {self.per_shard}; a shard needs at least 1 picture")
+        Seen(self.near)  # refuses more bits than can differ
         bucket_sizes(self._square(), self.step)  # refuses a side that no step divides
 
     @property
@@ -70,19 +75,33 @@ def sift(settings: Settings, task: SiftTask) -> None:
     """Read one input, and write what is kept of it, and why the rest is not.
 
     The report, JSON, holds `kept`: one head for each picture, as `_kept` makes it; `rejected`: [key, reason] of the
-    others; `damage`: what made the input end early, or null.
+    others; `members`: how many members of the input are part of pictures, and of the others how many for each reason;
+    `unused`: [name, reason] of up to 10,000 of these; `damage`: what could not be read, or null.
     """
-    report: Json = {"kept": [], "rejected": [], "damage": None}
+    report: Json = {"kept": [], "rejected": [], "members": {PART: 0}, "unused": [], "damage": None}
     with atomic_write(task.output.with_suffix(".pictures")) as file:
         try:
             for found in samples(task.source):
-                _place(found, settings, file, report)
+                if isinstance(found, Leftover):
+                    _set_aside(found, report)
+                else:
+                    _place(found, settings, file, report)
         except DamageError as error:
             report["damage"] = str(error)
+        except MemoryError as error:
+            raise MemoryError(f"there is too little memory to read {task.source}; take fewer processes") from error
     write_json(task.output, report)
 
 
+def _set_aside(leftover: Leftover, report: Json) -> None:
+    members = report["members"]
+    members[leftover.reason.value] = members.get(leftover.reason.value, 0) + 1
+    if len(report["unused"]) < MOST_LISTED:
+        report["unused"].append([leftover.name, leftover.reason.value])
+
+
 def _place(found: Found, settings: Settings, file: BinaryIO, report: Json) -> None:
+    report["members"][PART] += found.members
     try:
         head, parts = _kept(found, settings)
     except PictureError as error:

@@ -48,8 +48,8 @@ def write_blockworld(
 
     Equal arguments write equal bytes. Tars that are there already stay, so a run that was interrupted goes on.
     """
-    if count < 1 or per_tar < 1:
-        raise InputError(f"{count} pictures, {per_tar} in a tar: both must be at least 1")
+    if count < 1 or per_tar < 1 or not 16 <= size <= 1024:
+        raise InputError(f"{count} pictures, {per_tar} in a tar, {size} wide: 1 or more, and 16 to 1024 pixels")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"blockworld-{number:05d}.tar" for number in range(-(-count // per_tar))]
