@@ -12,7 +12,7 @@ from fewstep.models.zoo import CATALOGUE, Entry, entry
 from fewstep.weights.folder import NETWORKS, parts_of, read_json, weight_file, weight_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
+HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
 _URL = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)"
@@ -41,7 +41,7 @@ def named(what: str | Path) -> Entry | Path | str:
         hint = "download it and give its path" if "://" in text else "is the path relative to another folder?"
         raise InputError(f"there is no file or folder {quoted(what)}; {hint}")
     sources = {(known.source or known.name).lower(): known for known in CATALOGUE.values()}
-    return sources.get(text.lower()) or (text if _ID.fullmatch(text) else entry(text))
+    return sources.get(text.lower()) or (text if HUB_ID.fullmatch(text) else entry(text))
 
 
 def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
@@ -66,7 +66,7 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
 
     Only what drawing needs is taken. CheckpointError when it cannot be had, InputError for a malformed name.
     """
-    if not _ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
