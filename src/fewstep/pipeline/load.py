@@ -10,8 +10,9 @@ import torch
 from fewstep.adapters.edition import edition
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.errors import InputError
-from fewstep.models.zoo import CATALOGUE, TINY
+from fewstep.models.zoo import TINY, Entry
 from fewstep.pipeline.pipeline import Pipeline
+from fewstep.weights.fetch import named
 from fewstep.weights.load import load_parts, load_tiny
 
 EMBEDDED = "blocks-turbo"
@@ -38,10 +39,10 @@ def load(
 
     Raises InputError for an unknown name, CheckpointError for files that cannot be loaded.
     """
-    chosen, what = choose_device(device), EMBEDDED if what is None else what
-    known = CATALOGUE.get(str(what))
+    chosen, found = choose_device(device), named(EMBEDDED if what is None else what)
+    known = found if isinstance(found, Entry) else None
     parts = load_parts(
-        what if known is None or known.base is None else known.base,
+        found if not isinstance(found, Entry) else found.base or found.name,
         dtype=choose_dtype(dtype, chosen),
         device=chosen,
         revision=revision,

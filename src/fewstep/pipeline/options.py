@@ -15,8 +15,9 @@ from fewstep.diffusion.guidance import Guidance
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import InputError, quoted, unknown
+from fewstep.models.zoo import Defaults
 from fewstep.rng import seeds_for
-from fewstep.weights.parts import Parts
+from fewstep.weights.scheduler import SchedulerConfig
 
 Output = Literal["pil", "numpy", "latent"]
 SIDES = (64, 8192)
@@ -114,13 +115,19 @@ class Job:
     chunk: bool
 
 
-def make_job(prompt: str | Sequence[str], options: TaskOptions, parts: Parts) -> Job:
+def make_job(
+    prompt: str | Sequence[str],
+    options: TaskOptions,
+    native: Defaults,
+    *,
+    multiple: int = 8,
+    scheduler: SchedulerConfig | None = None,
+) -> Job:
     """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
     _check_names(options)
     given = {key: _plain(value) for key, value in options.items() if value is not None}
-    native, multiple = parts.defaults, parts.autoencoder.config.factor
     sampler, named = sampler_named(given.get("sampler", native.sampler))
-    schedule = named or native.schedule or parts.scheduler.schedule_for(sampler)
+    schedule = named or native.schedule or (scheduler or SchedulerConfig()).schedule_for(sampler)
     per_prompt = _number("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000, whole=True)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
     return Job(

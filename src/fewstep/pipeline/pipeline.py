@@ -128,7 +128,7 @@ class Pipeline:
                 notes += self._fit(image, options)
             canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
             options |= _size(canvas, factor)
-        job = make_job(prompt, options, self.parts)
+        job = make_job(prompt, options, self.parts.defaults, multiple=factor, scheduler=self.parts.scheduler)
         if job.guidance.scale <= 1 and any(job.negative_prompts or ()):
             notes.append("The negative prompt has no effect without guidance: guidance_scale must be above 1.")
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
