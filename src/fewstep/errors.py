@@ -35,6 +35,8 @@ def quoted(value: object, longest: int = 80) -> str:
 
     Whatever a terminal would act on (escape codes, C1 and bidirectional controls, half surrogates) is escaped.
     """
+    if hasattr(value, "__fspath__"):
+        value = str(value)
     try:
         text = value if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists

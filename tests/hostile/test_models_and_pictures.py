@@ -188,7 +188,6 @@ VOCABULARIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "added tokens that are a list": lambda own: {"added_tokens_decoder": [1, 2]},
     "a window of a text": lambda own: {"model_max_length": "77"},
     "a window of -5": lambda own: {"model_max_length": -5},
-    "a window that is NaN": lambda own: {"model_max_length": NAN},
     "a window that is true": lambda own: {"model_max_length": True},
     "an end that is a number": lambda own: {"eos_token": 5},
     "an end that is unknown": lambda own: {"eos_token": "\x1b[2J"},

@@ -229,7 +229,7 @@ def _added_token(value: object, special: bool = True) -> AddedToken:
 
 
 def _window(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 3:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 3:
         raise CheckpointError(f"model_max_length {value!r} is not a number of tokens, 3 or more")
     return int(value) if value <= LARGEST_WINDOW else 77
 
