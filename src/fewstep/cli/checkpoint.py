@@ -37,7 +37,8 @@ def _model(folder: Path) -> Description:
     from fewstep.weights.parts import family_of
 
     index = read_json(folder / "model_index.json")
-    notes = index.get("_fewstep", {})
+    noted = index.get("_fewstep")
+    notes = noted if isinstance(noted, dict) else {}
     unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
     scheduler = read_scheduler(folder / "scheduler", unet)
     own = [
