@@ -13,6 +13,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fewstep.version import __version__
+
 # PyTorch reads it once, when it is imported: large tensors on huge pages, whose first use costs a fraction
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from fewstep.pipeline.pipeline import Pipeline
     from fewstep.pipeline.result import Result
     from fewstep.pipeline.run import Run
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "CATALOGUE": "fewstep.models.zoo",

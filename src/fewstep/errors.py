@@ -27,7 +27,7 @@ def unknown(what: str, name: str, names: Iterable[str]) -> str:
     known = list(names)
     close = get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"unknown {what} {name!r}{hint} There are {', '.join(known)}"
+    return f"unknown {what} {quoted(name)}{hint} There are {', '.join(known)}"
 
 
 def quoted(value: object, longest: int = 80) -> str:
@@ -35,6 +35,8 @@ def quoted(value: object, longest: int = 80) -> str:
 
     Whatever a terminal would act on (escape codes, C1 and bidirectional controls, half surrogates) is escaped.
     """
+    if hasattr(value, "__fspath__"):
+        value = str(value)
     try:
         text = value if isinstance(value, str) else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists

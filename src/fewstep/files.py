@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError, quoted
+from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError, printable, quoted
 from fewstep.memory import is_short_of_memory, shortage
 
 PARTIAL = ".partial"
@@ -85,6 +85,7 @@ def reading(path: Path | str) -> Iterator[None]:
     except (CheckpointError, InputError, NotFiniteError, MissingExtraError):
         raise
     except Exception as error:  # parsers raise dozens of kinds
+        path = printable(str(path))
         if is_short_of_memory(error):
             raise CheckpointError(f"{path} cannot be read: {shortage(error)}") from error
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,17 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.errors import InputError, NotFiniteError
+from fewstep.errors import InputError, NotFiniteError, printable, quoted
+from fewstep.files import file_size, partial_path
 
 Picture = Image.Image | NDArray[Any] | Tensor | str | Path
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_PICTURE = 64_000_000  # pixels
 LARGEST_METADATA = 65_536  # characters
+LARGEST_EXIF = 30_000  # characters of EXIF data, whose 64 kB hold another text too
+_DESCRIPTION, _MARK = ExifTags.Base.ImageDescription, "fewstep: "
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError)
 PARAMETERS = {  # of AUTOMATIC1111's text: our name, its name, what a value looks like, our type
     "steps": ("Steps", r"\d{1,9}", int),
@@ -76,6 +78,18 @@ def mask_to_tensor(mask: Picture, width: int, height: int) -> Tensor:
     return (grey >= 0.5).float()
 
 
+def picture_size(image: object) -> tuple[int, int] | None:
+    """Width and height in pixels of a picture, an array or the file at a path; None for what is none of them."""
+    if isinstance(image, Image.Image):
+        return image.size
+    if isinstance(image, np.ndarray | Tensor) and image.ndim in (2, 3, 4):
+        rows = image.shape[-2:] if isinstance(image, Tensor) else image.shape[image.ndim == 4 :]
+        return int(rows[1]), int(rows[0])
+    if isinstance(image, str | Path):
+        return _opened(image).size
+    return None
+
+
 def to_numpy(images: Tensor) -> NDArray[np.float32]:
     """(B, 3, H, W) in [-1, 1] as float32 (B, H, W, 3), clamped to 0..1. Raises `NotFiniteError`."""
     if not torch.isfinite(images).all():
@@ -90,38 +104,62 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 
+def save_picture(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
+    """Write `image` with `metadata`, as PNG, JPEG or WebP by the ending of `path`, or nothing at all when interrupted.
+
+    See `save_png`; JPEG and WebP carry the same two texts in their EXIF data. Raises `InputError`.
+    """
+    path = Path(path)
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"{quoted(path.name)}: pictures are written as .png, .jpg, .jpeg or .webp")
+    if kind == "PNG":
+        return save_png(image, path, metadata)
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = _MARK + _notes(metadata, ascii_only=True)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + _parameters(metadata).encode(
+        "utf-16-be"
+    )
+    return _write(image, path, format=kind, exif=exif, quality=95)
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:
     """Write `image` with `metadata` as JSON in the text chunk `fewstep`, or nothing at all when interrupted.
 
     The chunk `parameters` says the same in AUTOMATIC1111's words, for other programs. Raises `InputError` for
     a missing folder or more than 65,536 characters of metadata.
     """
-    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("fewstep", _notes(metadata))
+    chunks.add_text("parameters", _parameters(metadata))
+    _write(image, Path(path), format="PNG", pnginfo=chunks)
+
+
+def _notes(metadata: Mapping[str, object], *, ascii_only: bool = False) -> str:
+    text = json.dumps(dict(metadata), ensure_ascii=ascii_only)
+    if len(text) > (LARGEST_EXIF if ascii_only else LARGEST_METADATA):
+        raise InputError(f"{len(text)} characters of metadata are too many; the limit is {LARGEST_METADATA} (PNG)")
+    return text
+
+
+def _write(image: Image.Image, path: Path, **options: Any) -> None:
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} to save {path.name} in; make it first")
-    text = json.dumps(dict(metadata), ensure_ascii=False)
-    if len(text) > LARGEST_METADATA:
-        raise InputError(f"{len(text)} characters of metadata are too many; the limit is {LARGEST_METADATA}")
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt("fewstep", text)
-    chunks.add_text("parameters", _parameters(metadata))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(partial, format="PNG", pnginfo=chunks)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_path(path) as partial:
+        image.save(partial, **options)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
-    """What `save_png` wrote into the file at `path`, or what AUTOMATIC1111 did; None where neither is there.
+    """What `save_picture` wrote into the file at `path`, or what AUTOMATIC1111 did; None where neither is there.
 
     Of a foreign file it holds `prompt`, `negative_prompt` and what is found of `steps`, `sampler` (by its
     foreign name), `guidance_scale`, `seed`, `width`, `height`, `model`. Raises `InputError`.
     """
-    with _readable(path), Image.open(path, formats=FORMATS) as image:
+    with _readable(path), _regular(path), Image.open(path, formats=FORMATS) as image:
         own = "fewstep" in image.info
         text = image.info.get("fewstep" if own else "parameters")
+        if image.format != "PNG":
+            own, text = _from_exif(image)
         if not isinstance(text, str):
             return None
         if len(text) > LARGEST_METADATA:
@@ -130,6 +168,17 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         if not isinstance(found, dict):
             raise InputError(f"the metadata of {path} are not a JSON object: {text[:40]!r}")
         return found
+
+
+def _from_exif(image: Image.Image) -> tuple[bool, str | None]:
+    """Whether fewstep wrote the picture, and the text about it in its EXIF data, if any."""
+    exif = image.getexif()
+    described, comment = exif.get(_DESCRIPTION), exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if isinstance(described, str) and described.startswith(_MARK):
+        return True, described.removeprefix(_MARK)
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        return False, comment[8 : 8 + 2 * LARGEST_METADATA].decode("utf-16-be", "replace")
+    return False, None
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -145,6 +194,12 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 @contextmanager
+def _regular(path: str | Path) -> Iterator[None]:
+    file_size(Path(path))
+    yield
+
+
+@contextmanager
 def _readable(source: object) -> Iterator[None]:
     name = source if isinstance(source, str | Path) else type(source).__name__
     try:
@@ -152,7 +207,8 @@ def _readable(source: object) -> Iterator[None]:
     except InputError:
         raise
     except UNREADABLE as error:
-        raise InputError(f"{name} cannot be read as a PNG, JPEG or WebP picture: {error}") from error
+        reason = quoted(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+        raise InputError(f"{printable(str(name))} cannot be read as a PNG, JPEG or WebP picture: {reason}") from error
 
 
 def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
@@ -163,6 +219,7 @@ def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
             return _decoded(image)
         if not isinstance(image, str | Path):
             raise InputError(f"{type(image).__name__} is not a picture, an array, a tensor or a path")
+        file_size(Path(image))
         with Image.open(image, formats=FORMATS) as opened:
             return _decoded(opened)
 

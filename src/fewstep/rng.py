@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.errors import InputError
+from fewstep.errors import InputError, quoted
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_DRAWN_SEED = 2**32 - 1  # what other programs accept too
@@ -31,6 +33,16 @@ class SeededNoise:
         return torch.cat(draws)
 
 
+def _whole(value: object) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if not 0 <= number <= LARGEST_SEED:
+        raise InputError(f"seed {quoted(value)} is not an integer from 0 to 2**63 - 1")
+    return number
+
+
 def seeds_for(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """One seed for each of `count` pictures.
 
@@ -39,11 +51,11 @@ def seeds_for(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """
     if seed is None:
         return tuple(secrets.randbelow(LARGEST_DRAWN_SEED + 1) for _ in range(count))
-    seeds: Sequence[int] = seed if isinstance(seed, Sequence) else [seed]
-    for value in seeds:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_SEED:
-            raise InputError(f"seed {value!r} is not an integer from 0 to 2**63 - 1")
-    if isinstance(seed, int):
+    given: Any = seed.tolist() if hasattr(seed, "tolist") else seed  # of numpy or torch: Python's own numbers
+    alone = isinstance(given, str) or not isinstance(given, Sequence)
+    seeds = [_whole(value) for value in ([given] if alone else given)]
+    if alone:
+        seed = seeds[0]
         if seed + count - 1 > LARGEST_SEED:
             raise InputError(f"seed {seed} leaves no room to count up for {count} pictures below 2**63")
         return tuple(range(seed, seed + count))

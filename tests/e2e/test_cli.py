@@ -173,10 +173,21 @@ def test_without_a_name_no_file_is_lost(draw):
     assert (first.out, second.out) == ("fewstep-7.png\n", "fewstep-7-2.png\n")
 
 
-def test_a_named_file_is_overwritten(draw):
+def test_a_file_that_is_there_stays_unless_it_is_given_up(draw):
     first = pixels(draw("-o", "cube.png", "--seed", 1).paths[0])
-    second = pixels(draw("-o", "cube.png", "--seed", 2).paths[0])
-    assert (first != second).any()
+    run = draw("-o", "cube.png", "--seed", 2)
+    assert (run.code, run.out) == (2, "")
+    assert "'cube.png' is there already; overwrite with --force" in run.err
+    assert (pixels(Path("cube.png")) == first).all()
+    assert (pixels(draw("-o", "cube.png", "--seed", 2, "--force").paths[0]) != first).any()
+
+
+def test_one_numbered_picture_that_is_there_stops_the_others_too(draw):
+    Path("cube-2.png").write_bytes(b"mine")
+    run = draw("-o", "cube.png", "-n", 3)
+    assert run.code == 2
+    assert "'cube-2.png' is there" in run.err
+    assert [path.name for path in Path().iterdir()] == ["cube-2.png"]
 
 
 def test_several_pictures_are_numbered_and_their_seeds_count_up(draw):
@@ -226,37 +237,37 @@ def sources(cli: Cli) -> None:
 
 @pytest.mark.parametrize("more", LIKE, ids=lambda more: more[0])
 @pytest.mark.usefixtures("sources")
-def test_like_draws_the_same_pixels(cli, draw, more):
+def test_like_draws_the_same_pixels(cli, draw, tiny, more):
     first = draw("-o", "first.png", *more)
     assert first.code == 0, first.err
-    again = cli("generate", "--like", "first.png", "-o", "again.png")
+    again = cli("generate", "--like", "first.png", "--model", tiny, "-o", "again.png")
     assert again.code == 0, again.err
     assert (pixels(Path("first.png")) == pixels(Path("again.png"))).all()
 
 
 @pytest.mark.usefixtures("sources")
-def test_like_finds_files_from_another_folder(cli, draw, monkeypatch):
+def test_like_finds_files_from_another_folder(cli, draw, tiny, monkeypatch):
     draw("-o", "first.png", "--init", "init.png")
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    again = cli("generate", "--like", "../first.png", "-o", "again.png")
+    again = cli("generate", "--like", "../first.png", "--model", tiny, "-o", "again.png")
     assert again.code == 0, again.err
     assert (pixels(Path("../first.png")) == pixels(Path("again.png"))).all()
 
 
-def test_options_override_what_like_says(cli, draw):
+def test_options_override_what_like_says(cli, draw, tiny):
     draw("-o", "first.png", "--seed", 7)
-    run = cli("generate", "a blue sphere", "--like", "first.png", "--seed", 8, "-o", "other.png")
+    run = cli("generate", "a blue sphere", "--like", "first.png", "--model", tiny, "--seed", 8, "-o", "other.png")
     assert "seed 8" in run.err
     settings = json.loads(cli("inspect", "other.png", "--json").out)["settings"]
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a blue sphere", 8, 3)
 
 
 @pytest.mark.usefixtures("sources")
-def test_like_notices_that_the_first_picture_has_changed(cli, draw):
+def test_like_notices_that_the_first_picture_has_changed(cli, draw, tiny):
     draw("-o", "first.png", "--init", "init.png")
     Image.new("RGB", (64, 64)).save("init.png")
-    run = cli("generate", "--like", "first.png")
+    run = cli("generate", "--like", "first.png", "--model", tiny)
     assert run.code == 2
     assert "has changed" in run.err
 
@@ -280,7 +291,7 @@ def test_like_distrusts_what_a_picture_says(cli, tiny, entry):
     save_png(Image.new("RGB", (8, 8)), "odd.png", known | entry)
     run = cli("generate", "--like", "odd.png")
     assert run.code == 2
-    assert f"by fewstep 9.9, says {next(iter(entry))}" in run.err
+    assert f"by fewstep '9.9', says {next(iter(entry))}" in run.err
 
 
 # pictures to start from
@@ -308,7 +319,7 @@ def test_the_refiner_finishes_both_ways_and_comes_back(cli, draw, tiny, way):
     plain = pixels(draw("--seed", 7, "--steps", 6, "-o", "plain.png").paths[0])
     refined = draw("--seed", 7, "--steps", 6, "--refiner", tiny, *way, "-o", "refined.png")
     assert refined.code == 0, refined.err
-    again = cli("generate", "--like", "refined.png", "-o", "again.png")
+    again = cli("generate", "--like", "refined.png", "--model", tiny, "--refiner", tiny, "-o", "again.png")
     assert again.code == 0, again.err
     assert (pixels(refined.paths[0]) == pixels(again.paths[0])).all()
     assert way[0] == "--handoff" or (pixels(refined.paths[0]) != plain).any()
@@ -331,7 +342,7 @@ WRONG = {
     "size twice": (["generate", "x", "--size", 64, "--width", 64], 2, "twice"),
     "size in words": (["generate", "x", "--size", "big"], 2, "WIDTHxHEIGHT"),
     "no folder": (["generate", "x", "-o", "nowhere/cube.png"], 2, "nowhere"),
-    "not a png": (["generate", "x", "-o", "cube.jpg"], 2, "cube.png"),
+    "not a picture": (["generate", "x", "-o", "cube.tiff"], 2, "use 'cube.png'"),
     "no init": (["generate", "x", "--init", "gone.png"], 2, "gone.png"),
     "inspect nothing": (["inspect", "gone.png"], 2, "gone.png"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import fewstep
 from fewstep import Pipeline
+from fewstep.models.autoencoder import AutoencoderKL
 
 PUBLISHED = {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False, "steps_offset": 1}
 """What every published scheduler_config.json of the family says, whichever class reads it."""
@@ -313,3 +315,94 @@ def test_a_file_that_names_no_spacing_leaves_it_to_the_sampler(tmp_path: Any, sa
     result = ours.text_to_image(PROMPT, steps=3, sampler=sampler, **common, output="latent")
     assert_close(result.latents, wanted)
     assert result.settings["schedule"] == ("leading" if sampler == "ddim" else "linspace")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "unipc", "ddim"])
+def test_image_to_image_leaves_the_spacing_to_the_sampler_too(pair: Callable[[str], Pair], sampler: str) -> None:
+    theirs, ours = pair("sd1")
+    own = {key: value for key, value in theirs.scheduler.config.items() if key != "timestep_spacing"}
+    task = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(theirs)
+    task.scheduler = SCHEDULERS[sampler].from_config(own | PUBLISHED)
+    task.set_progress_bar_config(disable=True)
+    common = {"strength": 0.6, "guidance_scale": 4.0, "negative_prompt": NEGATIVE}
+    wanted = task(
+        PROMPT, image=picture(), num_inference_steps=7, generator=generators(11), **common, output_type="latent"
+    ).images
+    parts = replace(ours.parts, scheduler=replace(ours.parts.scheduler, spacing=None))
+    result = Pipeline(parts, ours.engine).image_to_image(
+        PROMPT, picture(), steps=7, seed=11, sampler=sampler, **common, output="latent"
+    )
+    assert_close(result.latents, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "refiner"), [("sdxl", "sd1"), ("sdxl", "sd2"), ("sdxl", "inpaint"), ("sd1", "refiner"), ("sd1", "inpaint")]
+)
+def test_a_model_that_cannot_refine_is_refused(pair: Callable[[str], Pair], kind: str, refiner: str) -> None:
+    ours, other = pair(kind)[1], pair(refiner)[1]
+    with pytest.raises(fewstep.InputError, match="expected two SDXL models"):
+        ours.start(PROMPT, refiner=other)
+
+
+def test_a_refiner_of_other_latents_is_refused(pair: Callable[[str], Pair]) -> None:
+    ours, other = pair("sdxl")[1], pair("refiner")[1]
+    vae = AutoencoderKL(replace(other.parts.autoencoder.config, scaling_factor=0.2))
+    with pytest.raises(fewstep.InputError, match=r"scaled by 0\.13025 and 0\.2"):
+        ours.start(PROMPT, refiner=Pipeline(replace(other.parts, autoencoder=vae), other.engine))
+
+
+def test_another_base_refines_as_in_diffusers(pair: Callable[[str], Pair]) -> None:
+    theirs, ours = pair("sdxl")
+    use(theirs, "euler")
+    second = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(theirs)
+    second.set_progress_bar_config(disable=True)
+    common = {"num_inference_steps": 10, "guidance_scale": 4.0, "negative_prompt": NEGATIVE}
+    latents = theirs(
+        PROMPT, **common, height=64, width=64, latents=noise(), denoising_end=0.5, output_type="latent"
+    ).images
+    wanted = second(PROMPT, **common, image=latents, denoising_start=0.5, output_type="latent").images
+    result = ours.text_to_image(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        steps=10,
+        guidance_scale=4.0,
+        sampler="euler",
+        schedule="leading",
+        width=64,
+        height=64,
+        latents=noise(),
+        refiner=ours,
+        handoff=0.5,
+        output="latent",
+    )
+    assert_close(result.latents, wanted)
+
+
+@pytest.mark.parametrize("name", ["LMSDiscrete", "DEISMultistep", "KDPM2Discrete", "KDPM2AncestralDiscrete"])
+def test_a_sampler_that_stands_in_for_another_is_said(tmp_path: Any, name: str) -> None:
+    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(theirs.scheduler.config)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = fewstep.load(tmp_path / "model", device="cpu")
+    options = {"steps": 2, "width": 64, "height": 64, "seed": 1, "output": "latent"}
+    sampler = ours.parts.scheduler.sampler
+    assert ours.text_to_image(PROMPT, **options).notes == (
+        f"{name}Scheduler is not implemented; {sampler} stands in for it",
+    )
+    assert ours.text_to_image(PROMPT, sampler="ddim", **options).notes == ()
+
+
+def test_old_files_are_put_right_as_diffusers_pipelines_do(tmp_path: Any) -> None:
+    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    old = {**tiny.SD_NOISE, "_class_name": "DDIMScheduler"}  # diffusers' class would clip, and start from step 0
+    config.write_text(json.dumps(old))
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    theirs.set_progress_bar_config(disable=True)
+    common = {"latents": noise(), "height": 64, "width": 64, "guidance_scale": 3.0}
+    wanted = theirs(PROMPT, num_inference_steps=5, **common, output_type="latent").images
+    result = fewstep.load(tmp_path / "model", device="cpu").text_to_image(PROMPT, steps=5, **common, output="latent")
+    assert_close(result.latents, wanted)

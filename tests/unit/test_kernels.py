@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -204,30 +205,45 @@ def a_link(library: Path) -> None:
     library.symlink_to(library.with_suffix(".moved"))
 
 
-@pytest.mark.parametrize("spoil", [cut, changed, without_its_digest, writable_by_all, a_link])
-def test_a_library_that_is_not_what_was_built_is_built_anew(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
-    if started(tmp_path, "compile").stdout != "ran\n":
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the kernels in it, as a first start leaves it."""
+    cache = tmp_path_factory.mktemp("cache")
+    if started(cache, "compile").stdout != "ran\n":
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
-    assert started(tmp_path).stdout == "ran\n"
-    (library,) = (tmp_path / "fewstep").glob("*.so")
+    return cache
+
+
+@pytest.fixture
+def cache(built: Path, tmp_path: Path) -> Path:
+    """A copy that may be spoilt."""
+    shutil.copytree(built / "fewstep", tmp_path / "fewstep")
+    return tmp_path
+
+
+def test_a_library_that_is_what_was_built_is_loaded(cache: Path) -> None:
+    assert not (cache / "fewstep").stat().st_mode & 0o077
+    assert started(cache).stdout == "ran\n"
+
+
+@pytest.mark.parametrize("spoil", [cut, changed, without_its_digest, writable_by_all, a_link])
+def test_a_library_that_is_not_what_was_built_is_built_anew(cache: Path, spoil: Callable[[Path], None]) -> None:
+    (library,) = (cache / "fewstep").glob("*.so")
     spoil(library)
-    assert "compiled again" in started(tmp_path).stderr
-    assert started(tmp_path, "compile").stdout == "ran\n"
-    assert started(tmp_path).stdout == "ran\n"
+    assert "compiled again" in started(cache).stderr
+    assert started(cache, "compile").stdout == "ran\n"
     assert not library.is_symlink()
     assert not library.stat().st_mode & 0o022
+    assert build._whole(library)
 
 
-def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path) -> None:
+def test_a_folder_that_others_can_write_to_is_not_loaded_from(cache: Path) -> None:
     """Whatever lies there, with whatever digest beside it: kernels are built for the process alone."""
-    if started(tmp_path, "compile").stdout != "ran\n":
-        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
-    folder = tmp_path / "fewstep"
-    assert not folder.stat().st_mode & 0o077
+    folder = cache / "fewstep"
     folder.chmod(0o777)
     before = sorted(folder.iterdir())
-    assert "compiled again" in started(tmp_path).stderr
-    assert started(tmp_path, "compile").stdout == "ran\n"
+    assert "compiled again" in started(cache).stderr
+    assert started(cache, "compile").stdout == "ran\n"
     assert sorted(folder.iterdir()) == before
 
 

@@ -18,6 +18,8 @@ from fewstep.adapters.inject import ATTENTION, CONVOLUTIONS, TRANSFORMERS, eject
 from fewstep.adapters.lora import Factors, Lora, layers_of, networks
 from fewstep.adapters.save import save_lora
 from fewstep.cli import main
+from fewstep.engines.cpu.engine import CpuEngine
+from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.images import read_metadata, save_png
 from fewstep.models.autoencoder import AutoencoderKL
@@ -211,6 +213,21 @@ def test_beside_and_merged_are_one_function(model):
     assert close(model.outputs(), before)
     fewstep.add_lora(model, trained_lora(updates))
     assert close(model.outputs(), beside)
+
+
+def test_pictures_of_a_lora_in_training_are_those_of_the_plain_engine():
+    """In every kind of layer: the engine for CPUs knows nothing of what stands beside them."""
+    pipe = fewstep.load("blocks-base", device="cpu")
+    updates = inject({"unet": pipe.parts.unet}, rank=2, targets=(*TRANSFORMERS, *CONVOLUTIONS))
+    with torch.no_grad():
+        for update in updates:
+            update.up.weight.normal_(0, 0.01)
+    options = {"steps": 2, "seed": 1, "width": 64, "height": 64, "output": "latent"}
+    found = fewstep.Pipeline(pipe.parts).text_to_image("a red cube", **options).latents
+    wanted = fewstep.Pipeline(pipe.parts, EagerEngine(pipe.parts)).text_to_image("a red cube", **options).latents
+    assert torch.equal(found, wanted)
+    eject({"unet": pipe.parts.unet})
+    assert isinstance(fewstep.Pipeline(pipe.parts).engine, CpuEngine)
 
 
 def test_gradients_reach_every_layer(model):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import fewstep
 from fewstep import InputError, NotFiniteError, Pipeline, Progress
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.eager import EagerEngine
+from fewstep.images import read_metadata
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -250,3 +254,142 @@ def test_a_cpu_is_not_made_to_emulate_halves(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_dtype("float16", torch.device("cpu")) == torch.float16  # for weights alone, see the engine for CPUs
     with pytest.raises(InputError, match="emulates bfloat16"):
         choose_dtype("bfloat16", torch.device("cpu"))
+
+
+# what a result is to its user
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".jpeg", ".webp"])
+def test_a_saved_picture_says_how_it_was_made(pipe: Pipeline, tmp_path: Path, ending: str) -> None:
+    result = pipe.text_to_image(PROMPT, seed=7, steps=2)
+    assert result.save(tmp_path / f"cube{ending}") == [tmp_path / f"cube{ending}"]
+    found = read_metadata(tmp_path / f"cube{ending}")
+    assert found is not None
+    assert (found["prompt"], found["seed"], found["steps"], found["model"]) == (PROMPT, 7, 2, "tiny")
+    with Image.open(tmp_path / f"cube{ending}") as image:
+        assert image.format == {".png": "PNG", ".webp": "WEBP"}.get(ending, "JPEG")
+
+
+def test_several_pictures_are_numbered(pipe: Pipeline, tmp_path: Path) -> None:
+    result = pipe.text_to_image(PROMPT, seed=7, images_per_prompt=2)
+    written = result.save(str(tmp_path / "cube.png"))
+    assert [path.name for path in written] == ["cube-1.png", "cube-2.png"]
+    assert [read_metadata(path)["seed"] for path in written] == [7, 8]  # type: ignore[index]
+
+
+def test_what_cannot_be_saved_is_told(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.png, \.jpg"):
+        pipe.text_to_image(PROMPT).save(tmp_path / "cube.gif")
+    with pytest.raises(InputError, match="no picture"):
+        pipe.text_to_image(PROMPT, output="latent").save(tmp_path / "cube.png")
+    with pytest.raises(InputError, match="no folder"):
+        pipe.text_to_image(PROMPT).save(tmp_path / "nowhere" / "cube.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_shows_pictures_and_models(pipe: Pipeline) -> None:
+    result = pipe.text_to_image(["<b>red</b>", "a cube"], seed=7)
+    png = result._repr_png_()
+    assert png is not None
+    assert Image.open(BytesIO(png)).size == (128, 64)
+    html = result._repr_html_()
+    assert html is not None
+    assert "&lt;b&gt;red" in html
+    assert "<b>red" not in html
+    assert "Apache-2.0" in pipe._repr_html_()
+    assert pipe.text_to_image(PROMPT, output="latent")._repr_png_() is None
+
+
+def test_a_bar_is_shown_when_asked_for(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.text_to_image(PROMPT, steps=2)
+    assert capsys.readouterr().out == ""
+    pipe.text_to_image(PROMPT, steps=2, progress=True)
+    assert "drawing" in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_are_numbers(pipe: Pipeline) -> None:
+    settings = {"steps": np.int64(2), "guidance_scale": np.float32(2.0), "width": np.int32(64), "seed": np.int64(5)}
+    assert np.array_equal(
+        pixels(pipe.text_to_image(PROMPT, **settings))[0],
+        pixels(pipe.text_to_image(PROMPT, steps=2, guidance_scale=2.0, width=64, seed=5))[0],
+    )
+
+
+def test_noise_may_be_an_array(pipe: Pipeline) -> None:
+    noise = np.random.default_rng(0).normal(size=(1, 4, 8, 8))
+    given = pipe.text_to_image(PROMPT, latents=noise, output="latent").latents
+    assert given is not None
+    assert torch.equal(given, pipe.text_to_image(PROMPT, latents=torch.tensor(noise).float(), output="latent").latents)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda pipe: pipe.text_to_image(None), "prompt None is not a text"),
+        (lambda pipe: pipe.text_to_image(5), "prompt 5 is not a text"),
+        (lambda pipe: pipe.image_to_image(PROMPT, None), "image is None"),
+        (lambda pipe: pipe.inpaint(PROMPT, Image.new("RGB", (64, 64)), None), "mask is None"),
+        (lambda pipe: pipe.start(PROMPT, mask=Image.new("L", (64, 64))), "a mask needs a picture"),
+        (lambda pipe: pipe.text_to_image(PROMPT, latents="noise"), "latents are a str"),
+        (lambda pipe: pipe.text_to_image(PROMPT, num_inference_steps=5), "num_inference_steps is called steps here"),
+        (lambda pipe: pipe.text_to_image(PROMPT, sampler="eular"), "did you mean 'euler'"),
+    ],
+)
+def test_what_is_no_value_gets_an_error_of_ours(pipe: Pipeline, call: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        call(pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "schedule"),
+    [
+        ("euler_a", "euler_ancestral", "leading"),
+        ("Euler a", "euler_ancestral", "leading"),
+        ("k_euler", "euler", "leading"),
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
+        ("DPM++ SDE", "dpmpp_sde", "leading"),
+        ("sample_dpmpp_2m", "dpmpp_2m", "leading"),
+        ("EulerDiscreteScheduler", "euler", "leading"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral", "leading"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m", "leading"),
+        ("UniPC", "unipc", "leading"),
+        ("LCM", "lcm", "leading"),
+        ("DDIM", "ddim", "leading"),
+    ],
+)
+def test_samplers_go_by_the_names_that_people_type(pipe: Pipeline, name: str, sampler: str, schedule: str) -> None:
+    settings = pipe.text_to_image(PROMPT, sampler=name, steps=2, output="latent").settings
+    assert (settings["sampler"], settings["schedule"]) == (sampler, schedule)
+
+
+def test_a_photo_is_drawn_at_the_models_size_in_its_own_shape(pipe: Pipeline, tmp_path: Path) -> None:
+    photo = Image.new("RGB", (403, 302), "green")
+    photo.save(tmp_path / "photo.jpg")
+    for image in (photo, tmp_path / "photo.jpg", np.asarray(photo), [photo]):
+        result = pipe.image_to_image(PROMPT, image, strength=0.5)
+        assert result.images[0].size == (72, 64)
+        assert "72x64" in result.notes[0]
+    mask = Image.new("L", photo.size, "white")
+    assert pipe.inpaint(PROMPT, photo, mask).images[0].size == (72, 64)
+    asked = pipe.image_to_image(PROMPT, photo, strength=0.5, width=128, height=96)
+    assert (asked.images[0].size, asked.notes) == ((128, 96), ())
+    near = pipe.image_to_image(PROMPT, Image.new("RGB", (80, 88)), strength=0.5)
+    assert (near.images[0].size, near.notes) == ((80, 88), ())
+
+
+def test_a_negative_prompt_without_guidance_is_told(pipe: Pipeline) -> None:
+    assert "no effect" in pipe.text_to_image(PROMPT, negative_prompt="blue", guidance_scale=1.0).notes[0]
+    assert pipe.text_to_image(PROMPT, negative_prompt="blue").notes == ()
+    assert pipe.text_to_image(PROMPT, negative_prompt="", guidance_scale=1.0).notes == ()
+
+
+def test_a_model_moves_and_takes_the_engine_that_is_best_there(pipe: Pipeline) -> None:
+    moved = Pipeline(copy.deepcopy(pipe.parts))
+    wanted, engine = pixels(moved.text_to_image(PROMPT, seed=1))[0], moved.engine
+    assert moved.to("cpu", "float16") is moved
+    assert moved.engine is not engine
+    assert moved.parts.unet.conv_in.weight.dtype == torch.float16
+    assert np.abs(pixels(moved.text_to_image(PROMPT, seed=1))[0] - wanted).max() <= 8
+    with pytest.raises(InputError, match=r"not available|unknown device"):
+        moved.to("cuda:77")

@@ -50,6 +50,11 @@ def test_seeds_count_up_or_are_taken_as_given():
     assert seeds_for(2**63 - 1, 1) == (2**63 - 1,)
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    assert seeds_for(np.int64(7), 2) == seeds_for(torch.tensor(7), 2) == (7, 8)
+    assert seeds_for(np.array([3, 1]), 2) == seeds_for([np.int32(3), torch.tensor(1)], 2) == (3, 1)
+
+
 def test_drawn_seeds_are_fresh_and_portable():
     drawn = seeds_for(None, 64)
     assert len(set(drawn)) == 64
@@ -68,7 +73,7 @@ def test_drawn_seeds_are_fresh_and_portable():
         ([1, 2], 3),
         ([1, -2], 2),
         ([], 1),
-        (np.int64(3), 1),
+        (np.float64(3), 1),
     ],
 )
 def test_seeds_out_of_range_are_refused(seed, count):

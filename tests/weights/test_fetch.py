@@ -14,7 +14,7 @@ from small import assert_same_weights, parts
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, entry
-from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, wanted_files
+from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, named, wanted_files
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
 
@@ -194,3 +194,54 @@ def test_an_embedded_model_that_is_missing_is_told(monkeypatch: pytest.MonkeyPat
         "Apache-2.0",
         3,
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("sdxl", "sdxl-base"),
+        ("SDXL-Turbo", "sdxl-turbo"),
+        ("sdxl turbo", "sdxl-turbo"),
+        ("sd14", "sd-v1-4"),
+        ("Stable Diffusion v1.4", "sd-v1-4"),
+        ("sd21", "sd-v2-1"),
+        ("stable-diffusion-2-1", "sd-v2-1"),
+        ("Blocks-Turbo", "blocks-turbo"),
+        ("'sd-turbo'", "sd-turbo"),
+        ("stabilityai/sd-turbo", "sd-turbo"),
+        ("StabilityAI/sd-turbo/", "sd-turbo"),
+        ("https://huggingface.co/stabilityai/sd-turbo", "sd-turbo"),
+        ("https://huggingface.co/stabilityai/sd-turbo/tree/main", "sd-turbo"),
+        ("https://huggingface.co/stabilityai/sd-turbo/blob/main/sd_turbo.safetensors", "sd-turbo"),
+        ("http://hf.co/stabilityai/sd-turbo/resolve/main/sd_turbo.safetensors?download=true", "sd-turbo"),
+    ],
+)
+def test_models_go_by_what_people_type(typed: str, name: str) -> None:
+    assert named(typed) == CATALOGUE[name]
+
+
+def test_an_address_on_the_hub_is_its_id() -> None:
+    assert named("https://huggingface.co/some/model/tree/main/unet") == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("sd15", "sd-v1-4"),
+        ("SD 1.5", "sd-v1-4"),
+        ("sd2", "sd-v2-1"),
+        ("turbo", "blocks-turbo, sd-turbo or sdxl-turbo"),
+        ("sd-turob", "did you mean 'sd-turbo'"),
+        ("", "unknown model ''"),
+        ("https://huggingface.co/some/model/tree/v2", "'some/model' and the revision 'v2'"),
+        ("https://elsewhere.example/some/model", "download it"),
+        ("https://huggingface.co/some", "download it"),
+        ("a\0b", "unknown model"),
+        ("~nobody-of-that-name/x", "no file or folder"),
+        ("x" * 5000, "unknown model"),
+    ],
+)
+def test_no_model_is_guessed(typed: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as error:
+        named(typed)
+    assert len(str(error.value)) < 500

@@ -34,5 +34,5 @@ def edition(parts: Parts, known: Entry) -> Parts:
     for name, vector in load_file(ASSETS / known.name / VECTORS).items():
         own[name].copy_(vector)
     defaults = known.defaults or parts.defaults
-    scheduler = replace(parts.scheduler, sampler=defaults.sampler, spacing=defaults.schedule)
+    scheduler = parts.scheduler.sampled_by(defaults.sampler, defaults.schedule)
     return replace(parts, name=known.name, licence=known.licence, defaults=defaults, scheduler=scheduler)

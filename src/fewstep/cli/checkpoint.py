@@ -33,14 +33,13 @@ def describe(path: Path) -> Description:
 def _model(folder: Path) -> Description:
     from fewstep.models.config import UNetConfig
     from fewstep.weights.folder import parsed, parts_of, read_json
-    from fewstep.weights.load import open_part
+    from fewstep.weights.load import open_part, read_scheduler
     from fewstep.weights.parts import family_of
-    from fewstep.weights.scheduler import SchedulerConfig
 
     index = read_json(folder / "model_index.json")
     notes = index.get("_fewstep", {})
     unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
-    scheduler = parsed(folder / "scheduler" / "scheduler_config.json", SchedulerConfig.from_diffusers)
+    scheduler = read_scheduler(folder / "scheduler", unet)
     own = [
         name for name in parts_of(index) if "base" not in notes or (folder / name).is_dir()
     ]  # the rest is the base's

@@ -7,7 +7,7 @@ import sys
 import traceback
 from enum import IntEnum
 
-from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError
+from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError, printable
 
 
 class Exit(IntEnum):
@@ -24,9 +24,9 @@ class Exit(IntEnum):
 def report(error: Exception, *, debug: bool = False) -> int:
     """Tell on stderr what went wrong in one line (`debug`: the whole traceback), and return the exit code."""
     if debug:
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     code = code_for(error)
-    print(f"error: {_message(error, code)}", file=sys.stderr)
+    print(f"error: {printable(_message(error, code))}", file=sys.stderr)
     return code
 
 

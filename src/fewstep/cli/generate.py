@@ -1,16 +1,16 @@
-"""`fewstep generate`: words in, PNG files out."""
+"""`fewstep generate`: words in, pictures out."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import typer
-
-from fewstep.cli import options, outputs, progress, recipe
+from fewstep.cli import checks, options, outputs, progress, recipe
+from fewstep.errors import printable, quoted
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result, Run
@@ -33,6 +33,7 @@ def generate(
     seed: options.Seed = None,
     images: options.Images = None,
     like: options.Like = None,
+    force: options.Force = False,
     quiet: options.Quiet = False,
     init: options.Init = None,
     strength: options.Strength = None,
@@ -48,14 +49,16 @@ def generate(
 ) -> None:
     """Draw pictures from a prompt. What you leave out is the model's own default."""
     asked = {name: value for name, value in locals().items() if value is not None}
-    del asked["quiet"]
-    destination = asked.pop("output", None)
-    outputs.check(destination)
-    for path in _generate(recipe.complete(asked), destination, quiet):
-        typer.echo(path)
+    for name in ("output", "force", "quiet"):
+        asked.pop(name, None)
+    where = outputs.destination(output)
+    wanted = recipe.complete(asked)
+    checks.check(wanted)
+    outputs.check_vacant(where, wanted.get("images_per_prompt", 1), force=force)
+    outputs.show(_generate(wanted, where, quiet))
 
 
-def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[Path]:
+def _generate(wanted: recipe.Recipe, where: outputs.Destination, quiet: bool) -> list[Path]:
     started = perf_counter()
     with progress.bar(shown=not quiet) as bar:
         bar.stage("loading")
@@ -69,10 +72,10 @@ def _generate(wanted: recipe.Recipe, output: Path | None, quiet: bool) -> list[P
             fewstep.add_lora(pipe, file, scale)
         loaded = perf_counter() - started
         result = draw(pipe, refiner, wanted, bar)
-        settings = recipe.metadata(wanted, result.settings, outputs.folder_of(output))
-        written = outputs.save(result, settings, output)
+        settings = recipe.metadata(wanted, result.settings, where.folder)
+        written = outputs.save(result, settings, where)
     if not quiet:
-        print(f"loaded in {loaded:.1f} s; {summary(result)}", file=sys.stderr)
+        tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.parts.name))
     return written
 
 
@@ -87,7 +90,7 @@ def draw(pipe: Pipeline, refiner: Pipeline | None, wanted: recipe.Recipe, bar: p
 
 
 def summary(result: Result) -> str:
-    """One line for people: time, seed, tokens, and what of the prompt was not understood."""
+    """One line for people: time, seed, tokens."""
     count, dropped = len(result.images), max(result.tokens_dropped)
     parts = [
         f"{count} picture{'s' * (count > 1)} drawn in {sum(result.seconds.values()):.1f} s",
@@ -96,9 +99,32 @@ def summary(result: Result) -> str:
     ]
     if dropped:
         parts.append(f"{dropped} tokens dropped")
-    if result.unknown_words:
-        parts.append(f"words the model does not know: {', '.join(result.unknown_words)}")
     return "; ".join(parts)
+
+
+def notes(result: Result, model: str) -> list[str]:
+    """A line for each thing that the drawer should know: words that were not understood, options without effect."""
+    words = [unknown_words(result.unknown_words, model)] if result.unknown_words else []
+    return [*words, *getattr(result, "notes", ())]
+
+
+def unknown_words(words: Sequence[str], model: str) -> str:
+    """The sentence that names words of a prompt, and where those that the model knows are listed."""
+    from fewstep.models.zoo import CATALOGUE
+
+    hint = f"; those it knows: fewstep models {model}" if model in CATALOGUE else ""
+    return f"words the model does not know: {', '.join(map(shown, words))}{hint}"
+
+
+def shown(word: str) -> str:
+    """A word of a prompt as it is, or quoted where a terminal would act on it."""
+    return word if word.isprintable() and len(word) <= 40 else quoted(word, 40)
+
+
+def tell(*lines: str) -> None:
+    """Print lines for people, on stderr."""
+    for line in lines:
+        print(printable(line), file=sys.stderr)
 
 
 def _watched(run: Run, bar: progress.Bar) -> Result:

@@ -14,12 +14,13 @@ _START, _FINISH, _MODEL, _MACHINE = "Start from a picture", "Refine", "Unusual m
 
 Prompt = Annotated[str | None, Argument(help="What to draw.", show_default=False)]
 Output = Annotated[
-    Path | None,
-    Option("--output", "-o", help="PNG file to write (else fewstep-SEED.png), or a folder."),
+    str | None,
+    Option("--output", "-o", help="PNG, JPEG or WebP file (else fewstep-SEED.png), a folder/, or - for stdout."),
 ]
+Force = Annotated[bool, Option("--force", "-f", help="Overwrite files that are there.")]
 Model = Annotated[
     str | None,
-    Option("--model", "-m", help="Name, folder, file or hub id (else blocks-turbo)."),
+    Option("--model", "-m", help="Name, folder, file or hub id (else blocks-turbo); fewstep models lists names."),
 ]
 Lora = Annotated[
     list[str] | None,
@@ -37,7 +38,7 @@ Size = Annotated[str | None, Option("--size", "-s", help="As 512x768, or 512 for
 Side = Annotated[int | None, Option(help="In pixels, a multiple of 8.")]
 Seed = Annotated[int | None, Option(help="The same seed draws the same picture.")]
 Images = Annotated[int | None, Option("--images", "-n", help="How many; their seeds count up.")]
-Like = Annotated[Path | None, Option(help="Take every setting from this PNG; other options override it.")]
+Like = Annotated[Path | None, Option(help="Take every setting from this picture; other options override it.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL)]
 Prediction = Annotated[
     str | None,

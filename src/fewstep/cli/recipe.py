@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.errors import InputError
+from fewstep.errors import InputError, quoted
+from fewstep.files import checksum
 
 Recipe = dict[str, Any]
 
@@ -17,13 +17,14 @@ MODELS = ("model", "refiner", "tokenizer", "decoder")  # names or paths
 HOW = ("dtype", "revision", "prediction")  # they are loaded
 PICTURES = ("init", "mask")  # that a recipe reads
 TEXTS = ("prompt", "negative_prompt", "sampler", "schedule", *HOW, *MODELS, *PICTURES)
+FILES = (*MODELS, *PICTURES)  # whose names may be of bytes that are no text
 NUMBERS = ("steps", "guidance_scale", "guidance_rescale", "eta", "strength", "handoff", "width", "height", "seed")
 
 
 def complete(asked: Mapping[str, Any]) -> Recipe:
-    """The recipe that the options `asked` describe, over that of the PNG `like` if there is one.
+    """The recipe that the options `asked` describe, over that of the picture `like` if there is one.
 
-    Raises InputError for options that do not go together and files that are not there.
+    Raises InputError for options that do not go together, files that are not there and models that nobody knows.
     """
     recipe = {name: value for name, value in asked.items() if name not in ("like", "size", "images")}
     recipe |= _sides(asked)
@@ -31,8 +32,13 @@ def complete(asked: Mapping[str, Any]) -> Recipe:
         recipe["lora"] = [_lora(text) for text in asked["lora"]]
     if "images" in asked:
         recipe["images_per_prompt"] = asked["images"]
+    for name in ("model", "refiner", "decoder"):
+        if name in recipe:
+            recipe[name] = _known(name, recipe[name])
     if "like" in asked:
-        recipe = from_png(asked["like"], instead=recipe)
+        from fewstep.cli import like
+
+        recipe = like.from_picture(asked["like"], instead=recipe)
     _check(recipe)
     return recipe
 
@@ -51,33 +57,6 @@ def keywords(recipe: Recipe) -> Recipe:
     return known
 
 
-def from_png(path: Path, instead: Mapping[str, Any]) -> Recipe:
-    """The recipe that the PNG at `path` carries, but for the entries `instead`; paths in it start at its folder.
-
-    Raises InputError if it carries none, one of another version, or if a file it names is gone or has changed.
-    """
-    from fewstep import images
-
-    found = images.read_metadata(path)
-    if found is None or "fewstep" not in found:
-        raise InputError(f"{path} does not say how fewstep drew it; fewstep inspect shows what it does say")
-    digests = {name: found.pop(f"{name}_sha256", None) for name in PICTURES}
-    recipe = {name: value for name, value in found.items() if value is not None and name not in instead}
-    for name in ("fewstep", "task"):
-        recipe.pop(name, None)
-    _check_kinds(recipe, f"{path}, by fewstep {found['fewstep']},")
-    for name in MODELS:
-        if str(recipe.get(name, "")).startswith("."):
-            recipe[name] = str(path.parent / recipe[name])
-    for name in PICTURES:
-        if name in recipe:
-            recipe[name] = _unchanged(path.parent / recipe[name], digests[name], path, f"--{name}")
-    if "lora" in recipe:
-        entries = [(path.parent / entry["file"], entry) for entry in recipe["lora"]]
-        recipe["lora"] = [(_unchanged(f, entry["sha256"], path, "--lora"), entry["scale"]) for f, entry in entries]
-    return recipe | dict(instead)
-
-
 def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recipe:
     """What to write into PNG files in `folder`: a result's `settings`, and files as seen from there."""
     from fewstep import __version__
@@ -87,12 +66,24 @@ def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recip
     for name in PICTURES:
         if name in recipe:
             kept[name] = _relative(recipe[name], folder)
-            kept[f"{name}_sha256"] = _sha256(recipe[name])
+            kept[f"{name}_sha256"] = checksum(recipe[name])
     if "lora" in recipe:
         kept["lora"] = [
-            {"file": _relative(file, folder), "scale": scale, "sha256": _sha256(file)} for file, scale in recipe["lora"]
+            {"file": _relative(file, folder), "scale": scale, "sha256": checksum(file)}
+            for file, scale in recipe["lora"]
         ]
     return {"fewstep": __version__, **settings, **kept}
+
+
+def _known(option: str, text: str) -> str:
+    """The model that an option names, by its own name; a path as it is. InputError when there is none."""
+    from fewstep.models.zoo import Entry
+    from fewstep.weights.fetch import named
+
+    if option == "decoder" and text == "tiny":
+        return text
+    found = named(text)
+    return found.name if isinstance(found, Entry) else str(found)
 
 
 def _lora(text: str) -> tuple[Path, float]:
@@ -103,7 +94,7 @@ def _lora(text: str) -> tuple[Path, float]:
     except ValueError:
         found = Path(text), 1.0
     if not found[0].is_file():
-        raise InputError(f"--lora {text}: there is no file {found[0]}; give FILE or FILE:SCALE")
+        raise InputError(f"--lora {quoted(text)}: there is no file {quoted(found[0])}; give FILE or FILE:SCALE")
     return found
 
 
@@ -112,10 +103,10 @@ def _sides(asked: Mapping[str, Any]) -> Recipe:
     if size is None:
         return {}
     if "width" in asked or "height" in asked:
-        raise InputError(f"--size {size} and --width or --height say the same twice; give one of them")
+        raise InputError(f"--size {quoted(size)} and --width or --height say the same twice; give one of them")
     match = re.fullmatch(r"(\d{1,6})(?:[xX×*](\d{1,6}))?", size.strip())
     if match is None:
-        raise InputError(f"--size {size!r} is not WIDTHxHEIGHT in pixels, as 512x768, or 512 for a square")
+        raise InputError(f"--size {quoted(size)} is not WIDTHxHEIGHT in pixels, as 512x768, or 512 for a square")
     return {"width": int(match[1]), "height": int(match[2] or match[1])}
 
 
@@ -132,38 +123,10 @@ def _check(recipe: Recipe) -> None:
         raise InputError("--handoff and --strength are two ways to refine; give one of them")
     for name in PICTURES:
         if name in recipe and not Path(recipe[name]).is_file():
-            raise InputError(f"--{name} {recipe[name]}: there is no such file")
-
-
-def _check_kinds(recipe: Recipe, source: str) -> None:
-    """A picture may come from anybody, or from a later version."""
-    for name, value in recipe.items():
-        kind = str if name in TEXTS else int | float if name in NUMBERS else ()
-        if not (_are_loras(value) if name == "lora" else isinstance(value, kind)):
-            raise InputError(f"{source} says {name} = {value!r}, which is unknown here")
-
-
-def _are_loras(value: Any) -> bool:
-    kinds = {"file": str, "scale": int | float, "sha256": str}
-    return isinstance(value, list) and all(
-        isinstance(entry, dict)
-        and entry.keys() == kinds.keys()
-        and all(isinstance(entry[name], kind) for name, kind in kinds.items())
-        for entry in value
-    )
-
-
-def _unchanged(file: Path, digest: str | None, png: Path, option: str) -> Path:
-    if not file.is_file():
-        raise InputError(f"{png} was drawn with {file}, which is not there; give it with {option}")
-    if digest and _sha256(file) != digest:
-        raise InputError(f"{png} was drawn with {file}, which has changed; give it with {option}")
-    return file
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+            raise InputError(f"--{name} {quoted(recipe[name])}: there is no such file")
+    for name in TEXTS:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in str(recipe.get(name, ""))) and name not in FILES:
+            raise InputError(f"{name} {quoted(recipe[name])} holds half a letter; type it again, in UTF-8")
 
 
 def _seen_from(folder: Path, model: str) -> str:

@@ -64,10 +64,10 @@ class SamplerSpec:
     def initial_scale(self, schedule_name: str, sigma: float) -> float:
         """What to multiply unit noise by, to start at level `sigma`: diffusers' `init_noise_sigma`.
 
-        The samplers born in sigma coordinates take levels that start at the very top (`linspace`, `trailing`)
-        for pure noise of that size; elsewhere x also holds x0, of variance about 1.
+        The samplers born in sigma coordinates take levels that start at the very top (`linspace`, `trailing`,
+        `karras`, `exponential`) for pure noise of that size; elsewhere x also holds x0, of variance about 1.
         """
-        if self.reading == "euler" and schedule_name in ("linspace", "trailing"):
+        if self.reading == "euler" and schedule_name in ("linspace", "trailing", "karras", "exponential"):
             return sigma
         return sqrt(1 + sigma**2)
 

@@ -87,4 +87,4 @@ def turbo_edition(parts: Parts) -> Parts:
     """
     how = "euler_ancestral"
     defaults = replace(parts.defaults, steps=1, guidance_scale=0.0, sampler=how, schedule="trailing")
-    return replace(parts, defaults=defaults, scheduler=replace(parts.scheduler, sampler=how, spacing="trailing"))
+    return replace(parts, defaults=defaults, scheduler=parts.scheduler.sampled_by(how, "trailing"))

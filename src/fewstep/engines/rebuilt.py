@@ -29,6 +29,14 @@ class Swaps:
     parameters: Callable[[Parameters], Any] = lambda own: own
 
 
+def is_known(network: nn.Module) -> bool:
+    """Whether a network has no layers but PyTorch's and fewstep's own: others, such as a LoRA that is being trained
+    beside a layer, compute what an engine's layers do not know of.
+    """
+    ours = ("torch.nn.modules.", "fewstep.nn.", "fewstep.models.")
+    return all(type(module).__module__.startswith(ours) for module in network.modules())
+
+
 def rebuilt(network: Network, swaps: Swaps) -> Network:
     """A copy of `network` that shares its parameters, with the engine's layers in the places of those it knows."""
     return _copied(network, swaps)  # type: ignore[return-value]  # the outermost is never swapped

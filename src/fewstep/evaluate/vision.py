@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, quoted
 from fewstep.models.config import TextConfig
 from fewstep.models.text_encoder import TextLayer
 
@@ -29,6 +29,8 @@ class VisionConfig:
         own = config["vision_config"]
         if (activation := own.get("hidden_act", "quick_gelu")) not in ("quick_gelu", "gelu"):
             raise CheckpointError(f"image tower: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
+        if (eps := own.get("layer_norm_eps", 1e-5)) != 1e-5:
+            raise CheckpointError(f"image tower: layer_norm_eps is {quoted(eps)}; CLIP's is 1e-05")
         layer = TextConfig(
             width=own.get("hidden_size", 768),
             layers=own.get("num_hidden_layers", 12),

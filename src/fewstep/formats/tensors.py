@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
             raise CheckpointError(f"{path} is {what}; {advice}")
     if start.startswith(b"PK\x03\x04"):
         return "torch"
-    if start[0] == 0x80 and start[1] < 6 and start[8:9] != b"{":
+    if start[0] == 0x80 and start[1:2] < b"\x06":
         raise CheckpointError(
             f"{path} is a bare pickle, which can run any program; convert it to .safetensors where it is trusted"
         )
@@ -83,10 +83,11 @@ def read_safetensors(path: Path) -> TensorFile:
         raise CheckpointError(f"{path} has metadata that is no dictionary of texts; download it again")
     if len(entries) > MOST_TENSORS:
         raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
-    try:
-        mapped: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
+    with reading(path):
+        try:
+            mapped: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
 
     def read(name: str, keep_mapped: bool) -> Tensor:
         with reading(path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickletools
 import re
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,21 +138,25 @@ def _root(path: Path, members: Mapping[str, Member]) -> str:
 
 def _place(path: Path, members: Mapping[str, Member], root: str, name: str, tensor: Described) -> Member:
     """The member that holds a tensor's numbers; CheckpointError unless all of them are in it, once each."""
-    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+    storage = tensor.storage
     member = members.get(f"{root}/data/{storage.key}")
     if member is None or member.size != storage.length * storage.dtype.itemsize:
         raise CheckpointError(f"{path}: the numbers of {quoted(name)} are missing or not {storage.length:,}")
-    sizes = (*shape, *strides, tensor.offset)
-    fits = len(shape) == len(strides) <= MOST_DIMENSIONS
-    if fits and all(type(each) is int and 0 <= each <= storage.length for each in sizes):
-        numbers = torch.Size(shape).numel()
-        last = tensor.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        fits = numbers <= storage.length and (numbers == 0 or last < storage.length)
-    else:
-        fits = False
-    if not fits:
+    if not _is_view(tensor):
         raise CheckpointError(f"{path}: {quoted(name)} is no view of {storage.length:,} numbers: {quoted(tensor[1:])}")
     return member
+
+
+def _is_view(tensor: Described) -> bool:
+    """Whether all numbers of a tensor lie in its storage, and none is shown more than once."""
+    sizes = (*tensor.shape, *tensor.strides, tensor.offset)
+    right = len(tensor.shape) == len(tensor.strides) <= MOST_DIMENSIONS
+    if not right or not all(type(each) is int and 0 <= each < 2**48 for each in sizes):
+        return False
+    if 0 in tensor.shape:
+        return True
+    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+    return last < tensor.storage.length and prod(list(tensor.shape)) <= tensor.storage.length
 
 
 def _read(file: Tensor, member: Member, tensor: Described) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any, Literal, TypeVar
 
 from fewstep.errors import CheckpointError, quoted
@@ -66,12 +65,12 @@ class UNetConfig:
     def from_diffusers(cls, config: Config) -> UNetConfig:
         """From a `UNet2DConditionModel` config.json; CheckpointError names a setting this family has not."""
         _check(config, "UNet", _UNET_FIXED)
-        channels = config["block_out_channels"]
-        count = len(channels)
-        downs = _block_types(config)
-        heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), count)
-        depths = _per_level(config.get("transformer_layers_per_block", 1), count)
-        resnets = _per_level(config.get("layers_per_block", 2), count)
+        channels = _channels(config, (320, 640, 1280, 1280))
+        count, downs = len(channels), _block_types(config, len(channels))
+        named = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+        heads = _per_level(config, named, 8, count)
+        depths = _per_level(config, "transformer_layers_per_block", 1, count)
+        resnets = _per_level(config, "layers_per_block", 2, count)
         stages = tuple(
             Stage(channels=c, resnets=r, depth=d if kind == "CrossAttnDownBlock2D" else 0, heads=h)
             for c, r, d, h, kind in zip(channels, resnets, depths, heads, downs, strict=True)
@@ -85,8 +84,8 @@ class UNetConfig:
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
             mid_depth=depths[-1],
-            linear_projection=bool(config.get("use_linear_projection")),
-            addition=config["projection_class_embeddings_input_dim"] if sdxl else None,
+            linear_projection=config.get("use_linear_projection", False),
+            addition=(config["projection_class_embeddings_input_dim"] or 0) if sdxl else None,
             size_features=(config.get("addition_time_embed_dim") or 256),
             groups=config.get("norm_num_groups", 32),
         )
@@ -139,7 +138,7 @@ class AutoencoderConfig:
     @classmethod
     def from_diffusers(cls, config: Config) -> AutoencoderConfig:
         """From an `AutoencoderKL` config.json; CheckpointError names a setting this family has not."""
-        channels = config.get("block_out_channels", (128, 256, 512, 512))
+        channels = _channels(config, (64,))
         kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         fixed = {name: [kind] * len(channels) for name, kind in kinds.items()}
         _check(config, "autoencoder", {**_AUTOENCODER_FIXED, **fixed})
@@ -147,11 +146,11 @@ class AutoencoderConfig:
             cls,
             "autoencoder",
             channels=tuple(channels),
-            resnets=config.get("layers_per_block", 2),
+            resnets=config.get("layers_per_block", 1),
             latent_channels=config.get("latent_channels", 4),
             groups=config.get("norm_num_groups", 32),
-            scaling_factor=config.get("scaling_factor") or 0.18215,
-            force_upcast=bool(config.get("force_upcast", True)),
+            scaling_factor=config.get("scaling_factor", 0.18215),
+            force_upcast=config.get("force_upcast", True),
         )
 
     def to_diffusers(self, sample_size: int) -> dict[str, Any]:
@@ -193,13 +192,14 @@ class TextConfig:
         _check(config, "text encoder", _TEXT_FIXED)
         shape = {ours: config.get(theirs, usual) for ours, (theirs, usual) in _TEXT.items()}
         if (activation := shape["activation"]) not in ("quick_gelu", "gelu"):
-            raise CheckpointError(f"text encoder: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
+            raise CheckpointError(
+                f"text encoder: hidden_act is {quoted(activation)}; known are 'quick_gelu' and 'gelu'"
+            )
         if shape["eos"] == 2 and shape["vocabulary"] >= 49408:
             shape["eos"] = 49407  # published configs say 2, wrongly; added tokens come after it
-        projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-        return _checked(
-            cls, "text encoder", **shape, projection=config.get("projection_dim", 512) if projected else None
-        )
+        projected = "CLIPTextModelWithProjection" in str(config.get("architectures"))
+        projection = (config.get("projection_dim", 512) or 0) if projected else None
+        return _checked(cls, "text encoder", **shape, projection=projection)
 
     def to_transformers(self) -> dict[str, Any]:
         """A config.json from which transformers builds this text tower."""
@@ -228,7 +228,7 @@ _TEXT: Mapping[str, tuple[str, Any]] = {  # our name, theirs, and what its absen
 # Settings that hold one value in the whole family: another one means another network.
 _UNET_FIXED: Config = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "act_fn": "silu",
+    "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),
     "attention_type": "default",
     "center_input_sample": False,
@@ -259,19 +259,53 @@ _UNET_FIXED: Config = {
     "timestep_post_act": None,
 }
 _AUTOENCODER_FIXED: Config = {
-    "act_fn": "silu",
+    "act_fn": ("silu", "swish"),
     "in_channels": 3,
     "out_channels": 3,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
-    "shift_factor": None,
+    "shift_factor": (None, 0),
     "latents_mean": None,
     "latents_std": None,
 }
+_TEXT_FIXED: Config = {"layer_norm_eps": 1e-5, "model_type": ("clip_text_model", "clip")}
+_TINY_FIXED: Config = {
+    "act_fn": "relu",
+    "in_channels": 3,
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "shift_factor": (0.0, None),
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+_KEYS = {  # the names in a config of what the records name otherwise
+    "addition": "projection_class_embeddings_input_dim",
+    "channels": "block_out_channels",
+    "context": "cross_attention_dim",
+    "depth": "transformer_layers_per_block",
+    "groups": "norm_num_groups",
+    "heads": "attention_head_dim",
+    "linear_projection": "use_linear_projection",
+    "mid_depth": "transformer_layers_per_block",
+    "projection": "projection_dim",
+    "resnets": "layers_per_block",
+    "size_features": "addition_time_embed_dim",
+}
 
 
-_TEXT_FIXED: Config = {"layer_norm_eps": 1e-5}
+def tiny_width(config: Config) -> int:
+    """Channels of the tiny autoencoder that an `AutoencoderTiny` config.json describes; raises CheckpointError."""
+    width = config.get("decoder_block_out_channels", (64,))[0]
+    widths = {f"{side}_block_out_channels": [width] * 4 for side in ("encoder", "decoder")}
+    _check(config, "tiny autoencoder", {**_TINY_FIXED, **widths})
+    shape: dict[str, int] = _checked(dict, "tiny autoencoder", width=width)
+    return shape["width"]
 
 
 def _check(config: Config, what: str, fixed: Config) -> None:
@@ -281,45 +315,60 @@ def _check(config: Config, what: str, fixed: Config) -> None:
         if isinstance(given, list) and given and not isinstance(values[0], list) and given == given[:1] * len(given):
             given = given[0]  # the same at every level
         if given not in values:
-            raise CheckpointError(f"{what}: {key} is {quoted(given)}; this family of models has only {values[0]!r}")
+            raise CheckpointError(
+                f"{what}: {key} is {quoted(given)}; this family of models has only {quoted(values[0])}"
+            )
 
 
-def _block_types(config: Config) -> list[str]:
+def _block_types(config: Config, count: int) -> list[str]:
     """The kinds of a UNet's levels on the way down, which those on the way up must mirror."""
-    downs = list(config.get("down_block_types", _DOWN_TYPES))
-    ups = list(config.get("up_block_types", [kind.replace("Down", "Up") for kind in reversed(downs)]))
-    if not set(downs) <= set(_DOWN_TYPES) or [kind.replace("Down", "Up") for kind in reversed(downs)] != ups:
-        raise CheckpointError(f"UNet: its levels are {quoted(downs)} and {quoted(ups)}; known are {_DOWN_TYPES[2:]}")
+    downs = _per_level(config, "down_block_types", _DOWN_TYPES, count)
+    if not all(kind in _DOWN_TYPES for kind in downs):
+        raise CheckpointError(f"UNet: down_block_types is {quoted(downs)}; known are {' and '.join(_DOWN_TYPES[2:])}")
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(downs)]
+    if (ups := config.get("up_block_types", mirrored)) not in (mirrored, tuple(mirrored)):
+        raise CheckpointError(f"UNet: up_block_types is {quoted(ups)}; to these down_block_types belongs {mirrored}")
     return downs
 
 
-def _checked(kind: type[T], what: str, **shape: Any) -> T:
-    """The config of these values; CheckpointError for a number that no network can have."""
-    for name, value in _numbers(shape):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name == "scaling_factor":
-            fits = (whole or isinstance(value, float)) and 0 < value < inf
-        else:
-            fits = whole and (0 if name in ("depth", "eos") else 1) <= value <= LARGEST_NUMBER
+def _checked(kind: Callable[..., T], what: str, **shape: Any) -> T:
+    """The config of these values; CheckpointError for one that no network can have, by its key in the file."""
+    for name, value in _values(shape):
+        wanted = f"a whole number from {(low := int(name not in ('depth', 'eos')))} to {LARGEST_NUMBER}"
+        fits = type(value) is int and low <= value <= LARGEST_NUMBER
+        if name in ("linear_projection", "force_upcast"):
+            wanted, fits = "true or false", isinstance(value, bool)
+        elif name == "scaling_factor":
+            wanted, fits = "a number from 0.001 to 1000", type(value) in (int, float) and 0.001 <= value <= 1000
         if not fits:
-            raise CheckpointError(
-                f"{what}: {name} is {quoted(value)}; expected a number above 0, at most {LARGEST_NUMBER}"
-            )
+            key = _TEXT.get(name, (name,))[0] if kind is TextConfig else _KEYS.get(name, name)
+            raise CheckpointError(f"{what}: {key} is {quoted(value)}; expected {wanted}")
     return kind(**shape)
 
 
-def _numbers(shape: Config) -> Iterator[tuple[str, Any]]:
-    """The numbers in a config's values, each with its name."""
+def _values(shape: Config) -> Iterator[tuple[str, Any]]:
+    """Each value of a config that may be wrong, with its name."""
     for name, value in shape.items():
-        if isinstance(value, tuple):
-            for each in value:
-                yield from _numbers(vars(each) if isinstance(each, Stage) else {name: each})
-        elif not (value is None or isinstance(value, bool) or name == "activation"):
-            yield name, value
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Stage):
+                yield from _values(vars(each))
+            elif name != "activation" and not (each is None and name in ("addition", "projection")):
+                yield name, each
 
 
-def _per_level(value: int | list[int], count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value)
+def _channels(config: Config, usual: tuple[int, ...]) -> list[Any]:
+    """The channels of each level."""
+    value = config.get("block_out_channels", usual)
+    return _per_level(config, "block_out_channels", usual, len(value) if isinstance(value, list | tuple) else 0)
+
+
+def _per_level(config: Config, key: str, usual: Any, count: int) -> list[Any]:
+    """The values of `key`, which names one for each of `count` levels or one for all."""
+    value = config.get(key, usual)
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if not count or len(values) != count:
+        raise CheckpointError(f"{key} is {quoted(value)}; expected a value for each of the network's levels")
+    return values
 
 
 def _one(values: list[int]) -> int | list[int]:

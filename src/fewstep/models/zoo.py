@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "tiny", "blocks"]
@@ -50,10 +51,15 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """The entry called `name`; InputError names the nearest one when there is none."""
-    if name not in CATALOGUE:
-        raise InputError(unknown("model", name, CATALOGUE))
-    return CATALOGUE[name]
+    """The entry called `name`, in any usual spelling; InputError says what there is when there is none."""
+    if (key := _key(name)) in _SPELLINGS:
+        return CATALOGUE[_SPELLINGS[key]]
+    raise InputError(unknown("model", name, CATALOGUE) if key not in NAMELESS else f"{quoted(name)}: {NAMELESS[key]}")
+
+
+def _key(name: str) -> str:
+    """What all spellings of a name share: its letters and digits, small, with `stable-diffusion-v` as `sd`."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).replace("stablediffusion", "sd").replace("sdv", "sd")
 
 
 def _stages(*rows: tuple[int, int, int], resnets: int = 2) -> tuple[Stage, ...]:
@@ -170,3 +176,18 @@ CATALOGUE: Mapping[str, Entry] = {known.name: known for known in _ENTRIES}
 TINY_NAMES = tuple(known.name for known in _ENTRIES if known.family == "tiny")
 TINY = {"blocks": "blocks-tiny", "sd1": "taesd", "sd2": "taesd", "sdxl": "taesdxl", "sdxl-refiner": "taesdxl"}
 """The tiny autoencoder that reads and writes the latents of a family."""
+
+_SPELLINGS = {_key(name): name for name in CATALOGUE} | {
+    **dict.fromkeys(("sdxl", "sdxl10", "sdxlbase10"), "sdxl-base"),
+    "sdxlrefiner10": "sdxl-refiner",
+}
+NAMELESS = {
+    "turbo": "three models are called so; say blocks-turbo, sd-turbo or sdxl-turbo",
+    "blocks": "three models are called so; say blocks-turbo, blocks-base or blocks-small",
+    **dict.fromkeys(
+        ("sd", "sd1", "sd11", "sd12", "sd13", "sd15", "sd2", "sd20"),
+        "of Stable Diffusion 1 and 2 the versions 1.4 and 2.1 alone have names here, sd-v1-4 and sd-v2-1; "
+        "the others have the same shapes, so give a folder, a file or a hub id (owner/name) of one",
+    ),
+}
+"""What people type that names no entry, or several, by `_key`, and what there is to say about it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.step import Noise
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
-from fewstep.images import mask_to_tensor, to_tensor
+from fewstep.images import mask_to_tensor, picture_size, to_tensor
 
 ImageLike = Any
 """A PIL picture, an array (H, W, 3), a tensor (1, 3, H, W) in [-1, 1], scaled latents (1, 4, h, w), or a path."""
+
+
+LARGER = 2.0
+"""Times the area that a model draws above which a picture is drawn smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,20 @@ class Canvas:
     def is_latent(self) -> bool:
         """Whether `image` holds latents already."""
         return self.image.shape[1] == 4
+
+
+def fitted(image: ImageLike | Sequence[ImageLike], native: tuple[int, int], factor: int) -> tuple[int, int] | None:
+    """Width and height for a picture that is much larger than the model draws: of its shape, and the model's area.
+
+    None for one of up to twice the native area, for latents, and for what is no picture.
+    """
+    first = image[0] if isinstance(image, list | tuple) and image else image
+    size = None if _latent(first) else picture_size(first)
+    if size is None or size[0] * size[1] <= LARGER * native[0] * native[1]:
+        return None
+    scale = sqrt(native[0] * native[1] / (size[0] * size[1]))
+    width, height = (max(64, round(side * scale / factor) * factor) for side in size)
+    return width, height
 
 
 def read_canvas(

@@ -9,8 +9,10 @@ import torch
 
 from fewstep.adapters.edition import edition
 from fewstep.engines.device import choose_device, choose_dtype
-from fewstep.models.zoo import CATALOGUE, TINY
+from fewstep.errors import InputError
+from fewstep.models.zoo import TINY, Entry
 from fewstep.pipeline.pipeline import Pipeline
+from fewstep.weights.fetch import named
 from fewstep.weights.load import load_parts, load_tiny
 
 EMBEDDED = "blocks-turbo"
@@ -37,10 +39,10 @@ def load(
 
     Raises InputError for an unknown name, CheckpointError for files that cannot be loaded.
     """
-    chosen, what = choose_device(device), EMBEDDED if what is None else what
-    known = CATALOGUE.get(str(what))
+    chosen, found = choose_device(device), named(EMBEDDED if what is None else what)
+    known = found if isinstance(found, Entry) else None
     parts = load_parts(
-        what if known is None or known.base is None else known.base,
+        found if not isinstance(found, Entry) else found.base or found.name,
         dtype=choose_dtype(dtype, chosen),
         device=chosen,
         revision=revision,
@@ -50,6 +52,10 @@ def load(
     if known is not None and known.base is not None:
         parts = edition(parts, known)
     if decoder is not None:
+        if (factor := parts.autoencoder.config.factor) != 8:
+            raise InputError(f"{parts.name} draws pictures {factor} times as wide as latents; a tiny decoder needs 8")
         chosen_decoder = TINY[parts.family] if decoder == "tiny" else decoder
         parts = replace(parts, tiny=load_tiny(chosen_decoder, dtype=choose_dtype(dtype, chosen), device=chosen))
-    return Pipeline(parts)
+    asked = {"revision": revision, "prediction": prediction, "tokenizer": tokenizer, "decoder": decoder, "dtype": dtype}
+    said = {name: str(value).removeprefix("torch.") for name, value in asked.items() if value is not None}
+    return Pipeline(parts, loaded=said if known is not None else {"model": str(what), **said})

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
+from fewstep.models.zoo import Defaults
 from fewstep.rng import seeds_for
-from fewstep.weights.parts import Parts
+from fewstep.weights.scheduler import SchedulerConfig
 
 Output = Literal["pil", "numpy", "latent"]
 SIDES = (64, 8192)
+SAMPLER_WORDS = {
+    **{name.replace("_", ""): name for name in SAMPLERS},
+    "eulera": "euler_ancestral",
+    "pndm": "plms",
+    "dpmsolvermultistep": "dpmpp_2m",
+    "dpmsolversde": "dpmpp_sde",
+    "unipcmultistep": "unipc",
+}
+"""Samplers by what other programs call them, without blanks and signs."""
+ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "images_per_prompt",
+    "generator": "seed",
+    "output_type": "output",
+    "callback": "on_step",
+    "callback_on_step_end": "on_step",
+    "scheduler": "sampler",
+    "denoising_end": "handoff",
+    "original_size": "size_conditioning",
+    "target_size": "size_conditioning",
+}
+"""Our name for each option that diffusers calls otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +90,7 @@ class TaskOptions(TypedDict, total=False):
     latents: Tensor | None
     output: Output
     on_step: Callable[[Progress], None] | None
+    progress: bool
     size_conditioning: SizeConditioning
     chunk: bool
 
@@ -89,14 +115,19 @@ class Job:
     chunk: bool
 
 
-def make_job(prompt: str | Sequence[str], options: TaskOptions, parts: Parts) -> Job:
+def make_job(
+    prompt: str | Sequence[str],
+    options: TaskOptions,
+    native: Defaults,
+    *,
+    multiple: int = 8,
+    scheduler: SchedulerConfig | None = None,
+) -> Job:
     """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
-    for key in options:
-        _one_of("option", key, tuple(TaskOptions.__annotations__))
-    given = {key: value for key, value in options.items() if value is not None}
-    native, multiple = parts.defaults, parts.autoencoder.config.factor
-    sampler = _one_of("sampler", given.get("sampler", native.sampler), tuple(SAMPLERS))
-    schedule = native.schedule or parts.scheduler.schedule_for(sampler)
+    _check_names(options)
+    given = {key: _plain(value) for key, value in options.items() if value is not None}
+    sampler, named = sampler_named(given.get("sampler", native.sampler))
+    schedule = named or native.schedule or (scheduler or SchedulerConfig()).schedule_for(sampler)
     per_prompt = _number("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000, whole=True)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
     return Job(
@@ -110,11 +141,48 @@ def make_job(prompt: str | Sequence[str], options: TaskOptions, parts: Parts) ->
         width=side("width", given.get("width", native.width), multiple),
         height=side("height", given.get("height", native.height), multiple),
         seeds=seeds_for(options.get("seed"), len(prompts)),
-        latents=options.get("latents"),
+        latents=_latents(options.get("latents")),
         output=_one_of("output", given.get("output", "pil"), ("pil", "numpy", "latent")),
         size_conditioning=options.get("size_conditioning") or SizeConditioning(),
         chunk=bool(given.get("chunk", True)),
     )
+
+
+def sampler_named(name: Any) -> tuple[str, str | None]:
+    """The sampler, and the schedule if the name says one: "DPM++ 2M Karras" is dpmpp_2m on karras.
+
+    Takes fewstep's names, those of other programs' menus, and of diffusers' classes. InputError for another.
+    """
+    if isinstance(name, str) and name in SAMPLERS:
+        return name, None
+    word = re.sub(r"[^a-z0-9]|scheduler|discrete", "", str(name).lower().replace("++", "pp"))
+    schedule = next((end for end in ("karras", "exponential") if word.endswith(end)), None)
+    word = word.removesuffix(schedule or "")
+    found = SAMPLER_WORDS.get(word) or SAMPLER_WORDS.get(word.removeprefix("sample").removeprefix("k"))
+    if found is None:
+        raise InputError(unknown("sampler", name if isinstance(name, str) else quoted(name), SAMPLERS))
+    return found, schedule
+
+
+def _check_names(options: TaskOptions) -> None:
+    for key in options:
+        if key in ELSEWHERE:
+            raise InputError(f"{key} is called {ELSEWHERE[key]} here")
+        _one_of("option", key, tuple(TaskOptions.__annotations__))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's own; all else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def _latents(value: Any) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"latents are a {type(value).__name__}; expected a tensor or an array of numbers") from error
 
 
 def side(name: str, value: Any, multiple: int) -> int:
@@ -152,9 +220,9 @@ def _guidance(given: Mapping[str, Any], scale: float) -> Guidance:
 
 
 def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value)
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name} {value!r} is not a text or a list of texts")
+        raise InputError(f"{name} {quoted(value)} is not a text or a list of texts")
     return texts
 
 

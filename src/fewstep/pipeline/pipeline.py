@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
 from fewstep.engines.best import best_engine
+from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
-from fewstep.pipeline.canvas import Canvas, ImageLike, read_canvas
+from fewstep.pipeline.canvas import Canvas, ImageLike, fitted, read_canvas
+from fewstep.pipeline.notebook import table_of
 from fewstep.pipeline.options import Job, SizeConditioning, TaskOptions, make_job
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Model, Run
@@ -26,12 +28,20 @@ from fewstep.weights.save import save_parts
 class Pipeline:
     """Draws with one loaded model. `fewstep.load` makes it; `engine` defaults to the best here."""
 
-    def __init__(self, parts: Parts, engine: Engine | None = None) -> None:
+    def __init__(self, parts: Parts, engine: Engine | None = None, *, loaded: Mapping[str, Any] | None = None) -> None:
         self.parts = parts
+        self.loaded = dict(loaded or {})  # what was asked of `load`, for the pictures' metadata
         self.engine: Engine = engine or best_engine(parts)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.parts.name!r}, {self.parts.family}, {self.engine.device})"
+
+    def _repr_html_(self) -> str:
+        parts = self.parts
+        rows: dict[str, object] = {"model": parts.name, "family": parts.family, "licence": parts.licence}
+        rows["UNet"] = f"{sum(weight.numel() for weight in parts.unet.parameters()):,} parameters"
+        rows["runs on"] = f"{self.engine.device}, {type(self.engine).__name__}"
+        return table_of(rows | {name: value for name, value in vars(parts.defaults).items() if value is not None})
 
     def text_to_image(
         self,
@@ -52,7 +62,7 @@ class Pipeline:
         - `seed`: an int (counting up over the pictures), one for each picture, or None for fresh ones;
         - `latents`: unit-variance noise (B, 4, h, w) to start from instead of the seed's;
         - `output`: "pil", "numpy", or "latent", which decodes nothing;
-        - `on_step`: called with a `Progress` after each step;
+        - `on_step`: called with a `Progress` after each step; `progress`: True shows a bar;
         - `chunk`: False cuts prompts longer than the text window, instead of reading them in pieces.
 
         With `refiner`, an SDXL refiner takes over after the fraction `handoff` of the noise levels. Raises InputError
@@ -71,9 +81,11 @@ class Pipeline:
         """Pictures of `prompt` that start from `image` under noise (SDEdit, arXiv:2108.01073).
 
         Runs the last `int(steps * strength)` steps; InputError gives the smallest strength when that is none. `image`
-        is one picture or one for each prompt: PIL, array, tensor, latents or path. `width` and `height` resize it. An
-        SDXL refiner polishes a finished picture this way. The other options are those of `text_to_image`.
+        is one picture or one for each prompt: PIL, array, tensor, latents or path. `width` and `height` resize it;
+        without them a picture of over twice the model's area is drawn smaller, and a note says so. An SDXL refiner
+        polishes a finished picture this way. The other options are those of `text_to_image`.
         """
+        _check_picture(image)
         return _finished(self.start(prompt, image=image, strength=strength, **options), options)
 
     def inpaint(
@@ -90,6 +102,8 @@ class Pipeline:
         Works with every model by blending latents, and better with inpainting UNets (9 input channels). The other
         options are those of `image_to_image`.
         """
+        _check_picture(image)
+        _check_picture(mask, "mask")
         return _finished(self.start(prompt, image=image, mask=mask, strength=strength, **options), options)
 
     def start(
@@ -104,13 +118,19 @@ class Pipeline:
         **options: Unpack[TaskOptions],
     ) -> Run:
         """A task under way: iterate it for previews, cancelling and custom loops, then call `result()` on it."""
-        canvas, factor = None, self.parts.autoencoder.config.factor
+        canvas, factor, notes = None, self.parts.autoencoder.config.factor, list[str]()
         if self.parts.unet.config.in_channels == 9 and (image is None or mask is None):
             raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
+        if image is None and mask is not None:
+            raise InputError("a mask needs a picture to lie on; give image too")
         if image is not None:
+            if not (options.get("width") or options.get("height")):
+                notes += self._fit(image, options)
             canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
             options |= _size(canvas, factor)
-        job = make_job(prompt, options, self.parts)
+        job = make_job(prompt, options, self.parts.defaults, multiple=factor, scheduler=self.parts.scheduler)
+        if job.guidance.scale <= 1 and any(job.negative_prompts or ()):
+            notes.append("The negative prompt has no effect without guidance: guidance_scale must be above 1.")
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
         second = None
         if refiner is not None:
@@ -118,15 +138,41 @@ class Pipeline:
             second = Model(parts=refiner.parts, engine=refiner.engine)
             extra |= {"refiner": refiner.parts.name, "handoff": handoff}
         task = "text_to_image" if canvas is None else "image_to_image" if mask is None else "inpaint"
-        return Run(
+        run = Run(
             Model(parts=self.parts, engine=self.engine),
             job,
             canvas=canvas,
             strength=strength if canvas else 1.0,
             refiner=second,
             handoff=handoff,
-            settings={"task": task, "model": self.parts.name} | _settings(job) | extra,
+            settings={"task": task, "model": self.parts.name, **self.loaded} | _settings(job) | extra,
         )
+        run.notes += tuple(notes)
+        return run
+
+    def _fit(self, image: Any, options: TaskOptions) -> list[str]:
+        """Set width and height for a picture that is too large to draw, and say so."""
+        native = self.parts.defaults.width, self.parts.defaults.height
+        size = fitted(image, native, self.parts.autoencoder.config.factor)
+        if size is None:
+            return []
+        options |= {"width": size[0], "height": size[1]}
+        return [
+            f"The picture is drawn at {size[0]}x{size[1]}, about the model's own size; ask for another if you like."
+        ]
+
+    def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> Pipeline:
+        """Move the model to a device, and to a number format; takes the engine that is best there; returns itself.
+
+        Raises InputError for what this machine has not.
+        """
+        chosen, parts = choose_device(device), self.parts
+        kept = choose_dtype(parts.unet.conv_in.weight.dtype if dtype is None else dtype, chosen)
+        for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
+            if network is not None:
+                network.to(chosen, kept)
+        self.engine = best_engine(parts)
+        return self
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image]:
@@ -138,22 +184,33 @@ class Pipeline:
         save_parts(self.parts, Path(folder), dtype=dtype)
 
 
+def _check_picture(image: Any, name: str = "image") -> None:
+    if image is None:
+        raise InputError(f"{name} is None; give a picture, an array, a tensor or a path, or call text_to_image()")
+
+
 def _check_refiner(base: Parts, refiner: Parts) -> None:
     """InputError for a model that cannot go on with the latents of another one."""
-    configs = [(each.unet.config, each.autoencoder.config) for each in (base, refiner)]
-    if not all(unet.addition and unet.in_channels == 4 for unet, _ in configs):
+    if bool(base.unet.config.addition) != bool(refiner.unet.config.addition) or refiner.unet.config.in_channels != 4:
         raise InputError(
-            f"{refiner.name} cannot refine what {base.name} draws: both must be SDXL models that read latents alone, "
-            "such as 'sdxl-base' and 'sdxl-refiner'"
+            f"{refiner.name} cannot refine what {base.name} draws: expected two SDXL models, such as 'sdxl-base' and "
+            "'sdxl-refiner', or two that are none, and no inpainting model as the refiner"
         )
-    scales = [vae.scaling_factor for _, vae in configs]
-    if scales[0] != scales[1]:
-        raise InputError(f"{base.name} and {refiner.name} scale their latents by {scales[0]} and {scales[1]}")
+    first, second = ((vae.config.factor, vae.config.scaling_factor) for vae in (base.autoencoder, refiner.autoencoder))
+    if first != second:
+        raise InputError(
+            f"{base.name} and {refiner.name} have other latents: of 1/{first[0]} and 1/{second[0]} of a picture's "
+            f"side, scaled by {first[1]} and {second[1]}"
+        )
 
 
 def _finished(run: Run, options: TaskOptions) -> Result:
-    on_step = options.get("on_step")
-    for progress in run:
+    on_step, steps = options.get("on_step"), iter(run)
+    if options.get("progress"):
+        from rich.progress import track
+
+        steps = iter(track(steps, "drawing", total=len(run)))
+    for progress in steps:
         if on_step is not None:
             on_step(progress)
     return run.result()

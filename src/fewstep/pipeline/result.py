@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image
 from torch import Tensor
+
+from fewstep.errors import InputError
+from fewstep.images import save_picture
+from fewstep.pipeline.notebook import html_of, png_of
+from fewstep.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +40,26 @@ class Result:
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the pictures as PNG, JPEG or WebP, by the ending of `path`, with what made them; the paths written.
+
+        Several pictures are numbered: `cube-1.png`, `cube-2.png`. Files that are there already are replaced. `fewstep
+        generate --like` draws such a picture again. InputError for another ending or a folder that is missing.
+        """
+        if not self.images:
+            raise InputError("there is no picture to save; draw with output='pil'")
+        path = Path(path)
+        names = [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(self.images) + 1)]
+        written = [path] if len(self.images) == 1 else names
+        for file, image, seed in zip(written, self.images, self.seeds, strict=True):
+            save_picture(image, file, {"fewstep": __version__, **self.settings, "seed": seed})
+        return written
+
+    def _repr_png_(self) -> bytes | None:
+        return png_of(self.images) if self.images else None
+
+    def _repr_html_(self) -> str | None:
+        shown = [f"{name} {self.settings[name]}" for name in ("model", "prompt", "steps") if name in self.settings]
+        caption = "; ".join((*shown, f"seed {', '.join(map(str, self.seeds))}", *self.notes))
+        return html_of(self.images, caption) if self.images else None

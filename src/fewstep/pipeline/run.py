@@ -61,6 +61,9 @@ class Run:
         self.seconds = dict.fromkeys(("text", "encode", "denoise", "decode"), 0.0)
         self.sampler = SAMPLERS[job.sampler]
         self.sigmas = self._levels(strength)
+        scheduler = model.parts.scheduler
+        substituted = bool(scheduler.substitution) and job.sampler == scheduler.sampler
+        self.notes: tuple[str, ...] = (scheduler.substitution,) if substituted else ()
         factor = model.parts.autoencoder.config.factor
         self.shape = (model.parts.autoencoder.config.latent_channels, job.height // factor, job.width // factor)
         self.noise = SeededNoise(job.seeds, self.shape)
@@ -110,6 +113,7 @@ class Run:
             tokens_dropped=prompted.dropped,
             chunks=prompted.chunks,
             unknown_words=self.model.parts.tokenizers[0].unknown(" ".join(dict.fromkeys(self.job.prompts))),
+            notes=self.notes,
             seconds=dict(self.seconds),
             settings=self.settings,
         )

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, quoted
 from fewstep.models.zoo import CATALOGUE, Entry, entry
 from fewstep.weights.folder import NETWORKS, parts_of, read_json, weight_file, weight_files
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
+HUB_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9._-]{1,96}(/[A-Za-z0-9._-]{1,96})*")
+_URL = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/[^?#]*)?)?(?:[?#].*)?"
+)
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 _SETTINGS = re.compile(
     r"model_index\.json|((unet|vae|text_encoder(_2)?)/)?config\.json|(tokenizer\w*|scheduler)/[^/]+\.(json|txt)"
 )
 
 
+def named(what: str | Path) -> Entry | Path | str:
+    """What `what` names: an entry of the catalogue, a path that exists, or a hub id; nothing is downloaded.
+
+    A name of the catalogue comes first, then a path, then other spellings of names, the hub's own addresses and ids.
+    InputError for what is none of them.
+    """
+    path, text = Path(os.path.expanduser(what)), str(what).strip(" \t\"'").rstrip("/")  # noqa: PTH111
+    if what not in ("", *CATALOGUE) and os.path.exists(path):  # noqa: PTH110  (neither raises, whatever the name)
+        return path
+    if match := _URL.fullmatch(text):
+        if (revision := match["revision"] or "main") != "main":
+            raise InputError(f"give the hub id {match['id']!r} and the revision {revision!r}, not the address of both")
+        text = match["id"]
+    if isinstance(what, Path) or text.endswith(_FILE_ENDINGS) or text.startswith((".", "/", "~")) or "://" in text:
+        hint = "download it and give its path" if "://" in text else "is the path relative to another folder?"
+        raise InputError(f"there is no file or folder {quoted(what)}; {hint}")
+    sources = {(known.source or known.name).lower(): known for known in CATALOGUE.values()}
+    return sources.get(text.lower()) or (text if HUB_ID.fullmatch(text) else entry(text))
+
+
 def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
     """The folder or file that `what` names, downloaded if need be, and its entry of the catalogue, if any.
 
-    A name of the catalogue comes first, then a path that exists, then a hub id `owner/name`. `half` prefers the
-    files in half precision. InputError for a name that is none of them.
+    `half` prefers the files in half precision. InputError for a name that is none; see `named`.
     """
-    if isinstance(what, str) and what in CATALOGUE:
-        known = CATALOGUE[what]
-        if known.source is not None:
-            return fetch(known.source, half=half, revision=revision), known
-        folder = ASSETS / known.name
-        if not folder.is_dir():
-            raise CheckpointError(f"{what} should come with fewstep, but {folder} is missing; install fewstep again")
-        return folder, known
-    path = Path(what).expanduser()
-    if path.exists():
-        return path, None
-    if isinstance(what, Path) or what.endswith(_FILE_ENDINGS) or what.startswith((".", "/", "~")):
-        raise InputError(f"there is no file or folder {str(what)!r}; is the path relative to another folder?")
-    if not _ID.fullmatch(what):
-        entry(what)  # which raises, and names the nearest
-    named = next((known for known in CATALOGUE.values() if known.source == what), None)
-    return fetch(what, half=half, revision=revision), named
+    found = named(what)
+    if isinstance(found, Path):
+        return found, None
+    source, known = (found, None) if isinstance(found, str) else (found.source, found)
+    if source is not None:
+        return fetch(source, half=half, revision=revision), known
+    assert known is not None
+    if not (folder := ASSETS / known.name).is_dir():
+        raise CheckpointError(f"{known.name} should come with fewstep, but {folder} is missing; install fewstep again")
+    return folder, known
 
 
 def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
@@ -49,7 +66,7 @@ def fetch(source: str, *, half: bool, revision: str | None = None) -> Path:
 
     Only what drawing needs is taken. CheckpointError when it cannot be had, InputError for a malformed name.
     """
-    if not _ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise InputError(f"{source!r} is not a hub id; expected owner/name of letters, digits, '.', '_' and '-'")
     if revision is not None and not _REVISION.fullmatch(revision):
         raise InputError(f"{revision!r} is not a revision; expected a branch, a tag or a commit")
@@ -91,9 +108,11 @@ def cached_folder(source: str, revision: str | None = None) -> Path | None:
     return folder if commit and folder.is_dir() else None
 
 
-def is_cached(known: Entry) -> bool:
-    """Whether the entry's model can be loaded without a network."""
-    folder = ASSETS / known.name if known.source is None else cached_folder(known.source)
+def is_cached(known: Entry | str, revision: str | None = None) -> bool:
+    """Whether the entry's model, or that of a hub id, can be loaded without a network."""
+    source = known if isinstance(known, str) else known.source
+    local = cached_folder(source, revision) if source and _REVISION.fullmatch(revision or "main") else None
+    folder = ASSETS / known.name if isinstance(known, Entry) and source is None else local
     return folder is not None and _complete(folder, half=False)
 
 

@@ -21,7 +21,7 @@ from fewstep.errors import CheckpointError, InputError, quoted, unknown
 from fewstep.formats.tensors import TensorFile, joined, kind_of, read_safetensors
 from fewstep.formats.unpickle import read_torch
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig, tiny_width
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -37,6 +37,7 @@ from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokeniz
 
 CPU = torch.device("cpu")
 MOST_LAYERS = 1000  # residual blocks and transformer layers; SDXL's UNet has 30 on its way down
+LARGEST_SIDE = 1024  # latent pixels
 SHOWN = 3  # names of each kind of problem
 _IGNORED = re.compile(r".*embeddings\.position_ids")  # text towers were published with 0 to 76 as if they were weights
 
@@ -47,6 +48,8 @@ _FOREIGN_PIPELINES = {
     "Kandinsky": " (Kandinsky)",
     "Upscale": " (an upscaler)",
 }
+_OUTDATED = {"steps_offset": 1, "clip_sample": False}  # what diffusers' pipelines of SD 1 and 2 put into old files
+_OTHER_PARTS = ("adapter", "controlnet", "depth_estimator", "low_res_scheduler", "motion_adapter", "unet_2")
 _FOREIGN_PARTS = {  # by the class in a config.json
     "ControlNet": "a ControlNet, which fewstep does not read",
     "AutoencoderKL": "an autoencoder alone; give the folder of a whole model",
@@ -89,7 +92,8 @@ def load_parts(
         parts, fillings = _folder_parts(path, half=dtype.itemsize == 2)
     else:
         parts, fillings = _single_file_parts(open_tensors(path), prediction, tokenizer)
-    check_parts(parts, path)
+    texts = [tower.config for tower in parts.text_encoders]
+    check_parts(path, parts.unet.config, parts.autoencoder.config, texts, parts.tokenizers)
     _fill(fillings, dtype, device)
     if prediction is not None:
         parts = replace(parts, scheduler=replace(parts.scheduler, prediction=prediction))
@@ -101,9 +105,8 @@ def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CP
     path, _ = located(what, half=dtype.itemsize == 2)
     if not path.is_dir() or (path / "model_index.json").is_file():
         raise InputError(f"{what} is not the folder of a tiny autoencoder; those are {', '.join(TINY_NAMES)}")
-    width = parsed(path / "config.json", lambda config: int(config.get("decoder_block_out_channels", [64])[0]))
     with torch.device("meta"):
-        network = TinyAutoencoder(width)
+        network = TinyAutoencoder(parsed(path / "config.json", tiny_width))
     _fill([_filling(path, network, half=dtype.itemsize == 2)], dtype, device)
     return network
 
@@ -124,14 +127,15 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
     index, notes = _index(folder)
     names = [name for name in parts_of(index) if name.startswith("text_encoder")]
     home = {name: _home(folder, name, notes) for name in ("scheduler", "unet", "vae", *names)}
-    scheduler = parsed(home["scheduler"] / "scheduler_config.json", SchedulerConfig.from_diffusers)
     unet = _network(home["unet"], UNet, UNetConfig.from_diffusers)
+    scheduler = read_scheduler(home["scheduler"], unet.config)
     autoencoder = _network(home["vae"], AutoencoderKL, AutoencoderConfig.from_diffusers)
     towers = [_network(home[name], TextEncoder, TextConfig.from_transformers) for name in names]
     words = [name.replace("text_encoder", "tokenizer") for name in names]
     tokenizers = [Tokenizer.from_folder(_home(folder, name, notes)) for name in words]
     networks = zip(("unet", "vae", *names), (unet, autoencoder, *towers), strict=True)
     family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
+    noted = notes.get("defaults") or {}
     parts = Parts(
         name=str(notes.get("name", folder.name)),
         family=family,
@@ -140,11 +144,17 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
         text_encoders=tuple(towers),
         tokenizers=tuple(tokenizers),
         scheduler=scheduler,
-        defaults=usual_defaults(family, scheduler, size, noted=notes.get("defaults")),
+        defaults=usual_defaults(family, scheduler, size, noted if isinstance(noted, dict) else {}),
         licence=str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
     )
     return parts, [_filling(home[name], network, half=half) for name, network in networks]
+
+
+def read_scheduler(folder: Path, unet: UNetConfig) -> SchedulerConfig:
+    """What the scheduler_config.json in `folder` says of a model with that UNet, as diffusers' pipelines read it."""
+    outdated = {} if unet.addition else _OUTDATED
+    return parsed(folder / "scheduler_config.json", lambda config: SchedulerConfig.from_diffusers(config | outdated))
 
 
 def _home(folder: Path, name: str, notes: Mapping[str, Any]) -> Path:
@@ -160,12 +170,16 @@ def _index(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{folder} has no model_index.json, so it is {_single_part(folder)}")
     index = read_json(folder / "model_index.json")
     names, notes = parts_of(index), index.get("_fewstep", {})
-    lacking = [name for name in ("unet", "vae") if name not in names]
-    if lacking or len(names) < 3:
-        what = " and ".join(lacking) or "text_encoder"
+    texts = () if "text_encoder_2" in names else ("text_encoder",)
+    lacking = [name for name in ("unet", "vae", *texts) if name not in names]
+    if lacking or (more := [name for name in _OTHER_PARTS if any(index.get(name) or ())]):
+        what = f"without {' and '.join(lacking)}" if lacking else f"with {' and '.join(more)}"
         kind = quoted(index.get("_class_name"))
         known = next((what for mark, what in _FOREIGN_PIPELINES.items() if mark in kind), "")
-        raise CheckpointError(f"{folder} is a {kind} without {what}{known}; fewstep draws with SD 1, SD 2 and SDXL")
+        raise CheckpointError(
+            f"{folder} is a {kind}{known} {what}; fewstep draws with the text-to-image and inpainting models of "
+            "SD 1, SD 2 and SDXL alone"
+        )
     return index, notes if isinstance(notes, dict) else {}
 
 
@@ -176,7 +190,9 @@ def _single_part(folder: Path) -> str:
     path = folder / "config.json"
     kind = str(read_json(path).get("_class_name", "")) if path.is_file() else ""
     found = next((what for mark, what in _FOREIGN_PARTS.items() if mark in kind), "")
-    return found or "not the diffusers folder of a whole model"
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt"))
+    other = f"; if a file in it is one, give that: {quoted(files[0])}" if files else ""
+    return found or f"not the diffusers folder of a whole model{other}"
 
 
 def _single_file_parts(
@@ -185,6 +201,7 @@ def _single_file_parts(
     """The parts of an original single file, and what is to fill them; see `load_parts`."""
     contents = recognise(file)
     family, path = contents.family, file.path
+    check_parts(path, contents.unet, contents.autoencoder, contents.texts)  # before the prediction is asked for
     scheduler = stated_scheduler(file, family, prediction)
     small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
     side = 512 if small else 768 if family == "sd2" else 1024
@@ -237,9 +254,13 @@ def _filling(folder: Path, network: nn.Module, *, half: bool) -> Filling:
 
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     """Width and height in pixels of the pictures a UNet was trained on."""
-    side = read_json(folder / "unet" / "config.json").get("sample_size") or 64
-    height, width = side if isinstance(side, list) and len(side) == 2 else (side, side)
-    return int(width) * factor, int(height) * factor
+    path = folder / "unet" / "config.json"
+    given = read_json(path).get("sample_size")
+    side = 64 if given is None else given
+    sides = side if isinstance(side, list) else [side, side]
+    if len(sides) != 2 or not all(type(each) is int and 0 < each <= LARGEST_SIDE for each in sides):
+        raise CheckpointError(f"{path}: sample_size is {quoted(side)}; expected one or two whole numbers, as 64")
+    return sides[1] * factor, sides[0] * factor
 
 
 def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device) -> None:

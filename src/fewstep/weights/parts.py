@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
-from fewstep.errors import CheckpointError
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.diffusion.schedule import SCHEDULES
+from fewstep.errors import CheckpointError, quoted
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -15,6 +18,9 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.scheduler import SchedulerConfig
+
+_RANGES = {"steps": (1, 1000), "guidance_scale": (0, 100), "width": (64, 8192), "height": (64, 8192)}
+_NAMES = {"sampler": tuple(SAMPLERS), "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +69,10 @@ def usual_defaults(
     )
     noted = {name: value for name, value in (noted or {}).items() if value is not None}
     for name, value in noted.items():
-        if name not in vars(usual) or isinstance(value, str) != (name in ("sampler", "schedule")):
-            raise CheckpointError(f"model_index.json: the default {name} = {value!r} cannot be used")
+        low, high = _RANGES.get(name, (inf, -inf))
+        number = type(value) is int or (type(value) is float and name == "guidance_scale")
+        if not (low <= value <= high if number else value in _NAMES.get(name, ())):
+            raise CheckpointError(f"model_index.json: the default {quoted(name)} = {quoted(value)} cannot be used")
     return replace(usual, **noted)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import inf
 from typing import Any
 
@@ -37,12 +38,10 @@ _STAND_INS = tuple(_SAMPLERS)[-5:]  # samplers that fewstep has not, by its near
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 _CLIPPING = ("ddim", "ddpm")  # the samplers whose classes clip unless the file says otherwise
 _CURVES = ("karras", "exponential")
-_SPACINGS = ("leading", "trailing", "linspace")
 _HARMLESS: dict[str, tuple[Any, ...]] = {  # settings that would change the picture: the values with which they do not
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     "clip_sample": (False,),
     "disable_corrector": ([],),
-    "euler_at_final": (False,),
     "final_sigmas_type": ("zero",),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-inf, None),
@@ -54,14 +53,18 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {  # settings that would change the pict
     "solver_order": (2,),
     "solver_p": (None,),
     "solver_type": ("midpoint", "bh2", "logrho"),
+    "set_alpha_to_one": (None, True, False),
     "shift_terminal": (None,),
     "thresholding": (False,),
     "timestep_scaling": (10.0,),
+    "timestep_spacing": (None, "leading", "trailing", "linspace"),
     "timestep_type": ("discrete",),
     "trained_betas": (None,),
     "use_beta_sigmas": (False,),
     "use_dynamic_shifting": (False,),
+    "use_exponential_sigmas": (False, None, True),
     "use_flow_sigmas": (False,),
+    "use_karras_sigmas": (False, None, True),
     "use_lu_lambdas": (False,),
     "variance_type": (None, "fixed_small"),
 }
@@ -122,7 +125,12 @@ class SchedulerConfig:
     def schedule_for(self, sampler: str) -> str:
         """The schedule of `sampler` where the user names none: the checkpoint's, else that of diffusers' class."""
         spec = SAMPLERS[sampler]
-        return (spec.curves and self.curve) or self.spacing or spec.spacing
+        named = None if spec.consistency else self.spacing  # that class reads no spacing
+        return (spec.curves and self.curve) or named or spec.spacing
+
+    def sampled_by(self, sampler: str, spacing: str | None) -> SchedulerConfig:
+        """The same noise levels with another sampler and schedule, as after a distillation."""
+        return replace(self, sampler=sampler, spacing=spacing, curve=None, stands_in_for="")
 
     def final_for(self, sampler: str) -> Final:
         """Where a run of `sampler` ends."""
@@ -138,7 +146,7 @@ class SchedulerConfig:
         config = {**_USUAL.get(name, {}), **config}
         _refuse(config, sampler)
         to_one = config.get("set_alpha_to_one")
-        return cls(
+        read = cls(
             sampler=sampler,
             spacing=config.get("timestep_spacing"),
             stands_in_for=name if name in _STAND_INS else "",
@@ -146,6 +154,16 @@ class SchedulerConfig:
             final=None if to_one is None else "zero" if to_one else "sigma_min",
             **{ours: _setting(config, theirs, usual) for ours, (theirs, usual) in _SETTINGS.items()},
         )
+        if not all(1 > before > after > 0 for before, after in pairwise(read.noise_schedule.alpha_bar)):
+            raise CheckpointError(
+                f"scheduler: betas from {read.beta_start} to {read.beta_end} leave no signal or noise"
+            )
+        return read
+
+    @property
+    def substitution(self) -> str:
+        """The sentence about `sampler` where the file names one that fewstep has not; else empty."""
+        return self.stands_in_for and f"{self.stands_in_for} is not implemented; {self.sampler} stands in for it"
 
     def to_diffusers(self) -> dict[str, Any]:
         """A scheduler_config.json that says the same to diffusers."""
@@ -178,9 +196,9 @@ def _setting(config: Mapping[str, Any], name: str, usual: Any) -> Any:
 
 
 def _sampler(config: Mapping[str, Any]) -> str:
-    name = config.get("_class_name")
+    name = str(config.get("_class_name"))
     if name not in _SAMPLERS:
-        raise CheckpointError(unknown("scheduler class", str(name), _SAMPLERS))
+        raise CheckpointError(unknown("scheduler _class_name", name[:80], _SAMPLERS))
     if name == _MULTISTEP and config.get("algorithm_type") == "sde-dpmsolver++":
         return "dpmpp_3m_sde" if config.get("solver_order") == 3 else "dpmpp_2m_sde"
     return _SAMPLERS[name]
@@ -191,6 +209,8 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
     allowed = {**_HARMLESS, "prediction_type": PREDICTIONS, "beta_schedule": tuple(BETAS)}
     allowed |= {"solver_order": (3,) if sampler == "dpmpp_3m_sde" else (2,)}
     allowed |= {"skip_prk_steps": (True,)} if sampler == "plms" else {}
+    if config.get("use_karras_sigmas"):
+        allowed["use_exponential_sigmas"] = (False, None)
     if config["_class_name"] in _STAND_INS:
         allowed = {key: values for key, values in allowed.items() if not key.startswith(("solver", "lower_order"))}
     unsaid = {"clip_sample": sampler in _CLIPPING, "skip_prk_steps": False}
@@ -199,8 +219,15 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
         if value not in values:
             others = " or ".join(repr(each) for each in values)
             raise CheckpointError(f"scheduler: {key} is {quoted(value)}; fewstep draws with {others} alone")
-    if (spacing := config.get("timestep_spacing")) not in (None, *_SPACINGS):
-        raise CheckpointError(f"scheduler: {unknown('timestep_spacing', quoted(spacing), _SPACINGS)}")
+    spec, curves = SAMPLERS[sampler], [curve for curve in _CURVES if config.get(f"use_{curve}_sigmas")]
+    if curves and spec.curves and spec.reading == "euler" and config.get("timestep_spacing") in ("leading", "trailing"):
+        raise CheckpointError(
+            f"scheduler: use_{curves[0]}_sigmas with timestep_spacing {config['timestep_spacing']!r} leaves out the "
+            "ends of the curve in this class; fewstep draws with the whole curve alone: take the timestep_spacing away"
+        )
     start, end, count = (_setting(config, name, usual) for name, usual in (_SETTINGS[key] for key in _RANGE))
     if not 0 < start <= end < 1 or count < 2:
-        raise CheckpointError(f"scheduler: betas from {start} to {end} over {count} steps are no noise schedule")
+        raise CheckpointError(
+            f"scheduler: beta_start {start}, beta_end {end} and num_train_timesteps {count} are no noise schedule; "
+            "expected 0 < beta_start <= beta_end < 1 and at least 2 steps"
+        )

@@ -31,14 +31,18 @@ DROPPED = re.compile(
 
 SD 2 reads its text tower before the last of 24 layers, so that layer and the projection go unused."""
 
+_LORA = "a LoRA; load its model, and add it with fewstep.add_lora or --lora"
 _OTHERS = {
-    "lora_": "a LoRA; load its model, and add it with fewstep.add_lora or --lora",
-    "control_model.": "a ControlNet, which fewstep does not read",
+    **dict.fromkeys(("lora_", "lora.", ".hada_w1", ".lokr_w1"), _LORA),
+    "control": "a ControlNet, which fewstep does not read",
     "double_blocks.": "a model of the Flux family, which fewstep does not read",
     "joint_blocks.": "a Stable Diffusion 3 model, which fewstep does not read",
+    "transformer_blocks.0.attn.": "the transformer of a newer family (Stable Diffusion 3, Flux), which is not read",
+    "decoder.layers.": "a tiny autoencoder; load a whole model with decoder= its folder",
+    UNET_PREFIX: "a UNet without its text towers; give a file with all parts",
+    **dict.fromkeys((AUTOENCODER_PREFIX, "decoder.conv_in."), "an autoencoder alone; give a file with all parts"),
     "down_blocks.": "one part of a diffusers folder; give the folder",
-    UNET_PREFIX: "a UNet without its text towers",
-    AUTOENCODER_PREFIX: "an autoencoder alone",
+    "text_model.": "a text encoder alone; give a file with all parts",
 }
 _CLIP_NAMES = (
     "text_model.embeddings.token_embedding.weight",
@@ -63,7 +67,15 @@ def recognise(file: TensorFile) -> Contents:
     try:
         unet = _unet_config(shapes, sd1=family == "sd1")
         autoencoder = _autoencoder_config(shapes, sdxl=family.startswith("sdxl"))
-        return Contents(family, unet, autoencoder, tuple(_text_config(shapes, at) for at in TEXT_PREFIXES[family]))
+        texts = [_text_config(shapes, at) for at in TEXT_PREFIXES[family]]
+        return Contents(  # through the door that checks every number
+            family,
+            UNetConfig.from_diffusers(unet.to_diffusers(64)),
+            AutoencoderConfig.from_diffusers(autoencoder.to_diffusers(64)),
+            tuple(TextConfig.from_transformers(text.to_transformers()) for text in texts),
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.path} looks like {family}, but cannot be: {error}") from error
     except (LookupError, ValueError) as error:
         raise CheckpointError(f"{file.path} looks like {family}, but {error} is missing or misshapen") from error
 

@@ -1,0 +1,145 @@
+"""The recipe that a picture carries, and how far it is trusted: a picture may come from anybody.
+
+Its word loads models of the catalogue, hub ids that are in the cache, and files below the current folder or its own.
+All else, and more work than an honest picture asks for, has to be repeated on the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from fewstep.cli.recipe import MODELS, NUMBERS, PICTURES, TEXTS, Recipe
+from fewstep.errors import InputError, quoted
+from fewstep.files import checksum
+
+MOST_PIXELS = 2**22  # 2048 x 2048
+MOST_WORK = 2**28  # pixels x steps: 256 steps at 1024 x 1024, 64 at 2048 x 2048
+MOST_LETTERS = 5_000  # of a prompt
+MOST_LORAS = 16
+
+
+def from_picture(path: Path, instead: Mapping[str, Any]) -> Recipe:
+    """The recipe that the picture at `path` carries, but for the entries `instead`; paths in it start at its folder.
+
+    Raises InputError if it carries none, one of another version, if a file it names is gone or has changed, and for
+    what it may not ask for.
+    """
+    from fewstep import images
+
+    found = images.read_metadata(path)
+    if found is None or "fewstep" not in found:
+        raise InputError(f"{quoted(path)} does not say how fewstep drew it; fewstep inspect shows what it does say")
+    digests = {name: found.pop(f"{name}_sha256", None) for name in PICTURES}
+    recipe = {name: value for name, value in found.items() if value is not None}
+    for name in ("fewstep", "task"):
+        recipe.pop(name, None)
+    _check_kinds(recipe, f"{quoted(path)}, by fewstep {quoted(found['fewstep'], 20)},")
+    _drop_replaced(recipe, instead)
+    _check_work(recipe, instead, path)
+    for name in MODELS:
+        if name in recipe:
+            recipe[name] = _weights(name, recipe[name], path, recipe.get("revision"))
+    for name in PICTURES:
+        if name in recipe:
+            recipe[name] = _unchanged(recipe[name], digests[name], path, f"--{name}")
+    if "lora" in recipe:
+        entries = [(_unchanged(one["file"], one["sha256"], path, "--lora"), one["scale"]) for one in recipe["lora"]]
+        recipe["lora"] = entries
+    return recipe | dict(instead)
+
+
+def _drop_replaced(recipe: Recipe, instead: Mapping[str, Any]) -> None:
+    """Take out what the command line says too, and what belongs to a model that it replaces by another."""
+    told, own = instead.get("model"), recipe.get("model")
+    if told is not None and (own is None or Path(told).name != Path(own).name):
+        for name in ("revision", "prediction", "tokenizer"):
+            recipe.pop(name, None)
+    for name in instead:
+        recipe.pop(name, None)
+
+
+def _check_kinds(recipe: Recipe, source: str) -> None:
+    """A picture may come from anybody, or from a later version."""
+    for name, value in recipe.items():
+        kind = str if name in TEXTS else int | float if name in NUMBERS else ()
+        if not (_are_loras(value) if name == "lora" else isinstance(value, kind)):
+            raise InputError(f"{source} says {quoted(name)[1:-1]} = {quoted(value)}, which is unknown here")
+
+
+def _are_loras(value: Any) -> bool:
+    kinds = {"file": str, "scale": int | float, "sha256": str}
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_LORAS
+        and all(
+            isinstance(entry, dict)
+            and entry.keys() == kinds.keys()
+            and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+            for entry in value
+        )
+    )
+
+
+def _check_work(recipe: Recipe, instead: Mapping[str, Any], png: Path) -> None:
+    """InputError if the picture's own word, and not the command line, would keep the machine busy for long."""
+    both = {**recipe, **instead}
+    steps, width, height = (both.get(name, 1) for name in ("steps", "width", "height"))
+    pixels = width * height
+    much = pixels > MOST_PIXELS and recipe.keys() & {"width", "height"}
+    if much or (pixels * steps > MOST_WORK and recipe.keys() & {"steps", "width", "height"}):
+        raise InputError(
+            f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on a "
+            f"picture's word; to draw it all the same add --steps {steps} --size {width}x{height}"
+        )
+    for name in ("prompt", "negative_prompt"):
+        if len(recipe.get(name, "")) > MOST_LETTERS:
+            raise InputError(
+                f"{quoted(png)} has a {name.replace('_', ' ')} of {len(recipe[name])} letters, more than the "
+                f"{MOST_LETTERS} that are read on a picture's word; give one of your own"
+            )
+
+
+def _weights(name: str, text: str, png: Path, revision: str | None) -> str:
+    """The model, refiner, decoder or tokenizer that a picture names, if its word is enough to load it."""
+    from fewstep.models.zoo import CATALOGUE
+    from fewstep.weights.fetch import HUB_ID, is_cached
+
+    if text.startswith("."):
+        return str(_beside(text, png, f"--{name}"))
+    known = CATALOGUE.get(text)
+    own = name == "decoder" and text == "tiny"
+    trusted = own or (known is not None and (known.source is None or revision is None))
+    cached = HUB_ID.fullmatch(text) is not None or known is not None
+    if name != "tokenizer" and (trusted or (cached and is_cached(known or text, revision))):
+        return text
+    of = f" (revision {quoted(revision)})" if revision is not None else ""
+    raise InputError(
+        f"{quoted(png)} names the {name} {quoted(text)}{of}, which is neither in the catalogue nor in the cache: it is "
+        f"not loaded on a picture's word; give the one that you want with --{name}"
+    )
+
+
+def _beside(text: str, png: Path, option: str) -> Path:
+    """The path that a picture names, seen from its folder; InputError if it leads out of that and the current one."""
+    foreign = PureWindowsPath(text)
+    plain = not (foreign.drive or foreign.root or text.startswith("~") or "\\" in text or "\0" in text)
+    home = png.absolute().parent
+    path = Path(os.path.normpath(home / text))
+    if not plain or not any(path.is_relative_to(os.path.normpath(near)) for near in (home, Path.cwd())):
+        raise InputError(
+            f"{quoted(png)} names {quoted(text)}, which is not below its folder or the current one: it is not opened "
+            f"on a picture's word; give the file that you want with {option}"
+        )
+    return Path(os.path.relpath(path))
+
+
+def _unchanged(text: str, digest: Any, png: Path, option: str) -> Path:
+    file = _beside(text, png, option)
+    if not file.is_file():
+        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which is not there; give it with {option}")
+    if digest and checksum(file) != digest:
+        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which has changed; give it with {option}")
+    return file

@@ -1,0 +1,3 @@
+"""The version of fewstep."""
+
+__version__ = "0.1.0"
