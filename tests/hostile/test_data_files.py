@@ -162,6 +162,14 @@ def png(width: int, height: int, data: bytes, *others: bytes, colour: int = 2, d
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(others) + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
 
 
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan, 20 bytes for 8 million pixels, stands there so many times."""
+    data = io.BytesIO()
+    Image.new("RGB", (2800, 2800), "grey").save(data, "JPEG", progressive=True)
+    whole = data.getvalue()
+    return whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * count + whole[-2:]
+
+
 PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "not_a_picture"),
     "no pixels": (lambda: png(0, 0, b""), "damaged_picture not_a_picture"),
@@ -180,6 +188,7 @@ PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
         "damaged_picture ",
     ),
     "half a file": (lambda: picture(1, 200)[:60], "damaged_picture"),
+    "2000 scans of 8 million pixels": (lambda: many_scans(2000), "damaged_picture"),
     "a palette that is missing": (lambda: png(64, 64, bytes(64 * 65), colour=3), "damaged_picture "),
 }  # fmt: skip
 

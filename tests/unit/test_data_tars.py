@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import tarfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -429,3 +433,59 @@ def test_a_folder_of_loose_pictures_says_what_to_do(tmp_path):
     (tmp_path / "a.png").write_bytes(RED)
     with pytest.raises(InputError, match=r"1 pictures: put them into one .*tar cf"):
         prepared(tmp_path, tmp_path)
+
+
+def test_the_folder_that_is_written_is_no_input(tmp_path):
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    first = prepared(tmp_path, tmp_path)
+    assert prepared(tmp_path, tmp_path) == first
+    assert [each["name"] for each in first.inputs] == [(tmp_path / "a.tar").as_posix()]
+
+
+def test_work_that_is_lost_or_lacks_memory_names_its_input(tmp_path, monkeypatch):
+    task = SimpleNamespace(output=tmp_path / "input-000007.json", source="web/x.tar", die=partial(os._exit, 9))
+    with pytest.raises(ChildProcessError, match=r"input-000007\.json was lost 3 times.* the input is web/x\.tar"):
+        Crew(processes=2).run(methodcaller("die"), [task, task])
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    monkeypatch.setattr("fewstep.data.sift.decoded", lambda data: bytearray(1 << 60))
+    with pytest.raises(MemoryError, match=r"too little memory to read .*a\.tar"):
+        prepared(tmp_path, tmp_path / "a.tar")
+
+
+def test_a_folder_of_an_older_fewstep_is_still_read(tmp_path):
+    """Its manifest knows nothing of members; but it was made by other rules, so it is not gone on with."""
+    (tmp_path / "a.tar").write_bytes(WHOLE)
+    prepared(tmp_path, tmp_path / "a.tar")
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["members"], manifest["made_with"]["rules"], manifest["inputs"][0]["members"]
+    path.write_text(json.dumps(manifest))
+    assert len(open_shards(tmp_path / "out")) == 3
+    with pytest.raises(InputError, match="begun with other versions"):
+        prepared(tmp_path, tmp_path / "a.tar")
+
+
+def test_a_table_is_matched_by_whole_names_first(tmp_path):
+    """`x/1` and `y/1` are two keys; a row for `1` is for neither of them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"key": "x/1", "caption": "red"}, {"key": "2", "caption": "blue"}, {"key": "1", "caption": "wrong"}]
+    rows += [{"key": "3", "caption": "one"}, {"key": "3", "caption": "another"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    members = [("x/1.png", RED), ("y/1.png", GREEN), ("y/2.png", BLUE), ("3.png", GREEN)]
+    (tmp_path / "a.tar").write_bytes(tar(*members))
+    found, _, damage = read(tmp_path / "a.tar")
+    assert told(found) == [R, ("green", None, None), B, ("green", None, None)]
+    assert "says different things of 1 keys, '3' among them" in damage
+    parquet.write_table(pyarrow.Table.from_pylist([{"key": "0001", "caption": "x"}]), tmp_path / "a.parquet")
+    assert "in which none of its keys is found" in read(tmp_path / "a.tar")[2]
+
+
+def test_captions_that_a_table_has_as_bytes_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"image": RED, "caption": b"\xef\xbb\xbfred"}, {"image": BLUE, "caption": "caf\xe9".encode("latin-1")}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert told(read(tmp_path / "a.parquet")[0]) == [R, ("blue", "caf\xe9", None)]

@@ -137,3 +137,10 @@ def test_prompts_and_pictures_of_the_users_own(tmp_path):
         subject(5, tmp_path / "prompts.txt", tmp_path / "real", side=64, renders=20)
     with pytest.raises(InputError, match="belong together"):
         subject(2, tmp_path / "prompts.txt", None, side=64, renders=20)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    from fewstep.evaluate.pareto_suite import _lines
+
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red cube\na blue ball\n")
+    assert _lines(tmp_path / "prompts.txt", 2) == ["a red cube", "a blue ball"]

@@ -222,11 +222,11 @@ def _spans(shards: Shards) -> list[Span]:
 
 
 def _require_same(path: Path, found: object, key: CacheKey) -> None:
-    said = found if isinstance(found, dict) else {}
+    values = found if isinstance(found, dict) else {}
     for name, value in asdict(key).items():
-        if said.get(name) != value:
+        if values.get(name) != value:
             raise CheckpointError(
-                f"{path} was made with other {name} ({quoted(said.get(name), 40)}, not {value[:40]}), so it does not "
+                f"{path} was made with other {name} ({quoted(values.get(name), 40)}, not {value[:40]}), so it does not "
                 "fit; delete it, or name another folder"
             )
 

@@ -20,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 LARGEST_PICTURE = 64_000_000  # pixels
 LARGEST_EMPTY = 8_000_000  # pixels of a picture whose file may be as small as it can
 MOST_SHRUNK = 200  # pixels for each byte of the file; a grey wall has 85 as a JPEG
+MOST_SCANS = 100  # of a progressive JPEG; programs write 10, and each goes over all pixels anew
 JPEG_QUALITY = 95
 
 HASH_BITS = 128
@@ -45,6 +46,8 @@ def decoded(data: bytes) -> Image.Image:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
             _require_size(opened.width * opened.height, len(data))
+            if opened.format == "JPEG" and data.count(b"\xff\xda") > MOST_SCANS:
+                raise PictureError(Reason.DAMAGED_PICTURE)
             opened.load()
             return _rgb(ImageOps.exif_transpose(opened))
     except (PictureError, MemoryError):

@@ -48,13 +48,13 @@ def prepare(
 ) -> Manifest:
     """Make shards in `folder` of the pictures in `inputs`: tar or parquet files, or folders of them.
 
-    A run that was interrupted goes on; one that is finished is only read. Of duplicates the first in the order of
-    the inputs stays. Damaged pictures and inputs are counted and told in the manifest. Raises `InputError` for inputs
-    that are not there, for a folder that holds something else, and where no picture was accepted (the account is
-    written then too), and `OSError` for a full disk.
+    What lies in `folder` itself is no input. A run that was interrupted goes on; one that is finished is only read. Of
+    duplicates the first in the order of the inputs stays. Damaged pictures and inputs are counted in the manifest.
+    Raises `InputError` for inputs that are not there, for a folder that holds something else, and where no picture was
+    accepted (the account is written then too), and `OSError` for a full disk.
     """
     settings, crew, folder = settings or Settings(), crew or Crew(), Path(folder)
-    files = input_files(inputs)
+    files = [file for file in input_files(inputs) if folder.resolve() not in file.resolve().parents]
     plan = _plan(files, settings)
     if (folder / SUCCESS).is_file():
         return _required_some(_finished(folder, plan), folder)
@@ -82,7 +82,8 @@ def _required_some(manifest: Manifest, folder: Path) -> Manifest:
     raise InputError(
         f"none of {manifest.samples:,} pictures was accepted "
         f"({', '.join(reasons) or 'none was found'}{members}{damaged}). "
-        f"{folder / REJECTED} names each; mend the inputs or loosen the limits, and name another folder"
+        f"{folder / REJECTED} names each. Mend the inputs or loosen the limits (a score that is missing is no reason "
+        "where its limit is off, or with missing=keep), and name another folder"
     )
 
 
@@ -144,9 +145,9 @@ def _require_same(folder: Path, before: Json, now: Json) -> None:
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, list) and isinstance(now, list):
         return f"inputs ({len(before)} then, {len(now)} now, or of other sizes)"
-    said = before if isinstance(before, dict) else {}
-    changed = next((key for key in {**now, **said} if said.get(key) != now.get(key)), name)
-    then = quoted(said.get(changed))
+    earlier = before if isinstance(before, dict) else {}
+    changed = next((key for key in {**now, **earlier} if earlier.get(key) != now.get(key)), name)
+    then = quoted(earlier.get(changed))
     return f"{name.replace('made_with', 'versions')} ({quoted(changed)}: {then} then, {quoted(now.get(changed))} now)"
 
 

@@ -122,7 +122,7 @@ class Shards:
             raise CheckpointError(
                 f"picture {i} in {path} is damaged; prepare the folder again, or bring the shard back"
             )
-        return path, picture, _told(path, i, told)
+        return path, picture, _metadata(path, i, told)
 
 
 def open_shards(folder: str | Path) -> Shards:
@@ -196,20 +196,20 @@ def _bytes(path: Path, places: Sequence[int]) -> tuple[bytes, bytes]:
     return whole[:length], whole[told_start - start :]
 
 
-def _told(path: Path, i: int, data: bytes) -> dict[str, Any]:
+def _metadata(path: Path, i: int, data: bytes) -> dict[str, Any]:
     """What is told of picture `i`: its caption, if there is one, is a text, and sizes and scores are numbers."""
     try:
-        told = json.loads(data)
-        numbers = [told[name] for name in ("original_height", "original_width", "crop_top", "crop_left")]
-        sound = isinstance(told.get("caption", ""), str) and all(type(number) is int for number in numbers)
-        sound = sound and all(isinstance(told[name], int | float) for name in SCORES if name in told)
+        metadata = json.loads(data)
+        numbers = [metadata[name] for name in ("original_height", "original_width", "crop_top", "crop_left")]
+        sound = isinstance(metadata.get("caption", ""), str) and all(type(number) is int for number in numbers)
+        sound = sound and all(isinstance(metadata[name], int | float) for name in SCORES if name in metadata)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"what is told of picture {i} in {path} makes no sense; prepare the folder again"
         ) from error
     if not sound:
         raise CheckpointError(f"what is told of picture {i} in {path} is of other kinds; prepare the folder again")
-    return dict(told)
+    return dict(metadata)
 
 
 def _as_sample(i: int, size: Size, path: Path, picture: bytes, told: dict[str, Any]) -> Sample:

@@ -48,17 +48,17 @@ def samples(path: Path) -> Iterator[Found | Leftover]:
     if _kind(path) == ".parquet":
         yield from table_samples(path, damage)
     else:
-        yield from tar_samples(path, _said(path, damage), damage)
+        yield from tar_samples(path, _table_records(path, damage), damage)
     damage.require_none()
 
 
-def _said(path: Path, damage: Damage) -> dict[str, Record]:
+def _table_records(path: Path, damage: Damage) -> dict[str, Record]:
     """The records of the table beside a tar file, by key; none where there is no table."""
     table, own = path.with_suffix(".parquet"), Damage()
-    said = table_records(table, own) if table.is_file() else {}
+    records = table_records(table, own) if table.is_file() else {}
     for fault in own.faults:
         damage.add(f"its table {table.name} {fault}")
-    return said
+    return records
 
 
 def _kind(path: Path) -> str:

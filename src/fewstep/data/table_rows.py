@@ -49,11 +49,11 @@ def serve(path: str, columns: str, pictures: str) -> None:
     for number, row in _rows(Path(path), {*json.loads(columns), *wanted}, damage):
         picture = None if row is None else _picture(row, wanted)
         sent = picture if picture is not None and len(picture) <= LARGEST_PICTURE_FILE else b""
-        said = (
+        values = (
             None if row is None else {name: _plain(value) for name, value in row.items() if name.lower() not in wanted}
         )
         length = None if picture is None else len(picture)
-        _send(out, {"number": number, "row": said, "picture": length, "sent": len(sent)}, sent)
+        _send(out, {"number": number, "row": values, "picture": length, "sent": len(sent)}, sent)
     _send(out, {"damage": damage})
     out.flush()
 

@@ -58,16 +58,16 @@ def table_samples(path: Path, damage: Damage) -> Iterator[Found]:
 
 def table_records(path: Path, damage: Damage) -> dict[str, Record]:
     """What a table without pictures says, by key. Two rows with one key say nothing, since nobody can tell which."""
-    said, twice = dict[str, Record](), set[str]()
+    records, twice = dict[str, Record](), set[str]()
     for row in _rows(path, (), damage):
         record = record_from(row.columns or {})
-        if record.key is not None and record.key in said and said[record.key] != record:
+        if record.key is not None and record.key in records and records[record.key] != record:
             twice.add(record.key)
         if record.key is not None:
-            said[record.key] = record
+            records[record.key] = record
     if twice:
         damage.add(f"says different things of {len(twice):,} keys, {quoted(min(twice))} among them; none is used")
-    return {key: replace(record, key=None) for key, record in said.items() if key not in twice}
+    return {key: replace(record, key=None) for key, record in records.items() if key not in twice}
 
 
 def _rows(path: Path, pictures: tuple[str, ...], damage: Damage) -> Iterator[_Row]:

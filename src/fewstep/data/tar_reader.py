@@ -135,12 +135,12 @@ class TarReader:
         data = self._read(at + BLOCK, header.size) if header.size <= longest else b""
         if header.type == b"L" and data:
             return extension._replace(name=data.split(b"\0")[0])
-        said = _pax(data) if len(data) == header.size else None
-        if said is None or len(said.name or b"") > LONGEST_NAME:
+        pax = _pax(data) if len(data) == header.size else None
+        if pax is None or len(pax.name or b"") > LONGEST_NAME:
             self.damage.add(f"has an extended header of {header.size:,} bytes at byte {at:,} that cannot be read")
             return extension._replace(damaged=True)
-        name, size = extension.name if said.name is None else said.name, said.size
-        return _Extension(name, extension.size if size is None else size, extension.sparse or said.sparse)
+        name, size = extension.name if pax.name is None else pax.name, pax.size
+        return _Extension(name, extension.size if size is None else size, extension.sparse or pax.sparse)
 
     def _after_sparse_map(self, at: int) -> int:
         """Where the data of an old GNU sparse file start: its map may go on in blocks of its own."""

@@ -46,22 +46,22 @@ class _Sample(NamedTuple):
 
 
 Groups = dict[str, list[_Part]]
-Said = Mapping[str, Record]
+TableRecords = Mapping[str, Record]
 
 
-def tar_samples(path: Path, said: Said, damage: Damage) -> Iterator[Found | Leftover]:
+def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[Found | Leftover]:
     """First the members of the tar that are part of no picture, then its pictures, in the order in which each begins.
 
-    `said`: what a table beside it says, by key. What cannot be read is added to `damage`. Memory: the names, and one
+    `table`: what a table beside it says, by key. What cannot be read is added to `damage`. Memory: the names, and one
     sample at a time.
     """
     try:
         with path.open("rb", buffering=0) as file:
             groups: Groups = {}
             yield from _grouped(TarReader(file, damage), groups)
-            yield from _set_apart(groups, said)
+            yield from _set_apart(groups, table)
             found = _samples(groups)
-            rows = _table_rows(found, said, damage)
+            rows = _table_rows(found, table, damage)
             for sample in found:
                 yield from _further(sample)
                 yield _found(file, sample, rows.get(sample.key, Record()))
@@ -91,28 +91,28 @@ def _reason(member: Member, names: list[str], kind: str) -> Unused | None:
     return None if kind in (*PICTURES, *_TEXTS) else Unused.OTHER_KIND
 
 
-def _set_apart(groups: Groups, said: Said) -> Iterator[Leftover]:
+def _set_apart(groups: Groups, table: TableRecords) -> Iterator[Leftover]:
     """Take further members of webdataset's samples out of `groups`: `000.seg.png`, where there is a sample `000`."""
     for key in list(groups):
         folder, slash, base = key.rpartition("/")
         if "." not in base or folder + slash + base.partition(".")[0] not in groups:
             continue
         kinds = {part.kind for part in groups[key]}
-        if kinds.isdisjoint(PICTURES) or (kinds.isdisjoint(_TEXTS) and key not in said and base not in said):
+        if kinds.isdisjoint(PICTURES) or (kinds.isdisjoint(_TEXTS) and key not in table and base not in table):
             yield from (Leftover(f"{key}.{part.kind}", Unused.SECOND_MEMBER) for part in groups.pop(key))
 
 
-def _table_rows(found: Sequence[_Sample], said: Said, damage: Damage) -> dict[str, Record]:
+def _table_rows(found: Sequence[_Sample], table: TableRecords, damage: Damage) -> dict[str, Record]:
     """The row of the table for each key of one sample: by the whole key, or by its last part if no other ends so."""
     counts = Counter(sample.key for sample in found)
     bases = Counter(key.rpartition("/")[2] for key in counts)
     rows = {}
-    for key in counts if said else ():
+    for key in counts if table else ():
         base = key.rpartition("/")[2]
-        row = said.get(key) or (said.get(base) if bases[base] == 1 else None)
+        row = table.get(key) or (table.get(base) if bases[base] == 1 else None)
         if row is not None and counts[key] == 1:
             rows[key] = row
-    if said and found and not rows:
+    if table and found and not rows:
         damage.add("has a table beside it in which none of its keys is found")
     return rows
 
@@ -153,7 +153,7 @@ def _found(file: io.FileIO, sample: _Sample, row: Record) -> Found:
         return Found(record=record, fault=fault, members=members)
     try:
         for part in texts:
-            record = completed(record, _said(part.kind, _content(file, part)))
+            record = completed(record, _text_record(part.kind, _content(file, part)))
         picture = _content(file, pictures[0]) if pictures else None
     except _ShortError:
         return Found(record=record, fault=Reason.CUT_SHORT, members=members)
@@ -186,7 +186,7 @@ def _content(file: io.FileIO, part: _Part) -> bytes:
     return data
 
 
-def _said(kind: str, data: bytes) -> Record:
+def _text_record(kind: str, data: bytes) -> Record:
     """What a caption's file or a JSON object says; `ValueError` if it cannot be read."""
     text = decoded_text(data)
     if kind != "json":

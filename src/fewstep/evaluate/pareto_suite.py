@@ -65,7 +65,7 @@ def _own(lines: Sequence[str], prompts: Path, real: Path) -> Subject:
 
 def _lines(path: Path, count: int) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the prompts in {path} cannot be read: {error}") from error
     if len(lines) < count:
