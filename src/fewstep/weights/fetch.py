@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import CheckpointError, InputError
+from fewstep.files import recover_folder
 from fewstep.models.zoo import CATALOGUE, Entry, entry
 from fewstep.weights.folder import NETWORKS, parts_of, read_json, weight_file, weight_files
 
@@ -34,6 +35,7 @@ def located(what: str | Path, *, half: bool, revision: str | None = None) -> tup
             raise CheckpointError(f"{what} should come with fewstep, but {folder} is missing; install fewstep again")
         return folder, known
     path = Path(what).expanduser()
+    recover_folder(path)
     if path.exists():
         return path, None
     if isinstance(what, Path) or what.endswith(_FILE_ENDINGS) or what.startswith((".", "/", "~")):
