@@ -142,7 +142,7 @@ def test_a_model_that_a_killed_save_moved_aside_is_found_again(tmp_path: Path) -
     [
         (float("nan"), None, "holds NaN or infinity"),
         (float("inf"), None, "holds NaN or infinity"),
-        (1e6, torch.float16, "too large for torch.float16; save it in torch.float32"),
+        (1e6, torch.float16, "holds numbers too large for torch.float16; save it in torch.float32"),
     ],
 )
 def test_weights_that_are_not_finite_are_never_saved(

@@ -123,7 +123,7 @@ def write_tensors(
         if not tensor.isfinite().all():
             fits = tensors[name].isfinite().all()
             why = f"numbers too large for {tensor.dtype}; save it in torch.float32" if fits else "NaN or infinity"
-            raise NotFiniteError(f"{path} was not written: {quoted(name)} holds {why}")
+            raise NotFiniteError(f"{path.parent.name}/{path.name} was not written: {quoted(name)} holds {why}")
     with partial_path(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # save_file gives the file to its owner alone
