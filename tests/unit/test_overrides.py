@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,9 +74,59 @@ def test_a_setting_is_for_all_stages_or_for_one() -> None:
         ("inner.size.x=1", "has no setting"),
         ("inner.size", "key=value"),
         ("plan.precision=fp8", "one of fp32"),
-        ("plan.batch=0", "at least 1"),
+        ("plan.batch=0", r"plan\.batch is 0; it must be a whole number from 1 .* 1 would do"),
+        ("plan.steps=-3", r"plan\.steps is -3; .* 1 would do"),
+        ("plan.rate=nan", r"plan\.rate is nan; it must be a finite number above 0"),
+        ("plan.steps=none", "no end; give steps or seconds"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(setting: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         overridden({"only": Outer()}, [setting])
+
+
+def test_settings_that_need_each_other_are_changed_together() -> None:
+    changed = overridden({"only": Outer()}, ["plan.steps=none", "plan.seconds=60", "plan.batch=2", "plan.batch=3"])
+    assert (changed["only"].plan.steps, changed["only"].plan.seconds) == (None, 60.0)
+    assert changed["only"].plan.batch == 3, "the last one counts"
+
+
+PLANS = {
+    "steps": (-3, 0, 2.5, "3", True, 10**400),
+    "seconds": (0.0, -1.0, math.nan, math.inf),
+    "batch": (0, -8),
+    "accumulate": (0,),
+    "seed": (-1, 2**63),
+    "rate": (0.0, -1e-4, math.nan, math.inf),
+    "warmup": (-1,),
+    "decay": (-0.1, 1.1, math.nan),
+    "floor": (-0.1, 2.0),
+    "betas": ((0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9)),
+    "weight_decay": (-1.0, math.inf),
+    "clip": (0.0, -1.0, math.nan, -math.inf),
+    "ema": (-0.1, 1.0, math.nan),
+    "precision": ("fp8",),
+    "sharing": ("both",),
+    "save_seconds": (-1.0, math.nan),
+    "log_steps": (0,),
+    "sample_steps": (-1,),
+    "keep": (0,),
+    "folder": ("runs",),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in PLANS.items() for value in values])
+def test_a_plan_that_cannot_be_followed_is_refused_as_it_is_made(name: str, value: object) -> None:
+    settings: dict[str, Any] = {"folder": Path("run"), "steps": 10, name: value}
+    with pytest.raises(InputError, match=name) as raised:
+        Plan(**settings)
+    assert len(str(raised.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("clip", math.inf), ("save_seconds", math.inf), ("ema", 0.0), ("decay", 1.0), ("warmup", 0), ("rate", 1000)],
+)
+def test_the_ends_of_what_can_be_are_in_it(name: str, value: object) -> None:
+    settings: dict[str, Any] = {"folder": Path("run"), "steps": 10, name: value}
+    assert getattr(Plan(**settings), name) == value

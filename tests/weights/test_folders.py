@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import FAMILIES, assert_same_weights, networks, parts
 
-from fewstep.errors import CheckpointError, InputError
+from fewstep.adapters.lora import Factors, Lora
+from fewstep.adapters.save import save_lora
+from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.models.zoo import Family
 from fewstep.weights.load import load_parts, load_tiny
-from fewstep.weights.save import save_parts
+from fewstep.weights.save import save_parts, save_single_file
 from fewstep.weights.scheduler import SchedulerConfig
 
 Oracle = Callable[[str], tuple[Any, Path]]
@@ -123,6 +127,40 @@ def test_a_save_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         save_parts(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_a_killed_save_moved_aside_is_found_again(tmp_path: Path) -> None:
+    save_parts(model := parts("sd1"), tmp_path / "model")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (tmp_path / "model").rename(tmp_path / f".model.{process.pid}.old")  # between the renames, on no Linux
+    assert_same_weights(load(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (float("nan"), None, "holds NaN or infinity"),
+        (float("inf"), None, "holds NaN or infinity"),
+        (1e6, torch.float16, "holds numbers too large for torch.float16; save it in torch.float32"),
+    ],
+)
+def test_weights_that_are_not_finite_are_never_saved(
+    tmp_path: Path, value: float, dtype: torch.dtype | None, said: str
+) -> None:
+    save_parts(good := parts("sd1"), tmp_path / "model")
+    bad = parts("sd1")
+    with torch.no_grad():
+        bad.unet.conv_in.weight[0, 0, 0, 0] = value
+    with pytest.raises(NotFiniteError, match=f"'conv_in.weight' {said}"):
+        save_parts(bad, tmp_path / "model", dtype)
+    assert_same_weights(load(tmp_path / "model"), good)
+    with pytest.raises(NotFiniteError, match=said):
+        save_single_file(bad, tmp_path / "model.safetensors", dtype)
+    lora = Lora(name="bad", layers={"unet.x": Factors(down=torch.full((1, 2), value), up=torch.ones(2, 1), alpha=1.0)})
+    with pytest.raises(NotFiniteError, match=said):
+        save_lora(lora, tmp_path / "lora.safetensors", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_weights_in_the_asked_number_format_stay_mapped_and_others_are_converted(copy: Path) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.adapters.lora import Factors, Lora
 from fewstep.adapters.names import kohya_names
 from fewstep.adapters.read import NOTE
 from fewstep.errors import InputError, unknown
+from fewstep.weights.save import write_tensors
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -36,16 +35,7 @@ def save_lora(lora: Lora, path: str | Path, *, layout: Layout = "diffusers", dty
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise InputError(f"a LoRA cannot be saved as {path}; name a .safetensors file in a folder that is there")
     tensors, notes = layouts[layout](lora)
-    ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # save_file gives the file to its owner alone
-        save_file(ready, partial, metadata={"format": "pt", **notes})
-        partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(tensors, path, dtype, notes)
 
 
 def _diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:

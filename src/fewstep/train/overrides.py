@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
 
 T = TypeVar("T")
 TRUE, FALSE, NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null", "")
@@ -20,30 +20,35 @@ def overridden(runs: Mapping[str, T], settings: Sequence[str]) -> dict[str, T]:
     Keys are dotted paths into frozen dataclasses. Raises `InputError` for a key that is nowhere, with the nearest, and
     for a value that its field's type cannot hold.
     """
-    changed = dict(runs)
+    chosen: dict[str, list[tuple[str, str]]] = {name: [] for name in runs}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise InputError(f"{setting!r} is not a setting; write key=value, such as plan.rate=1e-4")
+            raise InputError(f"{quoted(setting)} is not a setting; write key=value, such as plan.rate=1e-4")
         stage, _, rest = key.partition(".")
         for name in [stage] if stage in runs else list(runs):
-            changed[name] = with_setting(changed[name], rest if stage in runs else key, text)
-    return changed
+            chosen[name].append((rest if stage in runs else key, text))
+    return {name: with_settings(run, chosen[name]) for name, run in runs.items()}
 
 
-def with_setting(config: T, key: str, text: str) -> T:
-    """A frozen dataclass with the field at the dotted path `key` set to what `text` says."""
-    name, _, rest = key.partition(".")
+def with_settings(config: T, settings: Sequence[tuple[str, str]]) -> T:
+    """A frozen dataclass with the fields at dotted paths set to what texts say; all at once, since they may depend."""
     assert is_dataclass(config)
-    names = [field.name for field in fields(config)]
-    if name not in names:
-        raise InputError(unknown(f"setting of {type(config).__name__}", name, names))
-    value = getattr(config, name)
-    if rest and not is_dataclass(value):
-        raise InputError(f"{name} is {value!r} and has no setting {rest!r}")
-    new = with_setting(value, rest, text) if rest else parsed(text, get_type_hints(type(config))[name], key)
-    changed: T = replace(config, **{name: new})  # type: ignore[type-var]
-    return changed
+    names, grouped = [field.name for field in fields(config)], dict[str, list[tuple[str, str]]]()
+    for key, text in settings:
+        name, _, rest = key.partition(".")
+        if name not in names:
+            raise InputError(unknown(f"setting of {type(config).__name__}", name, names))
+        grouped.setdefault(name, []).append((rest, text))
+    changed: dict[str, Any] = {}
+    for name, inner in grouped.items():
+        value, (rest, text) = getattr(config, name), inner[-1]
+        if rest and not is_dataclass(value):
+            raise InputError(f"{name} is {value!r} and has no setting {rest!r}")
+        kind = get_type_hints(type(config))[name]
+        changed[name] = with_settings(value, inner) if rest else parsed(text, kind, name)
+    result: T = replace(config, **changed)  # type: ignore[type-var]
+    return result
 
 
 def parsed(text: str, kind: Any, key: str) -> Any:
@@ -51,7 +56,7 @@ def parsed(text: str, kind: Any, key: str) -> Any:
     try:
         return _parsed(text, kind)
     except ValueError as error:
-        raise InputError(f"{key}={text!r} is not {_said(kind)}") from error
+        raise InputError(f"{key}={quoted(text)} is not {_said(kind)}") from error
 
 
 def _parsed(text: str, kind: Any) -> Any:

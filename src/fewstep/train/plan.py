@@ -12,12 +12,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
+from fewstep.train.checks import AT_LEAST_1, COUNT, SHARE, WEIGHT, Range, check_number, check_ranges
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Sharing = Literal["replicate", "shard"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 SHARINGS: tuple[Sharing, ...] = ("replicate", "shard")
+DECAY = Range(low=0, high=1, below=True, usual=0.999)
+RANGES = {
+    "steps": AT_LEAST_1,
+    "seconds": Range(low=0, above=True, usual=60),
+    "batch": AT_LEAST_1,
+    "accumulate": AT_LEAST_1,
+    "seed": Range(low=0, high=2**63 - 1, whole=True),
+    "rate": Range(low=0, above=True, usual=1e-4),
+    "warmup": COUNT,
+    "decay": SHARE,
+    "floor": SHARE,
+    "weight_decay": WEIGHT,
+    "clip": Range(low=0, above=True, endless=True, usual=1),
+    "ema": DECAY,
+    "save_seconds": Range(low=0, endless=True),
+    "log_steps": AT_LEAST_1,
+    "sample_steps": COUNT,
+    "keep": AT_LEAST_1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +78,19 @@ class Plan:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.folder, Path):
+            raise InputError(f"plan.folder is {quoted(self.folder)}; give a pathlib.Path")
         if self.steps is None and self.seconds is None:
             raise InputError("the run has no end; give steps or seconds")
         if self.precision not in PRECISIONS:
             raise InputError(unknown("precision", self.precision, PRECISIONS))
         if self.sharing not in SHARINGS:
             raise InputError(unknown("sharing", self.sharing, SHARINGS))
-        for name in ("batch", "accumulate", "log_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_ranges(self, RANGES, path="plan.")
+        if len(self.betas) != 2:
+            raise InputError(f"plan.betas is {self.betas}; AdamW has two, such as 0.9,0.99")
+        for beta in self.betas:
+            check_number("plan.betas", beta, DECAY)
 
     def progress(self, step: int, elapsed: float) -> float:
         """How much of the run is done, from 0 to 1."""

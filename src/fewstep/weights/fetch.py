@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import CheckpointError, InputError, quoted
+from fewstep.files import recover_folder
 from fewstep.models.zoo import CATALOGUE, Entry, entry
 from fewstep.weights.folder import NETWORKS, parts_of, read_json, weight_file, weight_files
 
@@ -31,6 +32,7 @@ def named(what: str | Path) -> Entry | Path | str:
     InputError for what is none of them.
     """
     path, text = Path(os.path.expanduser(what)), str(what).strip(" \t\"'").rstrip("/")  # noqa: PTH111
+    recover_folder(path)
     if what not in ("", *CATALOGUE) and os.path.exists(path):  # noqa: PTH110  (neither raises, whatever the name)
         return path
     if match := _URL.fullmatch(text):

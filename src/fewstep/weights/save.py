@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.errors import InputError
+from fewstep.errors import InputError, NotFiniteError, quoted
+from fewstep.files import atomic_write, partial_folder, partial_path, recover_folder
 from fewstep.formats.tensors import TensorFile
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.layouts import gathered, single_places
@@ -27,22 +26,20 @@ _ABSENT = [None, None]
 def save_parts(parts: Parts, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a diffusers folder, with weights in `dtype` or as they are.
 
-    The folder appears whole or not at all. An older model folder of that name is replaced; InputError if something
-    else is there.
+    The folder appears whole or not at all. An older model folder of that name is replaced, at once: a kill leaves the
+    one or the other. InputError if something else is there.
     """
     folder = Path(folder)
+    check_replaceable(folder)
+    with partial_folder(folder) as partial:
+        _write_folder(parts, partial, dtype)
+
+
+def check_replaceable(folder: Path) -> None:
+    """InputError if something other than a model folder is where a model is to be saved."""
+    recover_folder(folder)
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not a model folder; name another one")
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True)
-        _write_folder(parts, partial, dtype)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -60,7 +57,7 @@ def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None =
     if read != mine:
         raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
     notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
-    _write_tensors(tensors, path, dtype, notes)
+    write_tensors(tensors, path, dtype, notes)
 
 
 def save_tiny(network: TinyAutoencoder, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -90,7 +87,7 @@ def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None
 def _write_part(folder: Path, network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     _write_json(folder / "config.json", config)
-    _write_tensors(network.state_dict(), folder / f"{stem}.safetensors", dtype)
+    write_tensors(network.state_dict(), folder / f"{stem}.safetensors", dtype)
 
 
 def _index(parts: Parts) -> dict[str, Any]:
@@ -114,22 +111,27 @@ def _index(parts: Parts) -> dict[str, Any]:
     return index | ({"requires_aesthetics_score": True} if family == "sdxl-refiner" else {})
 
 
-def _write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None, notes: Mapping[str, str] | None = None
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None, notes: Mapping[str, str] | None = None
 ) -> None:
-    """A .safetensors file that appears whole or not at all."""
+    """Write a .safetensors file that appears whole or not at all, in `dtype` or as the tensors are.
+
+    Raises NotFiniteError, and writes nothing, for numbers that are NaN or infinite, or become so in `dtype`.
+    """
     ready = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    for name, tensor in ready.items():
+        if not tensor.isfinite().all():
+            fits = tensors[name].isfinite().all()
+            why = f"numbers too large for {tensor.dtype}; save it in torch.float32" if fits else "NaN or infinity"
+            raise NotFiniteError(f"{path.parent.name}/{path.name} was not written: {quoted(name)} holds {why}")
+    with partial_path(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode  # save_file gives the file to its owner alone
         save_file(ready, partial, metadata={"format": "pt", **(notes or {})})
         partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
