@@ -63,8 +63,13 @@ def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path,
     fewstep.add_lora(pipe, out / "lora" / "lora.safetensors")
     after = pipe.text_to_image("a red cube", steps=1, seed=1, output="latent").latents
     assert not torch.equal(before, after)
-    assert main(["train", str(recipe), "--out", str(out)]) == 0
+    assert main(["train", str(recipe), "--out", str(out), "first.plan.rate=2e-3"]) == 0
     assert capsys.readouterr().out.count("done before") == 2
+    assert main(["train", str(recipe), "--out", str(out), "--stage", "first"]) == 2
+    assert "with other settings: plan.rate was '0.002' and is '0.001'" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--out", str(out), "--stage", "first", "plan.rate=2e-3", "plan.steps=5"]) == 0
+    assert "goes on at step 3" in capsys.readouterr().out
+    assert [stage.steps for stage in read_training(out / "first" / "model").stages] == [5]
 
 
 @pytest.mark.parametrize(
@@ -73,14 +78,74 @@ def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path,
         (["plan.stepss=3"], "did you mean 'steps'"),
         (["--stage", "frist"], "did you mean 'first'"),
         (["plan.batch=5", "plan.accumulate=2"], "cannot be shared out"),
+        (["plan.steps=-3"], "plan.steps is -3; it must be a whole number from 1"),
+        (["plan.rate=nan"], "plan.rate is nan"),
+        (["plan.ema=1.5"], "plan.ema is 1.5"),
+        (["task.model=nowhere", "--stage", "first"], "unknown model 'nowhere'"),
+        (["task.lora_rank=-1", "--stage", "first"], "rank -1"),
     ],
 )
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_a_mistake_is_told_before_anything_is_written(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], said: str
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    said: str,
+    more: tuple[str, ...],
 ) -> None:
-    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments]) != 0
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments, *more]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "ready to train" in said
+    assert "begins with what first leaves" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["first", "lora"])
+def test_training_that_runs_away_is_an_error_and_leaves_no_model(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, stage: str
+) -> None:
+    text = recipe.read_text().replace('model=out / "first" / "model"', 'model="blocks-base"')
+    recipe.write_text(text)
+    arguments = ["plan.rate=1e30", "plan.clip=1e30", "plan.steps=30", "plan.sample_steps=0", "--stage", stage]
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments]) == 4
+    said = capsys.readouterr().err
+    assert "lower plan.rate" in said
+    assert not (tmp_path / "run" / stage / "model").exists()
+    assert not (tmp_path / "run" / stage / "lora.safetensors").exists()
+
+
+def test_pictures_are_drawn_while_a_lora_is_trained(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text().replace('model=out / "first" / "model"', 'model="blocks-base"'))
+    arguments = ["task.sample_prompts=a red cube", "plan.sample_steps=2", "--stage", "lora"]
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments]) == 0
+    assert (tmp_path / "run" / "lora" / "sample-00000002.png").is_file()
+
+
+BROKEN = {
+    "def stages(out):\n    return 1 / 0\n": "ZeroDivisionError",
+    "def stages(out:\n": "SyntaxError",
+    "import nowhere_at_all\n": "ModuleNotFoundError",
+    "def stages(out):\n    return [5]\n": "each must be a Run",
+    "def stages(out):\n    return None\n": "it must return a list of at least one Run",
+    "def stages():\n    return []\n": "cannot be called with the output folder alone",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_an_error_of_the_recipe_is_shown_as_its_own(tmp_path: Path, capsys: pytest.CaptureFixture, text: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["train", str(tmp_path / "mine.py"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert BROKEN[text] in said
+    assert "mine.py" in said
+    assert "a bug in fewstep" not in said
 
 
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -92,7 +157,8 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, capsys: pytest.Captur
     assert "no function stages" in said
 
 
-def test_stopped_and_gone_on_with_it_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_gone_on_with_it_is_the_same_run(recipe: Path, tmp_path: Path, how: signal.Signals) -> None:
     settings = ["plan.steps=40", "plan.sample_steps=0", "--stage", "first"]
     for name in ("whole", "parts"):
         command = [sys.executable, "-m", "fewstep", "train", str(recipe), "--out", str(tmp_path / name), *settings]
@@ -102,8 +168,9 @@ def test_stopped_and_gone_on_with_it_is_the_same_run(recipe: Path, tmp_path: Pat
             while not log.is_file() or len(log.read_text().splitlines()) < 3:
                 assert run.poll() is None
                 time.sleep(0.05)
-            run.send_signal(signal.SIGTERM)
-            assert run.wait() == 0
+            run.send_signal(how)
+            assert run.wait() == 130
+            assert [path.suffix for path in log.parent.glob("step-*")] == [".pt"]
             assert not (tmp_path / name / "first" / "model").exists()
             run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
         assert run.wait() == 0

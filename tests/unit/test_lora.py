@@ -347,7 +347,7 @@ def test_like_refuses_a_lora_that_has_changed(draw):
     Path("2.safetensors").replace("1.safetensors")
     code, says = draw("--like", "one.png", "-o", "again.png")
     assert code == 2
-    assert "1.safetensors, which has changed; give it with --lora" in says
+    assert "'1.safetensors', which has changed; give it with --lora" in says
     assert draw("--like", "one.png", "--lora", "1.safetensors", "-o", "again.png")[0] == 0
 
 
@@ -360,14 +360,14 @@ def test_like_distrusts_what_a_picture_says_of_loras(draw, lora):
     )
     code, says = draw("--like", "odd.png")
     assert code == 2
-    assert "by fewstep 9.9, says lora" in says
+    assert "by fewstep '9.9', says lora" in says
 
 
 @pytest.mark.parametrize(
     ("value", "code", "says"),
     [
-        ("gone.safetensors", 2, "there is no file gone.safetensors"),
-        ("1.safetensors:half", 2, "there is no file 1.safetensors:half"),
+        ("gone.safetensors", 2, "there is no file 'gone.safetensors'"),
+        ("1.safetensors:half", 2, "there is no file '1.safetensors:half'"),
         ("1.safetensors:nan", 2, "scale"),
         ("model/unet/diffusion_pytorch_model.safetensors", 3, "no LoRA"),
     ],

@@ -20,7 +20,8 @@ from fewstep.train.autoencoder import AutoencoderTask, Perceptual, Reconstructio
 from fewstep.train.overrides import overridden
 from fewstep.train.patches import PatchDiscriminator, adaptive_weight, hinge_loss
 from fewstep.train.plan import Part, Plan
-from fewstep.train.run import Run, carry_out, recipe_stages
+from fewstep.train.recipe import recipe_stages
+from fewstep.train.run import Run, carry_out
 from fewstep.train.sources import Examples
 from fewstep.train.trainer import Trainer
 from fewstep.weights.load import load_parts

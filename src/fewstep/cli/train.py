@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fewstep.cli.exits import Exit, code_for
 
 if TYPE_CHECKING:
     from fewstep.train.run import Run
@@ -20,19 +23,59 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where it is kept; else runs/RECIPE.")] = None,
     stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that can be checked before the first step, and write nothing.")
+    ] = False,
+    print_settings: Annotated[bool, typer.Option("--print-settings", help="Print the settings, and stop.")] = False,
 ) -> None:
     """Train what a recipe says, stage by stage. Stopped or killed, the same command goes on where it was."""
+    from fewstep.train.recipe import recipe_error
+
+    try:
+        stopped = _stages_stopped(recipe, settings or (), out, stage or (), dry_run=dry_run, only_print=print_settings)
+    except Exception as error:
+        foreign = code_for(error) == Exit.BUG or isinstance(error, OSError)
+        if foreign and (own := recipe_error(error, recipe)) is not None:
+            raise own from error
+        raise
+    if stopped:
+        raise typer.Exit(Exit.INTERRUPTED)
+
+
+def _stages_stopped(
+    recipe: Path, changes: Sequence[str], out: Path | None, names: Sequence[str], *, dry_run: bool, only_print: bool
+) -> bool:
+    """Carry the stages out, or try them, or print them; whether a signal stopped one."""
     from fewstep.train.overrides import overridden
     from fewstep.train.ranks import leave_ranks
-    from fewstep.train.run import chosen, recipe_stages
+    from fewstep.train.recipe import recipe_stages
+    from fewstep.train.run import chosen
 
-    runs = recipe_stages(recipe, out or Path("runs") / recipe.stem)
-    for run in overridden(chosen(runs, stage or ()), settings or ()).values():
+    runs = list(overridden(chosen(recipe_stages(recipe, out or Path("runs") / recipe.stem), names), changes).values())
+    stopped = False
+    for i, run in enumerate(runs):
         _print_settings(run)
-        if not dry_run and not _finished(run):
+        if dry_run:
+            _try(run, runs[:i])
+        elif not only_print and not _finished(run):
+            stopped = True
             break
     leave_ranks()
+    return stopped
+
+
+def _try(run: Run, earlier: Sequence[Run]) -> None:
+    """Do what a stage does before its first step, if all that it begins with is there."""
+    from fewstep.train.run import dry_run, waits_for
+
+    if (other := waits_for(run, earlier)) is not None:
+        _say(f"  begins with what {other.name} leaves in {other.plan.folder}, and is checked when that is there")
+        return
+    trainer, tried = dry_run(run, before=_print_preflight)
+    if trainer is None:
+        _say(f"{run.name}: done before, in {run.plan.folder}")
+    else:
+        _say("  ready to train" if tried else "  ready to make its data; the first step is tried when they are there")
 
 
 def _finished(run: Run) -> bool:
@@ -44,7 +87,8 @@ def _finished(run: Run) -> bool:
         _say(f"{run.name}: done before, in {run.plan.folder}")
         return True
     if trainer.stopping:
-        _say(f"{run.name}: stopped at step {trainer.step}; the same command goes on")
+        saved = "nothing was saved" if trainer.saved is None else f"the checkpoint is of step {trainer.saved}"
+        _say(f"{run.name}: stopped at step {trainer.step}, {saved}; the same command goes on")
         return False
     if trainer.rank == 0 and (run.plan.folder / "model").is_dir():
         _write_record(run, trainer)
@@ -54,7 +98,9 @@ def _finished(run: Run) -> bool:
 def _write_record(run: Run, trainer: Trainer) -> None:
     """Leave `training.json` beside the weights, with the stages that the model went through before."""
     from fewstep.evaluate.training import FILE, Training, TrainingStage, read_training
-    from fewstep.train.preflight import KG_PER_KWH, assumed_watts, settings
+    from fewstep.files import atomic_write
+    from fewstep.train.overrides import settings
+    from fewstep.train.preflight import KG_PER_KWH, assumed_watts
 
     stage = TrainingStage(
         name=run.name,
@@ -78,7 +124,8 @@ def _write_record(run: Run, trainer: Trainer) -> None:
         limits=(),
         kg_per_kwh=KG_PER_KWH,
     )
-    (run.plan.folder / "model" / FILE).write_text(record.to_json(), encoding="utf-8")
+    with atomic_write(run.plan.folder / "model" / FILE) as file:
+        file.write(record.to_json().encode())
 
 
 def _hardware(trainer: Trainer) -> str:
@@ -93,7 +140,7 @@ def _hardware(trainer: Trainer) -> str:
 
 
 def _print_settings(run: Run) -> None:
-    from fewstep.train.preflight import settings
+    from fewstep.train.overrides import settings
 
     _say(f"{run.name} ({type(run.task).__name__})")
     _say("\n".join(f"  {name} = {value}" for name, value in settings(run).items()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.errors import CheckpointError
+from fewstep.files import atomic_write, sweep_partials
 
 State = dict[str, Any]
 
@@ -20,12 +20,9 @@ def save_checkpoint(folder: Path, step: int, state: State, *, keep: int = 2) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    sweep_partials(folder, own=path.name)
+    with atomic_write(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path

@@ -90,4 +90,4 @@ def training_device(name: str) -> torch.device:
 def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return quoted(value)[1:-1] if isinstance(value, Real) else quoted(value)
+    return quoted(value)

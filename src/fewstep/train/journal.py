@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewstep.errors import MissingExtraError
+from fewstep.files import atomic_write
 from fewstep.train.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,10 +30,11 @@ class Journal:
 
     def __init__(self, plan: Plan, *, on: bool, waited: Callable[[], float]) -> None:
         self.plan, self.on, self.waited = plan, on, waited
-        self.skipped = 0
+        self.skipped, self.begun = 0, 0  # steps left out; the step that this run goes on from
         self.seen: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
         title, said = (TextColumn(column) for column in COLUMNS)
         self.bar = Progress(title, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
+        self.log = plan.folder / "log.jsonl"
         self.task = self.bar.add_task(plan.folder.name, total=1.0, said="")
         self.charts = Charts(plan.folder) if on and plan.tensorboard else None
 
@@ -44,9 +47,12 @@ class Journal:
         self.bar.update(self.task, completed=self.plan.progress(step, seconds))
         if not self.wants(step):
             return
+        if self.seen is None:
+            self._take_back()
         numbers = {"step": step, "seconds": seconds, **numbers, **self._speed(step, seconds), "skipped": self.skipped}
-        with (self.plan.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: round(value, 6) for name, value in numbers.items()}) + "\n")
+        line = {name: round(value, 6) if isfinite(value) else None for name, value in numbers.items()}
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         if self.charts is not None:
             self.charts.write(step, numbers)
         shown = [f"{name} {numbers[name]:.4g}" for name in numbers if name.endswith(("loss", "images/s", "data wait"))]
@@ -58,6 +64,15 @@ class Journal:
         with self.bar:
             yield
 
+    def _take_back(self) -> None:
+        """Remove the lines of steps that are taken again, after a kill or from the start, and one cut short."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
+        stay = [line for line in lines if _step_of(line) <= self.begun]
+        if stay != lines:
+            with atomic_write(self.log) as whole:
+                whole.write("".join(f"{line}\n" for line in stay).encode())
+
     def _speed(self, step: int, seconds: float) -> dict[str, float]:
         """Pictures a second and the share of time without data, since the last line."""
         waited, last = self.waited(), self.seen
@@ -66,6 +81,14 @@ class Journal:
             return {}
         passed = seconds - last[1]
         return {"images/s": self.plan.batch * (step - last[0]) / passed, "data wait": (waited - last[2]) / passed}
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for one that is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return inf
 
 
 class Charts:

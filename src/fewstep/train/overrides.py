@@ -51,6 +51,16 @@ def with_settings(config: T, settings: Sequence[tuple[str, str]]) -> T:
     return result
 
 
+def settings(config: object, path: str = "") -> dict[str, str]:
+    """Every setting of nested dataclasses by its dotted name."""
+    assert is_dataclass(config)
+    found: dict[str, str] = {}
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{path}{field.name}"
+        found |= settings(value, f"{name}.") if is_dataclass(value) else {name: str(value)}
+    return found
+
+
 def parsed(text: str, kind: Any, key: str) -> Any:
     """`text` as a value of the type `kind`: numbers, words, paths, choices, options and tuples with commas."""
     try:

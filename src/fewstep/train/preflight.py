@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
-from dataclasses import fields, is_dataclass
 
 import torch
 
@@ -20,16 +20,6 @@ CHECKPOINT_BYTES = 4 * 4
 WATTS = {"cpu": 100.0, "cuda": 250.0}
 KG_PER_KWH = 0.3
 """Assumed: a desktop's processor whole, a graphics card as those that trained Stable Diffusion v1, a usual grid."""
-
-
-def settings(config: object, path: str = "") -> dict[str, str]:
-    """Every setting of nested dataclasses by its dotted name."""
-    assert is_dataclass(config)
-    found: dict[str, str] = {}
-    for field in fields(config):
-        value, name = getattr(config, field.name), f"{path}{field.name}"
-        found |= settings(value, f"{name}.") if is_dataclass(value) else {name: str(value)}
-    return found
 
 
 def parameter_counts(trainer: Trainer) -> dict[str, tuple[int, int]]:
@@ -50,7 +40,8 @@ def check_fits(run: Run, trainer: Trainer) -> None:
             f"{free / 1e9:.1f} GB are free. Train fewer parameters (LoRA), shard them over more "
             "ranks, or take a larger machine"
         )
-    space, kept = shutil.disk_usage(run.plan.folder).free, trained * CHECKPOINT_BYTES * (run.plan.keep + 1)
+    there = next(folder for folder in (run.plan.folder, *run.plan.folder.absolute().parents) if folder.is_dir())
+    space, kept = shutil.disk_usage(there).free, trained * CHECKPOINT_BYTES * (run.plan.keep + 1)
     if kept > space:
         raise InputError(
             f"stage {run.name} keeps {kept / 1e9:.1f} GB of checkpoints; "
@@ -61,15 +52,14 @@ def check_fits(run: Run, trainer: Trainer) -> None:
 def estimate(run: Run, trainer: Trainer) -> str:
     """One line: how long the rest will take here, and what that emits; steps are timed by a second one, not applied."""
     plan, seconds = run.plan, 0.0
-    if plan.steps is None:
-        assert plan.seconds is not None
-        hours = max(0.0, plan.seconds - trainer.clock) / 3600
-    else:
-        for _ in range(2):
-            started = time.monotonic()
-            trainer.rehearse()
-            seconds = time.monotonic() - started
-        hours = (plan.steps - trainer.step) * seconds / 3600
+    for _ in range(2):
+        started = time.monotonic()
+        trainer.rehearse()
+        seconds = time.monotonic() - started
+    hours = min(
+        math.inf if plan.steps is None else (plan.steps - trainer.step) * seconds / 3600,
+        math.inf if plan.seconds is None else max(0.0, plan.seconds - trainer.clock) / 3600,
+    )
     watts = assumed_watts(trainer)
     kg = hours * watts / 1000 * KG_PER_KWH
     return f"about {hours:.3g} h to go, {kg:.3g} kg CO2 at {watts:g} W and {KG_PER_KWH:g} kg/kWh (assumed)"

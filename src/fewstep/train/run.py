@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 from PIL import Image
 
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
+from fewstep.train.done import done_before, write_done
+from fewstep.train.overrides import settings
 from fewstep.train.plan import Plan
 from fewstep.train.ranks import meet_ranks
 from fewstep.train.trainer import Trainer, Turn
-
-DONE = "done"
-"""The file that a finished stage leaves in its folder."""
 
 
 def _nothing(trainer: Trainer) -> None:
@@ -29,11 +25,13 @@ def _nothing(trainer: Trainer) -> None:
 class Work:
     """A task made ready: what is trained, and what comes of it.
 
-    `finish` writes what the stage is for, from the averaged weights; it is called on all ranks, and writes on rank 0.
-    `sample` draws a sheet of the same pictures each time it is called. `waited` tells how long there was no data.
+    `begin` makes the data that the losses read; a dry run leaves it out, and with it the first step. `finish` writes
+    what the stage is for, from the averaged weights; it is called on all ranks, and writes on rank 0. `sample` draws a
+    sheet of the same pictures each time it is called. `waited` tells how long there was no data.
     """
 
     turns: Mapping[str, Turn]
+    begin: Callable[[], None] | None = None
     finish: Callable[[Trainer], None] = _nothing
     sample: Callable[[Trainer], Image.Image] | None = None
     waited: Callable[[], float] = lambda: 0.0
@@ -43,7 +41,7 @@ class Task(Protocol):
     """What is to be learned: a frozen dataclass of settings."""
 
     def prepare(self, plan: Plan) -> Work:
-        """Load models and data."""
+        """Load models and open data; raise what is wrong with them. Nothing is written here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +57,6 @@ class Run:
         return self.plan.folder.name
 
 
-def recipe_stages(recipe: Path, out: Path) -> dict[str, Run]:
-    """The stages of a recipe by name: what its `stages(out)` returns; they keep what they make below `out`."""
-    if not recipe.is_file():
-        raise InputError(f"there is no recipe {recipe}; give the path of a Python file such as recipes/sd_v1_4.py")
-    module = _imported(recipe)
-    if not hasattr(module, "stages"):
-        raise InputError(f"{recipe} has no function stages(out: Path) -> Sequence[Run], so it is not a recipe")
-    runs: Sequence[Run] = module.stages(out)
-    return {run.name: run for run in runs}
-
-
 def chosen(runs: Mapping[str, Run], names: Sequence[str]) -> dict[str, Run]:
     """The named stages in the recipe's order, or all."""
     for name in names:
@@ -78,32 +65,68 @@ def chosen(runs: Mapping[str, Run], names: Sequence[str]) -> dict[str, Run]:
     return {name: run for name, run in runs.items() if not names or name in names}
 
 
-def carry_out(run: Run, *, before: Callable[[Run, Trainer], None] = lambda run, trainer: None) -> Trainer | None:
-    """Train a stage to its end and write what comes of it; None where that was done before.
+Ready = Callable[[Run, Trainer], None]
+"""What is called when all is ready, with the run where it goes on."""
 
-    `before` is called when all is ready, with the run where it goes on.
+
+def carry_out(run: Run, *, before: Ready = lambda run, trainer: None) -> Trainer | None:
+    """Train a stage to its end and write what comes of it; None where that was done before, with the same settings.
+
+    Where it was done, but for fewer steps or seconds than the plan has now, training goes on from its end. Raises
+    `InputError` where it was done with other settings, or for longer.
     """
-    done = run.plan.folder / DONE
-    if done.exists():
+    if done_before(run.plan, settings(run)):
         return None
-    work = run.task.prepare(run.plan)
-    trainer = Trainer(work.turns, run.plan, waited=work.waited, sample=work.sample)
+    work = _prepared(run)
+    if work.begin is not None:
+        work.begin()
+    trainer = _trainer(work, run.plan)
     before(run, trainer)
     trainer.run()
     if not trainer.stopping:
         work.finish(trainer)
-        done.touch()
+        if trainer.rank == 0:
+            write_done(run.plan, settings(run), steps=trainer.step, seconds=trainer.clock)
     meet_ranks()  # the next stage may begin from what rank 0 has just written
     return trainer
 
 
-def _imported(path: Path) -> ModuleType:
-    """The module at `path`; its neighbours can be imported from it."""
-    sys.path.insert(0, str(path.parent.resolve()))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def dry_run(run: Run, *, before: Ready = lambda run, trainer: None) -> tuple[Trainer | None, bool]:
+    """All that `carry_out` does and checks before the first step, with nothing written.
+
+    The trainer, None where the stage was done before; and whether the data are there, so that a step can be tried.
+    """
+    if done_before(run.plan, settings(run)):
+        return None, True
+    work = _prepared(run)
+    trainer = _trainer(work, run.plan)
+    if work.begin is None:
+        before(run, trainer)
+    return trainer, work.begin is None
+
+
+def waits_for(run: Run, earlier: Sequence[Run]) -> Run | None:
+    """The first of the `earlier` stages that a setting of `run` names the folder of and that is not done, or None."""
+    for other in earlier:
+        folder = other.plan.folder
+        named = (Path(value) for name, value in settings(run).items() if name != "plan.folder")
+        if any(path.is_relative_to(folder) for path in named) and not done_before(other.plan, settings(other)):
+            return other
+    return None
+
+
+def _prepared(run: Run) -> Work:
+    work: object = run.task.prepare(run.plan)
+    if not isinstance(work, Work):
+        raise InputError(f"{type(run.task).__name__}.prepare returned {quoted(work)}; it must return a Work")
+    return work
+
+
+def _trainer(work: Work, plan: Plan) -> Trainer:
+    trainer = Trainer(work.turns, plan, waited=work.waited, sample=work.sample)
+    if plan.steps is not None and trainer.step > plan.steps:
+        raise InputError(
+            f"{plan.folder} holds a run that is at step {trainer.step} already, past plan.steps = {plan.steps}; "
+            f"ask for at least {trainer.step}, or give another folder with --out"
+        )
+    return trainer

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from fewstep.errors import NotFiniteError
+
 State = dict[str, Any]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -22,6 +24,16 @@ def network_state(network: nn.Module) -> State:
     """Copies of all parameters and buffers by name; a call of all ranks together."""
     state: State = get_model_state_dict(network, options=WHOLE)
     return {name: value.clone() for name, value in state.items()}
+
+
+def check_finite(name: str, state: State) -> None:
+    """Raise `NotFiniteError` where a network's weights, which `name` names, are NaN or infinite."""
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise NotFiniteError(
+                f"{name}: {key} holds NaN or infinity, so it is not saved; lower plan.rate, and train on from the "
+                "checkpoint before"
+            )
 
 
 def load_network(network: nn.Module, state: State) -> None:

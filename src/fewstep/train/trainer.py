@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fewstep.errors import NotFiniteError
+from fewstep.errors import InputError, NotFiniteError
+from fewstep.files import partial_path
 from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.train.ema import Ema
 from fewstep.train.journal import Journal
@@ -22,12 +21,20 @@ from fewstep.train.memory import checkpoint_blocks
 from fewstep.train.plan import Part, Plan, mixed_seed
 from fewstep.train.process import computing_in
 from fewstep.train.ranks import average, join_ranks, shard
-from fewstep.train.states import State, load_network, load_optimizer, network_state, optimizer_state
+from fewstep.train.states import (
+    State,
+    check_finite,
+    load_network,
+    load_optimizer,
+    network_state,
+    optimizer_state,
+)
+from fewstep.train.stopping import Stop
 
-MOST_SKIPPED = 20
-"""Steps in a row without a finite gradient that end a run."""
-SCALE, SCALE_STEPS = 2.0**14, 1000
-"""The first factor of an fp16 loss, and after how many good steps it doubles."""
+MOST_BAD = 5
+"""Steps without a finite gradient that end a run; each with one makes up for one without."""
+SCALE, LEAST_SCALE, SCALE_STEPS = 2.0**14, 2.0, 1000
+"""The first and the smallest factor of an fp16 loss, and after how many good steps it doubles."""
 
 Loss = Callable[[Part], Mapping[str, Tensor]]
 """Named scalars, means over the part; the one called "loss" is made small, the others are only written down."""
@@ -62,7 +69,8 @@ class Pupil:
         if plan.compiled:
             self.network.compile()
         self.ema = Ema(self.network, plan.ema)
-        self.skipped, self.scale, self.good = 0, SCALE if plan.precision == "fp16" else 1.0, 0
+        self.scale, self.good = SCALE if plan.precision == "fp16" else 1.0, 0
+        self.bad = 0  # steps without a finite gradient that no smaller scale would mend, less those after them
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=plan.rate,
@@ -77,7 +85,10 @@ class Pupil:
 
     def advance(self, rate: float, *, finite: bool) -> None:
         """Take a step with the present gradients, or leave it out where they are not finite."""
-        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            self.bad = max(0, self.bad - 1)
+        elif self.scale <= LEAST_SCALE:
+            self.bad += 1
         self._rescale(finite)
         if finite:
             for group in self.optimizer.param_groups:
@@ -110,7 +121,7 @@ class Pupil:
             return
         self.good = self.good + 1 if finite else 0
         if not finite:
-            self.scale = max(2.0, self.scale / 2)
+            self.scale = max(LEAST_SCALE, self.scale / 2)
         elif self.good % SCALE_STEPS == 0:
             self.scale *= 2
 
@@ -135,27 +146,35 @@ class Trainer:
         plan.parts(0, self.rank, self.ranks)  # refuses a batch that cannot be shared out
         self.pupils = {name: Pupil(turn, plan) for name, turn in turns.items()}
         self.step, self.clock, self.elapsed = 0, 0.0, 0.0
-        self.stopping = False
+        self.saved: int | None = None
+        """The step of the newest checkpoint."""
+        self.stopping, self._stop = False, Stop(self.ranks)
         self.journal = Journal(plan, on=self.rank == 0, waited=waited)
         self._restore()
 
     def run(self) -> None:
         """Train to the end of the plan.
 
-        SIGTERM ends the run early with a checkpoint, from which the same call goes on. Raises `NotFiniteError` when 20
-        steps in a row have no finite gradient; single ones are left out and counted.
+        SIGINT or SIGTERM ends the run after the running step, with a checkpoint, from which the same call goes on; all
+        ranks at the same step. A second one ends it at once. Single steps without a finite gradient are left out and
+        counted; where they do not end, or end the run, `NotFiniteError` is raised, and the checkpoint before stays.
         """
-        saved, before = self.elapsed, signal.signal(signal.SIGTERM, self._stop)
-        try:
-            with self.journal.shown():
-                while not self.stopping and self.progress < 1:
-                    self.advance()
-                    if self.elapsed - saved > self.plan.save_seconds:  # the same on all ranks
-                        self.save()
-                        saved = self.elapsed
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        self.save()
+        written = self.elapsed
+        with self._stop.heard(), self.journal.shown():
+            while not self.stopping and self.progress < 1:
+                self.advance()
+                if self.elapsed - written > self.plan.save_seconds and self._sound:  # the same on all ranks
+                    self.save()
+                    written = self.elapsed
+            if self._sound:
+                self.save()
+            elif not self.stopping:
+                raise NotFiniteError(f"the run ended on a step without a finite gradient: {self._advice()}")
+
+    @property
+    def _sound(self) -> bool:
+        """Whether gradients are finite now; weights that give none are not saved."""
+        return all(pupil.bad == 0 for pupil in self.pupils.values())
 
     @property
     def progress(self) -> float:
@@ -163,13 +182,22 @@ class Trainer:
         return self.plan.progress(self.step, self.elapsed)
 
     def averaged(self, name: str) -> State:
-        """The averaged weights of a network, whole and on the CPU, for rank 0; a call of all ranks together."""
+        """The averaged weights of a network, whole and on the CPU, for rank 0; a call of all ranks together.
+
+        Raises `NotFiniteError` for weights that are NaN or infinite.
+        """
         with self.pupils[name].ema.in_place():
-            return network_state(self.pupils[name].network)
+            state = network_state(self.pupils[name].network)
+        check_finite(f"the averaged {name}", state)
+        return state
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks together."""
+        """Write a checkpoint; all ranks together. Raises `NotFiniteError`, and writes none, for weights of NaN."""
         state: dict[str, Any] = {name: pupil.state() for name, pupil in self.pupils.items()}
+        for name, held in state.items():
+            check_finite(f"{name} after step {self.step}", held["model"])
+            check_finite(f"the averaged {name} after step {self.step}", held["ema"])
+        self.saved = self.step
         if self.rank == 0:
             state |= {"step": self.step, "clock": self.clock, "skipped": self.journal.skipped}
             save_checkpoint(self.plan.folder, self.step, state, keep=self.plan.keep)
@@ -204,7 +232,9 @@ class Trainer:
                 stack.enter_context(pupil.ema.in_place())
             sheet = sample(self)
         if self.rank == 0:
-            sheet.save(self.plan.folder / f"sample-{self.step:08d}.png")
+            self.plan.folder.mkdir(parents=True, exist_ok=True)
+            with partial_path(self.plan.folder / f"sample-{self.step:08d}.png") as partial:
+                sheet.save(partial, format="PNG")
 
     def _turn(self, pupil: Pupil, rate: float) -> dict[str, float]:
         """One network's part of a step, all others frozen; what its loss said."""
@@ -212,12 +242,14 @@ class Trainer:
         with self._frozen_but(pupil):
             said = [self._backward(pupil, part) for part in self.plan.parts(self.step, self.rank, self.ranks)]
         norm = self._agree(pupil)
-        pupil.advance(rate, finite=bool(norm.isfinite()))
-        if pupil.skipped:
-            self.journal.skipped += 1
-        if pupil.skipped >= MOST_SKIPPED:
+        finite = bool(norm.isfinite())
+        self.journal.skipped += not finite
+        pupil.advance(rate, finite=finite)
+        if pupil.bad >= MOST_BAD:
+            loss = float(said[0]["loss"])
             raise NotFiniteError(
-                f"training: no finite gradient in the {MOST_SKIPPED} steps up to {self.step + 1}; lower the rate"
+                f"step {self.step + 1}: the loss is {loss:.4g} and the norm of its gradients {float(norm):.4g}; of the "
+                f"last steps {MOST_BAD} more had no finite gradient than had one: {self._advice()}"
             )
         if not self.journal.wants(self.step + 1):
             return {}
@@ -228,6 +260,8 @@ class Trainer:
         """The loss of a part, its gradients added to those there are."""
         with computing_in(self.plan.precision, next(pupil.network.parameters()).device):
             terms = pupil.turn.loss(part)
+        if "loss" not in terms:
+            raise InputError(f"a loss gave {', '.join(terms) or 'nothing'}; one of its scalars must be called loss")
         torch.autograd.backward(terms["loss"] * (pupil.scale / self.plan.accumulate))
         return {name: term.detach() for name, term in terms.items()}
 
@@ -235,8 +269,8 @@ class Trainer:
         """Average gradients and clock over the ranks, undo the loss's factor and clip; the norm before that."""
         gradients = pupil.gradients()
         whole = gradients if self.plan.sharing == "replicate" else []  # FSDP has averaged its own
-        self.elapsed, stop = average(whole, (self.clock, float(self.stopping)))
-        self.stopping = stop > 0
+        self.elapsed, stop = average(whole, (self.clock, float(self._stop.asked)))
+        self.stopping = self.stopping or stop > 0
         if pupil.scale != 1.0:
             torch._foreach_mul_(gradients, 1 / pupil.scale)
         norm = nn.utils.clip_grad_norm_(pupil.parameters, self.plan.clip)
@@ -245,19 +279,24 @@ class Trainer:
     def _frozen_but(self, pupil: Pupil) -> _Frozen:
         return _Frozen([p for other in self.pupils.values() if other is not pupil for p in other.parameters])
 
+    def _advice(self) -> str:
+        """What to do where training has run away."""
+        plan, fp16 = self.plan, "; fp16 may be too coarse: try plan.precision=bf16" * (self.plan.precision == "fp16")
+        kept = "no checkpoint was written"
+        if self.saved is not None:
+            kept = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
+        return (
+            f"lower plan.rate (now {plan.rate:g}) or plan.clip (now {plan.clip:g}), or raise plan.warmup{fp16}; {kept}"
+        )
+
     def _restore(self) -> None:
         state = load_checkpoint(self.plan.folder)
         if state is None:
-            self.plan.folder.mkdir(parents=True, exist_ok=True)
             return
         for name, pupil in self.pupils.items():
             pupil.restore(state[name])
         self.step, self.clock, self.journal.skipped = state["step"], state["clock"], state["skipped"]
-        self.elapsed = self.clock
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.stopping = True
+        self.elapsed, self.saved, self.journal.begun = self.clock, self.step, self.step
 
 
 class _Frozen:
