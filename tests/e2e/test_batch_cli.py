@@ -40,13 +40,80 @@ def test_each_line_becomes_the_picture_that_it_is_alone(prompts: Path, tmp_path:
     assert np.abs(pixels(folder / "00003.png") - pixels(tmp_path / "alone.png")).max() <= 1
 
 
-def test_what_is_there_stays(prompts: Path, tmp_path: Path, capsys: Any) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    (folder / "00001.png").write_bytes(b"mine")
-    assert main(["batch", str(prompts), "-o", str(folder), *SMALL]) == 0
-    assert (folder / "00001.png").read_bytes() == b"mine"
-    assert capsys.readouterr().out.split() == [str(folder / f"0000{number}.png") for number in (3, 4)]
+@pytest.fixture
+def drawn(prompts: Path, tmp_path: Path, capsys: Any) -> Any:
+    """`drawn(*options)`: the numbers of the lines that the command drew, and what it said."""
+
+    def run(*options: str, code: int = 0) -> tuple[list[int], str]:
+        assert main(["batch", str(prompts), "-o", str(tmp_path / "pictures"), *SMALL, *options]) == code
+        out, err = capsys.readouterr()
+        return [int(Path(path).stem) for path in out.split()], err
+
+    return run
+
+
+def test_pictures_that_are_there_stay_if_they_would_be_the_same(drawn: Any, prompts: Path, tmp_path: Path) -> None:
+    assert drawn()[0] == [1, 3, 4]
+    assert drawn()[0] == []
+    (tmp_path / "pictures" / "00003.png").unlink()
+    assert drawn()[0] == [3]
+    prompts.write_text(LINES.replace("a red cube", "a red sphere"))
+    numbers, said = drawn()
+    assert numbers == [1]
+    assert "1 of the pictures there were drawn from other lines or settings" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--seed", "5"),
+        ("--steps", "2"),
+        ("--size", "72"),
+        ("--sampler", "euler"),
+        ("--schedule", "karras"),
+        ("--guidance-scale", "2"),
+        ("--model", "blocks-base"),
+        ("--negative-prompt", "blue"),
+        ("--decoder", "tiny"),
+        ("--dtype", "float16"),
+    ],
+)
+def test_another_setting_draws_all_anew_and_so_does_its_absence(drawn: Any, change: tuple[str, ...]) -> None:
+    drawn()
+    assert drawn(*change)[0] == [1, 3, 4]
+    assert drawn(*change)[0] == []
+    assert drawn()[0] == [1, 3, 4]
+
+
+def test_files_of_others_are_not_replaced_unless_they_are_given_up(drawn: Any, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "00001.png")
+    (tmp_path / "pictures" / "00003.png").write_bytes(b"mine")
+    numbers, said = drawn(code=2)
+    assert numbers == []
+    assert "not drawn by fewstep" in said
+    assert (tmp_path / "pictures" / "00003.png").read_bytes() == b"mine"
+    assert drawn("--force")[0] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_marks_comments_and_line_ends_are_no_prompts(drawn: Any, prompts: Path, tmp_path: Path, encoding: str) -> None:
+    prompts.write_bytes("a red cube\r\n# a note\r\n\r\n  a blue sphere  \r\n".encode(encoding))
+    assert drawn()[0] == [1, 4]
+    made = [read_metadata(tmp_path / "pictures" / f"0000{number}.png") for number in (1, 4)]
+    assert [found and found["prompt"] for found in made] == ["a red cube", "a blue sphere"]
+
+
+def test_unknown_words_are_named_with_their_line(drawn: Any, prompts: Path) -> None:
+    prompts.write_text("a red cube\na purple dragon\n")
+    said = drawn()[1]
+    assert "line 2: words the model does not know: dragon" in said
+    assert "line 1" not in said
+
+
+def test_text_of_another_encoding_is_refused(drawn: Any, prompts: Path) -> None:
+    prompts.write_bytes("ein grüner Würfel".encode("latin-1"))
+    assert "UTF-8" in drawn(code=2)[1]
 
 
 def test_processes_share_the_lines(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

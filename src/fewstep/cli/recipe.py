@@ -62,7 +62,7 @@ def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recip
     from fewstep import __version__
 
     kept: Recipe = {name: recipe[name] for name in ("strength", *HOW) if name in recipe}
-    kept |= {name: _seen_from(folder, str(recipe[name])) for name in MODELS if name in recipe}
+    kept |= {name: seen_from(folder, str(recipe[name])) for name in MODELS if name in recipe}
     for name in PICTURES:
         if name in recipe:
             kept[name] = _relative(recipe[name], folder)
@@ -129,7 +129,7 @@ def _check(recipe: Recipe) -> None:
             raise InputError(f"{name} {quoted(recipe[name])} holds half a letter; type it again, in UTF-8")
 
 
-def _seen_from(folder: Path, model: str) -> str:
+def seen_from(folder: Path, model: str) -> str:
     """A path of weights as seen from `folder`, told from a name by its leading dot; a name unchanged."""
     from fewstep.models.zoo import CATALOGUE
 
