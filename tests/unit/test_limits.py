@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,11 +47,13 @@ def threads(cgroup: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A machine where PyTorch takes 8 threads by itself, and two cores in the container."""
     (cgroup / "cpu.max").write_text("200000 100000")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(limits, "THREADS", 8)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setattr(limits, "DEFAULT", 8)
     before = torch.get_num_threads()
-    torch.set_num_threads(8)
+    mkl = limits._set_threads(8, 0)
     yield 8
     torch.set_num_threads(before)
+    limits._set_threads(before, mkl)
 
 
 @pytest.mark.usefixtures("threads")
@@ -59,9 +64,44 @@ def test_large_networks_take_the_cores_of_the_container_and_small_ones_one() -> 
 def test_a_number_of_threads_that_the_user_chose_stays(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(3)
     assert (limits.threads_for(LARGE), limits.threads_for(6_000_000)) == (3, 3)
-    torch.set_num_threads(threads)
+    limits._set_threads(threads, 0)
+    assert limits.threads_for(6_000_000) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert limits.threads_for(6_000_000) == 8
+
+
+CHOOSE = """
+import torch
+usual = torch.get_num_threads()
+torch.set_num_threads({})
+from fewstep.engines.cpu.limits import DEFAULT, threads_for
+print(torch.get_num_threads(), threads_for(6_000_000), threads_for(800_000_000), DEFAULT == usual)
+"""
+
+
+@pytest.mark.parametrize("number", ["usual + 1", "usual"])
+def test_a_number_chosen_before_fewstep_is_imported_stays(number: str) -> None:
+    """Even PyTorch's own, where it says that somebody chose it: MKL remembers."""
+    if number == "usual" and not limits._has_mkl:
+        pytest.skip("without MKL, PyTorch's own number is not seen to be chosen")
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    command = [sys.executable, "-c", CHOOSE.format(number)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert found == [found[0]] * 3 + ["True"]
+
+
+def test_a_limit_in_one_thread_is_none_in_another(threads: int) -> None:
+    """Neither what a new thread computes with nor what a model loaded in it takes."""
+    if limits._openmp is None:
+        pytest.skip("PyTorch's OpenMP cannot be reached")
+
+    def fresh() -> tuple[int, int, int]:
+        return torch.get_num_threads(), limits.threads_for(LARGE), limits.threads_for(6_000_000)
+
+    with ThreadPoolExecutor(1) as thread:
+        free = thread.submit(fresh).result()
+    with limits.cap_threads(threads + 1), ThreadPoolExecutor(1) as thread:
+        assert thread.submit(fresh).result() == free
 
 
 def test_the_callers_number_of_threads_comes_back(threads: int) -> None:

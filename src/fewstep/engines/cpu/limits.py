@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
 from fewstep.errors import InputError
 from fewstep.memory import cgroup_numbers, is_short_of_memory, shortage
-
-THREADS = torch.get_num_threads()
-"""What PyTorch takes by itself."""
 
 SMALL = 50_000_000
 """Parameters of a UNet below which one thread is enough."""
@@ -34,9 +33,10 @@ def threads_for(parameters: int) -> int:
     gain next to nothing by more, while on a busy machine threads wait for each other at every layer; else no more than
     there are cores.
     """
-    if "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != THREADS:
-        return torch.get_num_threads()
-    return 1 if parameters < SMALL else min(THREADS, usable_cores())
+    threads = torch.get_num_threads()
+    if _is_chosen(threads):
+        return threads
+    return 1 if parameters < SMALL else min(threads, usable_cores())
 
 
 @contextmanager
@@ -46,11 +46,63 @@ def cap_threads(count: int) -> Iterator[None]:
     if before == count:
         yield
         return
-    torch.set_num_threads(count)
+    mkl = _set_threads(count, count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _set_threads(before, mkl)
+
+
+def _set_threads(count: int, mkl: int) -> int:
+    """Set OpenMP's and MKL's numbers for this thread; MKL's own until now, 0 where it had none.
+
+    `torch.set_num_threads` would also set what threads that are new to PyTorch begin with.
+    """
+    before = 0
+    if _openmp is not None:
+        _openmp.omp_set_num_threads(count)
+        if _has_mkl:
+            before = _openmp.MKL_Set_Num_Threads_Local(mkl)
+    if torch.get_num_threads() != count:  # a build with threads of another kind
+        torch.set_num_threads(count)
+    return before
+
+
+def _is_chosen(threads: int) -> bool:
+    """Whether the user has chosen this thread's number: MKL has one of its own after `torch.set_num_threads`."""
+    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")) or threads != DEFAULT:
+        return True
+    if _openmp is None or not _has_mkl:
+        return False
+    chosen = _openmp.MKL_Set_Num_Threads_Local(0)
+    _openmp.MKL_Set_Num_Threads_Local(chosen)
+    return bool(chosen != 0)
+
+
+def _openmp_of_torch() -> ctypes.CDLL | None:
+    """PyTorch's own OpenMP (and MKL, where it has that), found among the libraries that it has loaded."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        library.omp_set_num_threads.argtypes = [ctypes.c_int]
+        library.omp_get_max_threads.argtypes = []
+    except (OSError, AttributeError, TypeError):  # Windows, or a build without OpenMP
+        return None
+    return library
+
+
+def _default_threads() -> int:
+    """What PyTorch takes by itself: asked in a new thread, which knows nothing of `torch.set_num_threads`."""
+    if _openmp is None:
+        return torch.get_num_threads()
+    ask = _openmp.MKL_Get_Max_Threads if _has_mkl else _openmp.omp_get_max_threads
+    with ThreadPoolExecutor(1) as new:
+        return int(new.submit(ask).result())
+
+
+_openmp = _openmp_of_torch()
+_has_mkl = hasattr(_openmp, "MKL_Set_Num_Threads_Local") and hasattr(_openmp, "MKL_Get_Max_Threads")
+DEFAULT = _default_threads()
+"""Threads that PyTorch takes by itself."""
 
 
 @contextmanager
