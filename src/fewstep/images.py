@@ -23,6 +23,7 @@ Picture = Image.Image | NDArray[Any] | Tensor | str | Path
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST_PICTURE = 64_000_000  # pixels
+MOST_SCANS = 100  # of a progressive JPEG; programs write 10, and each goes over all pixels anew
 LARGEST_METADATA = 65_536  # characters
 LARGEST_EXIF = 30_000  # characters of EXIF data, whose 64 kB hold another text too
 _DESCRIPTION, _MARK = ExifTags.Base.ImageDescription, "fewstep: "
@@ -221,6 +222,8 @@ def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
             raise InputError(f"{type(image).__name__} is not a picture, an array, a tensor or a path")
         file_size(Path(image))
         with Image.open(image, formats=FORMATS) as opened:
+            if opened.format == "JPEG" and Path(image).read_bytes().count(b"\xff\xda") > MOST_SCANS:
+                raise InputError(f"{printable(str(image))} goes over its pixels more than {MOST_SCANS} times")
             return _decoded(opened)
 
 

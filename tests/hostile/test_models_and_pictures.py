@@ -330,6 +330,15 @@ def test_more_data_than_a_picture_needs_is_not_unpacked(tmp_path: Path) -> None:
     assert_cheap(attempt(lambda: images.to_tensor(tmp_path / "a.png")))
 
 
+def test_a_jpeg_of_a_thousand_scans(tmp_path: Path) -> None:
+    """Each of a few bytes, each over all pixels."""
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "a.jpg", progressive=True)
+    content = (tmp_path / "a.jpg").read_bytes()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    (tmp_path / "a.jpg").write_bytes(content[:-2] + 1000 * scan + content[-2:])
+    assert_refused(attempt(lambda: images.to_tensor(tmp_path / "a.jpg")))
+
+
 def test_long_texts_beside_ours(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "a" * 60_000 + "\nSteps: " + "9" * 60)
