@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fewstep
 from fewstep import __version__
 from fewstep.cli import main, options
+from fewstep.images import read_metadata
 
 
 class Outcome(NamedTuple):
@@ -499,3 +501,17 @@ def test_inspect_tells_what_a_foreign_file_is(cli):
     run = cli("inspect", "weights.safetensors")
     assert run.code == 3
     assert "git-lfs" in run.err
+
+
+def test_what_python_saved_is_drawn_again(cli, tmp_path, monkeypatch):
+    """Of the embedded model, and of a folder of weights that lies beside the pictures."""
+    monkeypatch.chdir(tmp_path)
+    fewstep.load("blocks-base").save(tmp_path / "mine")
+    for name, model in (("cube", None), ("own", tmp_path / "mine")):
+        pipe = fewstep.load(model, dtype="float16", decoder=None if model else "tiny")
+        result = pipe.text_to_image("a red cube", seed=3, steps=2, width=64, height=64)
+        result.save(f"{name}.png")
+        assert str(tmp_path) not in json.dumps(read_metadata(f"{name}.png"))
+        assert cli("generate", "--like", f"{name}.png", "-o", f"{name}-again.png").code == 0
+        again, once = (np.asarray(Image.open(f"{name}{end}.png"), np.int16) for end in ("-again", ""))
+        assert np.abs(again - once).max() <= 1

@@ -172,11 +172,12 @@ def _made_so(line: Line, wanted: recipe.Recipe, seed: int) -> dict[str, Any]:
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.options import sampler_named
+    from fewstep.weights.fetch import seen_from
 
     model = wanted.get("model", EMBEDDED)
     usual = checks.defaults_of(CATALOGUE.get(model))
     said = dict.fromkeys(("negative_prompt", "decoder", "dtype")) | (dict(vars(usual)) if usual else {})
-    said |= {"model": recipe.seen_from(line.path.parent, model), "prompt": line.prompt, "seed": seed + line.number - 1}
+    said |= {"model": seen_from(line.path.parent, model), "prompt": line.prompt, "seed": seed + line.number - 1}
     said |= {
         name: wanted[name] for name in COMPARED if name in wanted and name not in said.keys() & {"prompt", "model"}
     }

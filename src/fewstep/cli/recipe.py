@@ -60,6 +60,7 @@ def keywords(recipe: Recipe) -> Recipe:
 def metadata(recipe: Recipe, settings: Mapping[str, Any], folder: Path) -> Recipe:
     """What to write into PNG files in `folder`: a result's `settings`, and files as seen from there."""
     from fewstep import __version__
+    from fewstep.weights.fetch import seen_from
 
     kept: Recipe = {name: recipe[name] for name in ("strength", *HOW) if name in recipe}
     kept |= {name: seen_from(folder, str(recipe[name])) for name in MODELS if name in recipe}
@@ -127,14 +128,6 @@ def _check(recipe: Recipe) -> None:
     for name in TEXTS:
         if any(0xD800 <= ord(letter) < 0xE000 for letter in str(recipe.get(name, ""))) and name not in FILES:
             raise InputError(f"{name} {quoted(recipe[name])} holds half a letter; type it again, in UTF-8")
-
-
-def seen_from(folder: Path, model: str) -> str:
-    """A path of weights as seen from `folder`, told from a name by its leading dot; a name unchanged."""
-    from fewstep.models.zoo import CATALOGUE
-
-    named = model in CATALOGUE or not Path(model).exists()
-    return model if named else f"./{_relative(model, folder)}"
 
 
 def _relative(path: str | Path, folder: Path) -> str:

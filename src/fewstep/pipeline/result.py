@@ -16,6 +16,7 @@ from fewstep.errors import InputError
 from fewstep.images import save_picture
 from fewstep.pipeline.notebook import html_of, png_of
 from fewstep.version import __version__
+from fewstep.weights.fetch import seen_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,10 @@ class Result:
         path = Path(path)
         names = [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(self.images) + 1)]
         written = [path] if len(self.images) == 1 else names
+        places = {name: self.settings[name] for name in ("model", "decoder", "tokenizer") if name in self.settings}
+        seen = {name: seen_from(path.parent, str(place)) for name, place in places.items()}
         for file, image, seed in zip(written, self.images, self.seeds, strict=True):
-            save_picture(image, file, {"fewstep": __version__, **self.settings, "seed": seed})
+            save_picture(image, file, {"fewstep": __version__, **self.settings, **seen, "seed": seed})
         return written
 
     def _repr_png_(self) -> bytes | None:

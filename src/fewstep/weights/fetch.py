@@ -46,6 +46,13 @@ def named(what: str | Path) -> Entry | Path | str:
     return sources.get(text.lower()) or (text if HUB_ID.fullmatch(text) else entry(text))
 
 
+def seen_from(folder: Path, model: str) -> str:
+    """A path of weights as seen from `folder`, told from a name by its leading dot; a name unchanged."""
+    if model in CATALOGUE or not os.path.exists(model):  # noqa: PTH110
+        return model
+    return f"./{Path(os.path.relpath(model, folder)).as_posix()}"
+
+
 def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
     """The folder or file that `what` names, downloaded if need be, and its entry of the catalogue, if any.
 
