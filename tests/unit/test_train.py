@@ -22,6 +22,7 @@ from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
 from fewstep.nn.attention import attended
 from fewstep.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fewstep.train.done import done_before
 from fewstep.train.ema import Ema
 from fewstep.train.fold import fold_statistics
 from fewstep.train.losses import (
@@ -396,3 +397,12 @@ def test_two_ranks_train_as_one_with_the_same_batch(tmp_path: Path, sharing: str
         model = [saved if name == "averaged.pt" else saved["model"]["model"] for saved in (two, one)]
         torch.testing.assert_close(model[0], model[1], rtol=1e-3, atol=1e-4)
     assert all(isinstance(value, Tensor) for value in one["model"]["ema"].values())
+
+
+def test_a_stage_that_was_done_before_its_length_was_noted_stays_done(tmp_path: Path) -> None:
+    (tmp_path / "done").touch()
+    save_checkpoint(tmp_path, 40, {"step": 40})
+    timed = Plan(folder=tmp_path, seconds=60.0)
+    assert done_before(timed, {"plan.steps": "None", "plan.seconds": "60.0"})
+    assert done_before(Plan(folder=tmp_path, steps=40), {"plan.steps": "40"})
+    assert not done_before(Plan(folder=tmp_path, steps=80), {"plan.steps": "80"}), "more steps go on"

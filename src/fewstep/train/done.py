@@ -33,12 +33,15 @@ def write_done(plan: Plan, settings: Mapping[str, str], *, steps: int, seconds: 
 def done_before(plan: Plan, settings: Mapping[str, str]) -> bool:
     """Whether a stage is at its end: False where it was never there, or where the plan is longer now.
 
-    Raises `InputError` where it was done with other settings, or with a longer plan.
+    Raises `InputError` where it was done with other settings, or for longer.
     """
     path = plan.folder / DONE
     if not path.is_file():
         return False
     noted = _read(path)
+    if noted is None:  # the newest checkpoint tells how long it was
+        steps = max((int(one.stem.removeprefix("step-")) for one in checkpoints(plan.folder)), default=None)
+        return steps is None or plan.seconds is not None or plan.progress(steps, 0.0) >= 1
     before = {name: value for name, value in noted["settings"].items() if name in settings}
     changed = [name for name in before if before[name] != _placed(settings[name], plan.folder)]
     shorter = (plan.steps is not None and noted["steps"] > plan.steps) or (
@@ -54,15 +57,13 @@ def done_before(plan: Plan, settings: Mapping[str, str]) -> bool:
     return not changed or plan.progress(noted["steps"], noted["seconds"]) >= 1
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What was noted; of a file without a note the newest checkpoint tells how long the stage was."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was noted; None of a file without a note, which is older."""
     try:
         noted = json.loads(path.read_bytes())
         return {"steps": int(noted["steps"]), "seconds": float(noted["seconds"]), "settings": dict(noted["settings"])}
     except (ValueError, TypeError, KeyError):
-        steps = [int(one.stem.removeprefix("step-")) for one in checkpoints(path.parent)]
-        length = {} if not steps else {"plan.steps": "unknown"}
-        return {"steps": max(steps, default=0), "seconds": 0.0, "settings": length}
+        return None
 
 
 def _placed(value: str, folder: Path) -> str:
