@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -45,6 +45,12 @@ def quoted(value: object, longest: int = 80) -> str:
         half = (longest - 5) // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return repr(text) if isinstance(value, str) else printable(text)
+
+
+def some(names: Collection[str], shown: int = 3) -> str:
+    """The first `shown` of `names` in their order, and how many more there are; what is no plain text is quoted."""
+    first = (name if name.isprintable() and len(name) <= 200 else quoted(name, 200) for name in sorted(names)[:shown])
+    return ", ".join(first) + (f", ... {len(names) - shown} more" if len(names) > shown else "")
 
 
 def printable(text: str) -> str:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import fewstep
 from fewstep import __version__
 from fewstep.cli import main, options
-from fewstep.images import read_metadata
+from fewstep.images import read_metadata, save_png
 
 
 class Outcome(NamedTuple):
@@ -287,7 +289,6 @@ def test_like_needs_a_picture_by_fewstep(cli):
     ids=str,
 )
 def test_like_distrusts_what_a_picture_says(cli, tiny, entry):
-    from fewstep.images import save_png
 
     known = {"fewstep": "9.9", "prompt": "a cube", "model": str(tiny)}
     save_png(Image.new("RGB", (8, 8)), "odd.png", known | entry)
@@ -464,7 +465,6 @@ def test_inspect_tells_how_a_picture_was_made(cli, draw):
 
 
 def test_inspect_hides_terminal_commands(cli):
-    from fewstep.images import save_png
 
     save_png(Image.new("RGB", (8, 8)), "a.png", {"fewstep": "0", "prompt": "\x1b]0;owned\x07"})
     assert "\x1b" not in cli("inspect", "a.png").out
@@ -515,3 +515,40 @@ def test_what_python_saved_is_drawn_again(cli, tmp_path, monkeypatch):
         assert cli("generate", "--like", f"{name}.png", "-o", f"{name}-again.png").code == 0
         again, once = (np.asarray(Image.open(f"{name}{end}.png"), np.int16) for end in ("-again", ""))
         assert np.abs(again - once).max() <= 1
+
+
+EVIL = "\x1b]0;owned\x07\x9b31m\u202eevil\u2066"
+ACTED_ON = set("\x1b\x07\x9b\u202e\u2066\r")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("a red cube", "-m", EVIL),
+        ("a red cube", "-m", f"./{EVIL}.safetensors"),
+        ("a red cube", "--init", f"{EVIL}.png"),
+        ("a red cube", "--sampler", EVIL),
+        ("a red cube", "--size", EVIL),
+        ("a red cube", "--lora", EVIL),
+        ("a red cube", "-o", f"{EVIL}/cube.png"),
+        ("--like", f"{EVIL}.png"),
+        ("a red cube", "-m", "evil.safetensors"),
+        ("a red cube", "--lora", "evil.safetensors"),
+        ("a red cube", "--like", "evil.png"),
+    ],
+)
+def test_no_text_from_elsewhere_moves_the_terminal(cli, tmp_path, arguments):
+    """In options, in names of tensors, and in what a picture says."""
+    save_file({f"{EVIL}\nerror: forged": torch.zeros(1)}, tmp_path / "evil.safetensors")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "evil.png", {"fewstep": EVIL, "prompt": EVIL, EVIL: EVIL})
+    run = cli("generate", *arguments)
+    assert run.code
+    assert not ACTED_ON & set(run.out + run.err), run.err
+    assert not any(line.startswith("error: forged") for line in run.err.splitlines())
+
+
+def test_prompts_are_no_markup(cli):
+    run = cli("generate", f"[bold]a red cube[/bold] [/] {EVIL}", "--steps", 1, "--size", 64, "-o", "cube.png")
+    assert run.code == 0
+    assert not ACTED_ON & set(run.out + run.err)
+    assert read_metadata("cube.png")["prompt"].startswith("[bold]a red cube[/bold] [/]")

@@ -12,14 +12,13 @@ from typing import Any
 
 from fewstep.adapters.lora import Factors, Layer, Lora, layers_of, networks
 from fewstep.adapters.names import layer_names
-from fewstep.errors import CheckpointError, InputError, quoted
+from fewstep.errors import CheckpointError, InputError, quoted, some
 from fewstep.files import reading
 from fewstep.formats.tensors import TensorFile
 from fewstep.weights.folder import read_json
 from fewstep.weights.load import open_tensors
 from fewstep.weights.parts import Parts
 
-SHOWN = 3  # names of each kind of problem
 NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a .safetensors file
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of folders by PEFT and by diffusers
 _PEFT_SETTINGS = "adapter_config.json"
@@ -99,9 +98,9 @@ def _other_kind(file: TensorFile, strangers: Collection[str]) -> str:
     """What a file with such names is instead of a LoRA."""
     for mark, what in _OTHER_KINDS.items():
         if telling := [key for key in strangers if re.search(mark, key)]:
-            return f"{file.path} is {what}, which fewstep does not apply, as these show: {_some(telling)}"
+            return f"{file.path} is {what}, which fewstep does not apply, as these show: {some(telling)}"
     whole = "no LoRA" if len(strangers) == len(file.shapes) else "more than a LoRA"
-    found = _some(strangers) or "nothing"
+    found = some(strangers) or "nothing"
     return f"{file.path} holds {whole}: {found}; expected names such as lora_unet_*.lora_down.weight"
 
 
@@ -123,7 +122,7 @@ def _misfit(file: TensorFile, keys: Keys, layer: Layer) -> str | None:
 def _refusal(file: TensorFile, parts: Parts, problems: Problems) -> str:
     made_for, own = _made_for(file), _FAMILIES.get(parts.family, parts.family)
     what = f"is made for {made_for} and" if made_for not in (None, own) else "is a LoRA that"
-    lines = [f"  layers {problem} ({len(names)}): {_some(names)}" for problem, names in problems.items()]
+    lines = [f"  layers {problem} ({len(names)}): {some(names)}" for problem, names in problems.items()]
     return "\n".join([f"{file.path} {what} does not fit {parts.name} ({own}); nothing was applied.", *lines])
 
 
@@ -178,7 +177,3 @@ def _noted_alpha(settings: Mapping[str, Any], name: str, rank: int) -> Any:
         if f".{layer}".endswith("." + pattern.removeprefix("^")):
             alpha = value
     return alpha * math.sqrt(rank) if noted("use_rslora", False) and isinstance(alpha, int | float) else alpha
-
-
-def _some(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:SHOWN]) + (f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else "")

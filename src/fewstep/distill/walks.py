@@ -90,7 +90,7 @@ class WalkTask:
         making = NoisyLatents(parts, self.data, text_drop=0.0)
         empty = told_of(parts, making.engine, Examples(captions=[""]))
         teacher = Teacher(parts.unet, making.process, empty)
-        Walker(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision).write(self.walks)
+        walker = Walker(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
         source, student = Ahead(Walks(folder=self.walks)), parts.unet.train().requires_grad_(True)
         batch, times = NoisyLatents(parts, source, text_drop=0.0), torch.tensor(self.settings.kept)
 
@@ -108,6 +108,7 @@ class WalkTask:
         turbo = turbo_edition(parts)
         return Work(
             turns={"student": Turn(network=student, loss=loss)},
+            begin=lambda: walker.write(self.walks),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,

@@ -8,9 +8,6 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
-from fewstep.engines.device import choose_device
 from fewstep.errors import InputError, quoted
 
 
@@ -80,11 +77,6 @@ def check_number(name: str, value: object, allowed: Range) -> None:
         near = allowed.nearest(value)
         instead = "" if near is None else f"; {_shown(near)} would do"
         raise InputError(f"{name} is {_shown(value)}; it must be {allowed}{instead}")
-
-
-def training_device(name: str) -> torch.device:
-    """The device of a task's setting; `InputError` for one that is not here."""
-    return choose_device(name)
 
 
 def _shown(value: object) -> str:

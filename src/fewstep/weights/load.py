@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.diffusion.denoiser import Prediction
-from fewstep.errors import CheckpointError, InputError, quoted, unknown
+from fewstep.errors import CheckpointError, InputError, quoted, some, unknown
 from fewstep.formats.tensors import TensorFile, joined, kind_of, read_safetensors
 from fewstep.formats.unpickle import read_torch
 from fewstep.models.autoencoder import AutoencoderKL
@@ -306,9 +306,4 @@ def _misfits(filling: Filling) -> list[str]:
                 found["not of floating point"].add(f"{key}: {file.dtypes[key]}")
     if unwanted:
         found["unexpected"] = unwanted
-    return [f"{file.path}: {len(names)} {what}: {_some(names)}" for what, names in found.items()]
-
-
-def _some(names: set[str]) -> str:
-    more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(sorted(names)[:SHOWN]) + more
+    return [f"{file.path}: {len(names)} {what}: {some(names, SHOWN)}" for what, names in found.items()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewstep.diffusion.denoiser import Prediction
-from fewstep.errors import CheckpointError, InputError
+from fewstep.errors import CheckpointError, InputError, some
 from fewstep.formats.tensors import Shape, TensorFile
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 from fewstep.models.zoo import CATALOGUE, Family
@@ -87,8 +87,7 @@ def _family(file: TensorFile) -> Family:
             if any(key.startswith(prefixes[-1]) for key in file.shapes):
                 return family
     hint = next((what for mark, what in _OTHERS.items() if any(mark in key for key in file.shapes)), "something else")
-    some = ", ".join(sorted(file.shapes)[:3])
-    raise CheckpointError(f"{file.path} is no SD 1, SD 2 or SDXL single file, but {hint}. It holds {some}, ...")
+    raise CheckpointError(f"{file.path} is no SD 1, SD 2 or SDXL single file, but {hint}. It holds {some(file.shapes)}")
 
 
 def _length(shapes: Shapes, template: str) -> int:
