@@ -8,13 +8,14 @@ import platform
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
+
+from fewstep.locks import made_once
 
 LONG = 2.0
 """Seconds of one run of all ways above which a second run is left out."""
@@ -79,7 +80,7 @@ class Choices:
             self.path = None
 
 
-@cache
+@made_once
 def of_this_machine(threads: int) -> Choices:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())

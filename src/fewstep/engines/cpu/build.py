@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from ctypes import CDLL
-from functools import cache
 from hashlib import blake2b, sha256
 from pathlib import Path
 
@@ -27,13 +26,14 @@ import torch.nn.functional as F
 from fewstep.engines.choices import cache_folder, processor
 from fewstep.engines.cpu.compiled import SCHEMES, Kernels
 from fewstep.files import atomic_write, partial_path
+from fewstep.locks import made_once
 
 SOURCES = Path(__file__).parent / "kernels"
 
 _log = logging.getLogger(__name__)
 
 
-@cache
+@made_once
 def kernels() -> Kernels | None:
     """The kernels, built when first asked for; None without a compiler, or if what they compute is wrong here."""
     for compiler in _compilers():
@@ -89,7 +89,7 @@ def _private_folder() -> Path:
     return _temporary_folder()
 
 
-@cache
+@made_once
 def _temporary_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
