@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, cache_folder, digest
+from fewstep.engines.choices import Choices, digest, kept_file
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.graphs import Called, Function, Graphs
 from fewstep.engines.cuda.layers import (
@@ -243,7 +243,7 @@ def of_this_card(device: torch.device) -> Choices:
         return Choices()
     cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     card = torch.cuda.get_device_name(device), torch.__version__, cudnn
-    return Choices(cache_folder() / f"cuda-{digest(*card)}.json", wait=torch.cuda.synchronize)
+    return Choices(kept_file(f"cuda-{digest(*card)}.json"), wait=torch.cuda.synchronize)
 
 
 def swaps(means: Means) -> Swaps:
