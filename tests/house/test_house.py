@@ -21,7 +21,7 @@ FILES = sorted(SRC.rglob("*.py"))
 
 FACE = "fewstep"  # src/fewstep/__init__.py
 FLOORS = {
-    "errors": 0, "files": 0, "memory": 0, "rng": 0, "images": 0, "version": 0,
+    "errors": 0, "files": 0, "locks": 0, "memory": 0, "rng": 0, "images": 0, "version": 0,
     "nn": 1, "diffusion": 1,
     "models": 2, "text": 2, "formats": 2,
     "weights": 3,

@@ -174,11 +174,11 @@ print("ran" if found is not None and found.attention(*[torch.ones(1, 4, 32)] * 3
 """
 
 
-def started(cache: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def started(cache: Path, *more: str, umask: int = -1) -> subprocess.CompletedProcess[str]:
     """A process that builds or loads the kernels, and runs one."""
     command = [sys.executable, "-c", DRAW, *more]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, umask=umask)
 
 
 def cut(library: Path) -> None:
@@ -245,6 +245,12 @@ def test_a_folder_that_others_can_write_to_is_not_loaded_from(cache: Path) -> No
     assert "compiled again" in started(cache).stderr
     assert started(cache, "compile").stdout == "ran\n"
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_library_that_was_built_with_a_careless_umask_is_loaded_again(tmp_path: Path) -> None:
+    if started(tmp_path, "compile", umask=0).stdout != "ran\n":
+        pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
+    assert started(tmp_path).stdout == "ran\n"
 
 
 def test_short_memory_shrinks_the_chunk(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fewstep.adapters.lora import Factors, Loaded, Lora, layers_of, networks
 from fewstep.adapters.read import read_lora
@@ -29,6 +31,8 @@ class _Merged:
 
 
 _merged: WeakKeyDictionary[UNet, _Merged] = WeakKeyDictionary()
+_merging = threading.Lock()
+"""One merge at a time: each begins with what the one before has left."""
 
 
 def add_lora(pipe: Loaded, what: Lora | str | Path, scale: float = 1.0) -> Lora:
@@ -36,35 +40,40 @@ def add_lora(pipe: Loaded, what: Lora | str | Path, scale: float = 1.0) -> Lora:
 
     `what`: a file, a folder that diffusers or PEFT wrote, or a LoRA read or trained before. A negative `scale` turns it
     around. Half-precision weights are computed in float32; the unchanged ones are kept, in as much memory again.
-    Whatever it raises, the model is as it was: CheckpointError for a file that does not fit (see `read_lora`),
-    InputError for a LoRA of another model or a scale that is no number, NotFiniteError for a scale that is too much for
-    the format of the weights.
+    While other threads draw with the model, it waits for the steps that they are at: those are computed with the
+    weights as they were, the next ones with the new weights. Whatever it raises, the model is as it was:
+    CheckpointError for a file that does not fit (see `read_lora`), InputError for a LoRA of another model or a scale
+    that is no number, NotFiniteError for a scale that is too much for the format of the weights.
     """
     if not math.isfinite(scale):
         raise InputError(f"the scale of a LoRA is {scale}; expected a number, usually from 0 to 1")
     lora = what if isinstance(what, Lora) else read_lora(what, pipe.parts)
     _check_fit(pipe.parts, lora)
-    _set(pipe.parts, [*_applied(pipe.parts), (lora, scale)])
+    with _merging:
+        _set(pipe.parts, [*_applied(pipe.parts), (lora, scale)])
     return lora
 
 
+@torch.inference_mode(False)  # tensors of that mode have no versions
 @torch.no_grad()
 def fuse_lora(parts: Parts, lora: Lora) -> None:
     """Merge a LoRA for good: what was before is not kept. Raises as `add_lora` does, and changes nothing then."""
     _check_fit(parts, lora)
     layers = layers_of(networks(parts))
     weights = {name: _summed(name, layers[name].weight.data, [(lora, 1.0)]) for name in lora.layers}
-    for name, weight in weights.items():
-        layers[name].weight.data = weight
+    with parts.lock.changing():
+        for name, weight in weights.items():
+            _replace(layers[name].weight, weight)
 
 
 def remove_lora(pipe: Loaded, lora: Lora | None = None) -> None:
     """Take `lora`, or all of them, out of `pipe`; the weights become what they were, to the last bit."""
-    applied = _applied(pipe.parts)
-    if lora is not None and not any(each is lora for each, _ in applied):
-        merged = ", ".join(each.name for each, _ in applied) or "none"
-        raise InputError(f"the LoRA {lora.name} is not merged into {pipe.parts.name}; merged: {merged}")
-    _set(pipe.parts, [(each, scale) for each, scale in applied if lora is not None and each is not lora])
+    with _merging:
+        applied = _applied(pipe.parts)
+        if lora is not None and not any(each is lora for each, _ in applied):
+            merged = ", ".join(each.name for each, _ in applied) or "none"
+            raise InputError(f"the LoRA {lora.name} is not merged into {pipe.parts.name}; merged: {merged}")
+        _set(pipe.parts, [(each, scale) for each, scale in applied if lora is not None and each is not lora])
 
 
 def _applied(parts: Parts) -> list[Applied]:
@@ -79,6 +88,7 @@ def _check_fit(parts: Parts, lora: Lora) -> None:
             raise InputError(f"the LoRA {lora.name} changes {name}, which {parts.name} has not, or not of this size")
 
 
+@torch.inference_mode(False)  # tensors of that mode have no versions
 @torch.no_grad()
 def _set(parts: Parts, applied: list[Applied]) -> None:
     """Make `applied` all that is merged: everything is computed before the first weight changes."""
@@ -86,10 +96,17 @@ def _set(parts: Parts, applied: list[Applied]) -> None:
     changed = dict.fromkeys(name for lora, _ in applied for name in lora.layers)
     originals = {name: state.originals.get(name, layers[name].weight.data) for name in changed}
     weights = {name: _summed(name, originals[name], applied) for name in changed}
-    for name in {**state.originals, **changed}:
-        weight = layers[name].weight
-        weight.data = (weights[name] if name in changed else state.originals[name]).to(weight.device)
-    state.applied, state.originals = applied, originals
+    with parts.lock.changing():
+        for name in {**state.originals, **changed}:
+            _replace(layers[name].weight, weights[name] if name in changed else state.originals[name])
+        state.applied, state.originals = applied, originals
+
+
+def _replace(weight: Tensor, value: Tensor) -> None:
+    """Give `weight` another value, and another version: what is made of it is made anew, wherever the value lies."""
+    weight.data = value.to(weight.device)
+    if not weight.is_inference():
+        increment_version(weight)
 
 
 def _summed(name: str, original: Tensor, applied: Iterable[Applied]) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import Tensor
+
+from fewstep.engines.folder import cache_folder
+from fewstep.files import write_json
+from fewstep.locks import made_once
 
 LONG = 2.0
 """Seconds of one run of all ways above which a second run is left out."""
@@ -70,36 +71,30 @@ class Choices:
         """Keep what is known; a disk that cannot be written is no reason to stop."""
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.known, indent=0, sort_keys=True), encoding="utf-8")
-            partial.replace(self.path)
-        except OSError:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.known = {**_read(self.path), **self.known}  # what another process has found out stays
+            write_json(self.path, self.known)
+        except (OSError, ValueError):  # half a character in a key of another hand
             self.path = None
 
 
-@cache
+@made_once
 def of_this_machine(threads: int) -> Choices:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())
-    return Choices(cache_folder() / f"cpu-{digest(*machine, threads)}.json")
+    return Choices(kept_file(f"cpu-{digest(*machine, threads)}.json"))
+
+
+def kept_file(name: str) -> Path | None:
+    """Where choices are kept between processes; None without a folder of the user's own."""
+    folder = cache_folder()
+    return None if folder is None else folder / name
 
 
 def digest(*what: object) -> str:
     """A short name for what choices depend on."""
     return blake2b(repr(what).encode(), digest_size=6).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where what is found out about this machine is kept; a relative XDG_CACHE_HOME does not count."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():
-        return named / "fewstep"
-    try:
-        return Path.home() / ".cache" / "fewstep"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / "fewstep-cache"
 
 
 def processor() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ from fewstep.engines.engine import Conditioning
 
 if TYPE_CHECKING:
     from fewstep.weights.parts import Parts
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def steady(call: Callable[Concatenate[EagerEngine, P], T]) -> Callable[Concatenate[EagerEngine, P], T]:
+    """A call of an engine during which nobody changes the weights."""
+
+    @wraps(call)
+    def held(engine: EagerEngine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with engine.parts.lock.computing():
+            return call(engine, *args, **kwargs)
+
+    return held
 
 
 class EagerEngine:
@@ -23,6 +38,7 @@ class EagerEngine:
         weight = parts.unet.conv_in.weight
         self.device, self.dtype = weight.device, weight.dtype
 
+    @steady
     def encode_text(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """See `Engine`. SD 1 and 2 read the last states, SDXL the penultimate ones of both towers side by side."""
         chunks = ids[0].shape[1]
@@ -33,6 +49,7 @@ class EagerEngine:
         context = torch.cat([state.penultimate for state in states], dim=-1)
         return _joined(context, chunks), states[-1].pooled[::chunks].float()  # pooled: that of the first chunk
 
+    @steady
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         if conditioning.channels is not None:
@@ -49,6 +66,7 @@ class EagerEngine:
         float32: Tensor = output.float()
         return float32
 
+    @steady
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. A half-precision decoder that overflows is run again in float32."""
         if self.parts.tiny is not None:
@@ -63,6 +81,7 @@ class EagerEngine:
                 return image
         return self._in_float32(latents, "decode")
 
+    @steady
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
         vae = self.parts.autoencoder

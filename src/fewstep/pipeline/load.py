@@ -18,6 +18,7 @@ from fewstep.weights.load import load_parts, load_tiny
 EMBEDDED = "blocks-turbo"
 
 
+@torch.inference_mode(False)  # weights that can be trained, and whose changes are seen, whatever the caller's mode
 def load(
     what: str | Path | None = None,
     *,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import CheckpointError, quoted
+from fewstep.locks import WeightsLock
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import UNetConfig
 from fewstep.models.text_encoder import TextEncoder
@@ -28,7 +29,8 @@ class Parts:
     """The networks of one model with what belongs to them; text towers and tokenizers in the same order.
 
     `name`: the catalogue's, the folder's or the file's. `force_zeros_for_empty_prompt`: as SDXL's base was trained.
-    `tiny`: decodes in the autoencoder's place.
+    `tiny`: decodes in the autoencoder's place. `lock`: held by engines that compute with the weights, and by whoever
+    changes them.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Parts:
     licence: str
     force_zeros_for_empty_prompt: bool = False
     tiny: TinyAutoencoder | None = None
+    lock: WeightsLock = field(default_factory=WeightsLock, repr=False, compare=False)
 
 
 def family_of(unet: UNetConfig) -> Family:

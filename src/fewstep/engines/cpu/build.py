@@ -17,23 +17,26 @@ import subprocess
 import sys
 import tempfile
 from ctypes import CDLL
-from functools import cache
 from hashlib import blake2b, sha256
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from fewstep.engines.choices import cache_folder, processor
+from fewstep.engines.choices import processor
 from fewstep.engines.cpu.compiled import SCHEMES, Kernels
+from fewstep.engines.folder import cache_folder, is_own
 from fewstep.files import atomic_write, partial_path
+from fewstep.locks import made_once
 
 SOURCES = Path(__file__).parent / "kernels"
+
+_AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no link is followed, no pipe waited for
 
 _log = logging.getLogger(__name__)
 
 
-@cache
+@made_once
 def kernels() -> Kernels | None:
     """The kernels, built when first asked for; None without a compiler, or if what they compute is wrong here."""
     for compiler in _compilers():
@@ -64,32 +67,21 @@ def _built(compiler: list[str]) -> Path:
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
     what = (*(source.read_bytes() for source in sources), *flags, *compiler, processor())
-    path = _private_folder() / f"kernels-{blake2b(repr(what).encode(), digest_size=8).hexdigest()}.so"
+    name = f"kernels-{blake2b(repr(what).encode(), digest_size=8).hexdigest()}.so"
+    path = (cache_folder() or _temporary_folder()) / name
     if not _whole(path):
         files = [str(source) for source in sources if source.suffix == ".c"]
         with partial_path(path) as partial:
             command = [*compiler, *flags, *files, "-o", str(partial)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
+            partial.chmod(0o700)  # whatever the user's umask
             digest = sha256(partial.read_bytes()).hexdigest()
         with atomic_write(_digest_file(path)) as file:
             file.write(digest.encode())
     return path
 
 
-def _private_folder() -> Path:
-    """The cache's folder, where it belongs to this user alone; else one for this process."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_mine(folder.stat()):
-            return folder
-        _log.debug("other users can write to %s: kernels are built for this process alone", folder)
-    except OSError as error:
-        _log.debug("%s cannot be used (%s): kernels are built for this process alone", folder, error)
-    return _temporary_folder()
-
-
-@cache
+@made_once
 def _temporary_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -99,18 +91,13 @@ def _temporary_folder() -> Path:
 def _whole(path: Path) -> bool:
     """Whether the library is there, this user's own, and byte for byte what was built: not cut short, not another."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | _AS_IT_IS), "rb") as file:
             status = os.fstat(file.fileno())
-            if not (stat.S_ISREG(status.st_mode) and _is_mine(status)):
+            if not (stat.S_ISREG(status.st_mode) and is_own(status)):
                 return False
             return sha256(file.read()).hexdigest() == _digest_file(path).read_text(encoding="ascii")
     except (OSError, ValueError):
         return False
-
-
-def _is_mine(status: os.stat_result) -> bool:
-    """Whether this user owns it, and nobody else can write to it."""
-    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
 
 def _digest_file(path: Path) -> Path:

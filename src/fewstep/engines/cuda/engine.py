@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, cache_folder, digest
+from fewstep.engines.choices import Choices, digest, kept_file
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.graphs import Called, Function, Graphs
 from fewstep.engines.cuda.layers import (
@@ -36,6 +36,7 @@ from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding
 from fewstep.engines.kept import Embeddings, state_of
 from fewstep.engines.rebuilt import Swaps, rebuilt_parts
+from fewstep.locks import made_once
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -172,7 +173,7 @@ class CudaEngine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """One call at a time, with all that is made of weights up to date."""
-        with self._lock:
+        with self.parts.lock.computing(), self._lock:
             self._refresh()
             yield
 
@@ -193,8 +194,8 @@ class CudaEngine:
             torch.cuda.empty_cache()
 
     def _in_float32(self, method: str, value: Tensor) -> Tensor:
-        vae = copy.deepcopy(self.parts.autoencoder).float()
-        with torch.no_grad():
+        with torch.no_grad(), self.parts.lock.computing():
+            vae = copy.deepcopy(self.parts.autoencoder).float()
             out: Tensor = getattr(vae, method)(value.to(self.device, torch.float32))
         return out
 
@@ -204,7 +205,7 @@ def runs(parts: Parts) -> bool:
     return all(weight.is_cuda for network in _networks(parts) for weight in network.parameters())
 
 
-@cache
+@made_once
 def operations(device: torch.device) -> Operations:
     """The kernels, or PyTorch's own operations where they cannot be compiled or compute wrongly."""
     if device.type != "cuda":
@@ -235,14 +236,14 @@ def _right(found: Operations, device: torch.device) -> bool:
         return all(torch.allclose(a, b, atol=2e-2) for a, b in pairs)
 
 
-@cache
+@made_once
 def of_this_card(device: torch.device) -> Choices:
     """The choices of this card and these versions of PyTorch and cuDNN."""
     if device.type != "cuda":
         return Choices()
     cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     card = torch.cuda.get_device_name(device), torch.__version__, cudnn
-    return Choices(cache_folder() / f"cuda-{digest(*card)}.json", wait=torch.cuda.synchronize)
+    return Choices(kept_file(f"cuda-{digest(*card)}.json"), wait=torch.cuda.synchronize)
 
 
 def swaps(means: Means) -> Swaps:
