@@ -4,8 +4,8 @@ r"""Stable Diffusion v1-4: its four stages of training, from the model card of C
         laion2b-en-256.task.model=START laion2b-en-256.task.data.folder=DATA/256 ...
 
 Hardware (published): 32 x 8 A100 40 GB, batch 32 x 8 x 2 x 4 = 2048, 150,000 hours of one card, 11,250 kg CO2. Not
-run here: nobody has these pictures and cards on a desk. `--dry-run` prints it; `recipes/blocks_base.py` is the same
-road at a size that runs on a laptop.
+run here: nobody has these pictures and cards on a desk. `--print-settings` prints it; `recipes/blocks_base.py` is the
+same road at a size that runs on a laptop.
 
 START is a folder with the autoencoder and the text tower of v1 (the UNet in it is not read); the data are folders of
 `fewstep data prepare`. The original's learning rate is 1e-4 after 10,000 steps of warmup; its average decays by 0.9999.

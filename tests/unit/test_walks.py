@@ -78,7 +78,10 @@ def test_a_student_learns_the_end_of_its_teachers_walks(tmp_path: Path) -> None:
         model="blocks-base", data=Blockworld(), walks=tmp_path / "walks", settings=WalkSettings(count=1, steps=4)
     )
     plan = Plan(folder=tmp_path / "run", steps=12, batch=16, rate=3e-4, warmup=2, log_steps=1, decay=0.0)
-    trainer = Trainer(task.prepare(plan).turns, plan)
+    work = task.prepare(plan)
+    assert work.begin is not None
+    work.begin()
+    trainer = Trainer(work.turns, plan)
     trainer.run()
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.files import atomic_write
 from fewstep.models.config import UNetConfig
 from fewstep.models.unet import UNet
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
@@ -20,8 +21,9 @@ from fewstep.train.plan import Part, Plan
 from fewstep.train.process import predicted
 from fewstep.train.run import Work
 from fewstep.train.sources import Ahead, Source
-from fewstep.train.trainer import Loss, Turn
+from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.load import load_parts
+from fewstep.weights.parts import Parts
 
 Features = dict[str, Tensor]
 """The output of each block of a UNet by the block's name, in the order of computing."""
@@ -184,19 +186,25 @@ class SmallTask:
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:
             student, inherited = student_of(parts.unet)
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            (plan.folder / "inherited.txt").write_text(f"{inherited}\n", encoding="utf-8")
         else:
+            inherited = None
             student = load_parts(self.student, dtype=torch.float32, device=device).unet
         student.train().requires_grad_(True)
         source, small = Ahead(self.data), replace(parts, unet=student)
         noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
         return Work(
             turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy))},
-            finish=lambda trainer: save_result(small, trainer, student),
+            finish=lambda trainer: self._keep(small, trainer, student, inherited),
             sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,
         )
+
+    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: Inheritance | None) -> None:
+        """Write the student, and which of its weights were the teacher's."""
+        save_result(small, trainer, student)
+        if inherited is not None and trainer.rank == 0:
+            with atomic_write(trainer.plan.folder / "inherited.txt") as file:
+                file.write(f"{inherited}\n".encode())
 
     def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
         def loss(part: Part) -> dict[str, Tensor]:
