@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli import recipe
-from fewstep.errors import InputError, unknown
+from fewstep.errors import InputError, quoted, unknown
 
 if TYPE_CHECKING:
     from fewstep.models.zoo import Defaults, Entry
@@ -28,7 +28,7 @@ def check(wanted: recipe.Recipe) -> None:
     if "strength" in keywords:
         strength_steps(job.steps if native or "steps" in wanted else 1000, keywords["strength"])
     if not 0 <= wanted.get("handoff", 0.8) <= 1:
-        raise InputError(f"handoff {wanted['handoff']} is not a number from 0 to 1")
+        raise InputError(f"handoff {quoted(wanted['handoff'])} is not a number from 0 to 1")
 
 
 def defaults_of(known: Entry | None) -> Defaults | None:

@@ -64,19 +64,25 @@ def _drop_replaced(recipe: Recipe, instead: Mapping[str, Any]) -> None:
 def _check_kinds(recipe: Recipe, source: str) -> None:
     """A picture may come from anybody, or from a later version."""
     for name, value in recipe.items():
-        kind = str if name in TEXTS else int | float if name in NUMBERS else ()
-        if not (_are_loras(value) if name == "lora" else isinstance(value, kind)):
+        number, text = name in NUMBERS and _is_number(value), name in TEXTS and isinstance(value, str)
+        if not (number or text or (name == "lora" and _are_loras(value))):
             raise InputError(f"{source} says {quoted(name)[1:-1]} = {quoted(value)}, which is unknown here")
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one that can be reckoned with: neither NaN nor of thousands of digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -(2**64) < value < 2**64
+
+
 def _are_loras(value: Any) -> bool:
-    kinds = {"file": str, "scale": int | float, "sha256": str}
+    kinds = {"file": str, "sha256": str}
     return (
         isinstance(value, list)
         and len(value) <= MOST_LORAS
         and all(
             isinstance(entry, dict)
-            and entry.keys() == kinds.keys()
+            and entry.keys() == {"file", "scale", "sha256"}
+            and _is_number(entry["scale"])
             and all(isinstance(entry[name], kind) for name, kind in kinds.items())
             for entry in value
         )

@@ -140,7 +140,8 @@ def _agreed(taken: Sequence[Path]) -> bool:
     """Whether a person at the terminal lets these files go."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    return typer.confirm(f"{listed(taken)} there already; overwrite?", err=True)
+    print(f"{listed(taken)} there already; overwrite? [y/N]", end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _free(folder: Path, stem: str) -> Path:

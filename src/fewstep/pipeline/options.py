@@ -245,9 +245,10 @@ def _negatives(value: str | Sequence[str] | None, count: int, per_prompt: int) -
 def _number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
         near = ""
-        if isinstance(value, int | float):
-            near = f"; the nearest is {min(max(round(value) if whole else value, low), high)}"
-        raise InputError(f"{name} {value!r} is not a {'whole ' * whole}number from {low:g} to {high:g}{near}")
+        if isinstance(value, int | float) and value == value:  # NaN is near nothing
+            nearest = min(max(value, low), high)
+            near = f"; the nearest is {round(nearest) if whole else nearest}"
+        raise InputError(f"{name} {quoted(value)} is not a {'whole ' * whole}number from {low:g} to {high:g}{near}")
     return value
 
 
