@@ -22,20 +22,7 @@ if TYPE_CHECKING:
 
 
 _DRAWN_WITH = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
-COMPARED = (
-    "prompt",
-    "seed",
-    "model",
-    "decoder",
-    "dtype",
-    "negative_prompt",
-    "steps",
-    "guidance_scale",
-    "sampler",
-    "schedule",
-    "width",
-    "height",
-)
+COMPARED = ("prompt", "seed", "model", "decoder", "dtype", "negative_prompt", *_DRAWN_WITH)
 """Of what a picture says of itself: what makes it another one."""
 
 
