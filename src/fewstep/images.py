@@ -171,6 +171,16 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         return found
 
 
+def is_whole(path: str | Path) -> bool:
+    """Whether a picture's file is as it was written: not cut short, and for PNG the checksums of its chunks agree."""
+    try:
+        with _regular(path), Image.open(path, formats=FORMATS) as image:
+            image.verify()
+    except UNREADABLE:
+        return False
+    return True
+
+
 def _from_exif(image: Image.Image) -> tuple[bool, str | None]:
     """Whether fewstep wrote the picture, and the text about it in its EXIF data, if any."""
     exif = image.getexif()

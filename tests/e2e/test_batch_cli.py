@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fewstep
 from fewstep.cli import main
 from fewstep.images import read_metadata
 
@@ -85,6 +86,39 @@ def test_another_setting_draws_all_anew_and_so_does_its_absence(drawn: Any, chan
     assert drawn()[0] == [1, 3, 4]
 
 
+def test_what_a_folder_of_weights_draws_by_default_counts_too(drawn: Any, tmp_path: Path) -> None:
+    """Its defaults are known when it is loaded, and not before."""
+    fewstep.load("blocks-base").save(tmp_path / "mine")
+    model = ("--model", str(tmp_path / "mine"))
+    for change in (("--guidance-scale", "2"), ("--schedule", "karras"), ("--sampler", "euler")):
+        assert drawn(*model, *change)[0] == [1, 3, 4]
+        assert drawn(*model, *change)[0] == []
+        assert drawn(*model)[0] == [1, 3, 4]
+        assert drawn(*model)[0] == []
+
+
+def test_a_picture_that_was_cut_short_is_drawn_anew(drawn: Any, tmp_path: Path) -> None:
+    drawn()
+    path = tmp_path / "pictures" / "00003.png"
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:-60] + b"\0" * 8 + whole[-52:]):
+        path.write_bytes(damaged)
+        assert drawn()[0] == [3]
+        assert path.read_bytes() == whole
+
+
+def test_a_line_ends_where_an_editor_ends_it(drawn: Any, prompts: Path) -> None:
+    """Else the numbers of the pictures are not those of the lines."""
+    prompts.write_bytes("a red\x0bcube\ra blue\u2028sphere\r\na green\x85cone\n".encode())
+    assert drawn()[0] == [1, 2, 3]
+
+
+def test_a_line_that_comes_twice_is_drawn_twice(drawn: Any, prompts: Path, tmp_path: Path) -> None:
+    prompts.write_text("a red cube\na red cube\n")
+    assert drawn()[0] == [1, 2]
+    assert (pixels(tmp_path / "pictures" / "00001.png") != pixels(tmp_path / "pictures" / "00002.png")).any()
+
+
 def test_files_of_others_are_not_replaced_unless_they_are_given_up(drawn: Any, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "00001.png")
@@ -124,6 +158,16 @@ def test_processes_share_the_lines(prompts: Path, tmp_path: Path, monkeypatch: p
         assert main(["batch", str(prompts), "-o", str(tmp_path / rank), *SMALL]) == 0
         drawn.append([Path(path).name for path in capsys.readouterr().out.split()])
     assert drawn == [["00001.png", "00004.png"], ["00003.png"]]
+
+
+def test_a_process_that_starts_late_draws_its_own_lines(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the others have drawn by then."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(drawn()[0])
+    assert shares == [[1, 4], [3]]
 
 
 def test_a_file_without_prompts_is_an_error(tmp_path: Path, capsys: Any) -> None:

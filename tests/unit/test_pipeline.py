@@ -158,6 +158,8 @@ def test_latents_pass_from_task_to_task(pipe: Pipeline) -> None:
         ({"height": 0}, "height 0 is not a whole number from 64 to 8192; the nearest is 64"),
         ({"steps": 0}, "steps 0 is not a whole number from 1 to 1000; the nearest is 1"),
         ({"steps": 2.5}, "steps 2.5 is not a whole number"),
+        ({"steps": float("nan")}, "steps nan is not a whole number"),
+        ({"width": float("inf")}, "width inf is not a whole number from 64 to 8192; the nearest is 8192"),
         ({"sampler": "eulr"}, "unknown sampler 'eulr'; did you mean 'euler'"),
         ({"schedule": "karas"}, "unknown schedule 'karas'; did you mean 'karras'"),
         ({"guidance_scale": -1}, "guidance_scale -1 is not a number from 0 to 100; the nearest is 0"),

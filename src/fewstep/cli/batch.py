@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -19,21 +20,8 @@ if TYPE_CHECKING:
     from fewstep import Pipeline
 
 
-COMPARED = (
-    *(
-        "prompt",
-        "seed",
-        "model",
-        "negative_prompt",
-        "steps",
-        "guidance_scale",
-        "sampler",
-        "schedule",
-        "width",
-        "height",
-    ),
-    *("decoder", "dtype"),
-)
+_DRAWN_WITH = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
+COMPARED = ("prompt", "seed", "model", "decoder", "dtype", "negative_prompt", *_DRAWN_WITH)
 """Of what a picture says of itself: what makes it another one."""
 
 
@@ -72,7 +60,7 @@ def batch(
     In front of it `torchrun --nproc-per-node 8 -m` shares the lines out over as many processes and cards.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    lines = read(prompts, output)
+    lines = read(prompts, output)[rank::ranks]  # before a look at what is there: other processes add to it
     asked = {
         "negative_prompt": negative_prompt,
         "steps": steps,
@@ -86,19 +74,19 @@ def batch(
     }
     wanted = recipe.complete({"prompt": "", **{name: value for name, value in asked.items() if value is not None}})
     checks.check(wanted)
-    missing, others = sort(lines, wanted, seed, force=force)
-    missing = missing[rank::ranks]
-    if others and not quiet and rank == 0:
+    pipe = None
+    load = partial(_loaded, wanted, device=device, quiet=quiet or rank > 0)
+    if any(line.path.exists() for line in lines) and not _is_embedded(wanted):
+        pipe = load()  # what it draws by default is not known before
+    missing, others = sort(lines, _settings(wanted, pipe, output), seed, force=force)
+    if others and not quiet:
         tell(f"{others} of the pictures there were drawn from other lines or settings, and are drawn anew")
     if not missing:
         return
     output.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
+    pipe = pipe or load()
     with progress.bar(shown=not quiet and rank == 0) as bar:
-        bar.stage("loading")
-        import fewstep
-
-        pipe = fewstep.load(model, device=device or _own_card(), dtype=dtype, decoder=decoder)
         bar.stage("drawing")
         for first in range(0, len(missing), together):
             part = missing[first : first + together]
@@ -117,13 +105,14 @@ def read(prompts: Path, folder: Path) -> list[Line]:
         file_size(prompts)
         content = prompts.read_bytes()
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = content.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
     except OSError as error:
         raise InputError(f"{quoted(prompts)} cannot be read as text: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{quoted(prompts)} cannot be read as text in UTF-8: {error.reason}; save it as that"
         ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as editors count them
     prompted = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     prompted = [(number, line) for number, line in prompted if line and not line.startswith("#")]
     if not prompted:
@@ -131,8 +120,8 @@ def read(prompts: Path, folder: Path) -> list[Line]:
     return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in prompted]
 
 
-def sort(lines: list[Line], wanted: recipe.Recipe, seed: int, *, force: bool) -> tuple[list[Line], int]:
-    """The lines to draw, and how many of their pictures are there but were drawn otherwise.
+def sort(lines: list[Line], settings: recipe.Recipe, seed: int, *, force: bool) -> tuple[list[Line], int]:
+    """The lines to draw with `settings`, and how many of their pictures are there but were drawn otherwise.
 
     InputError for files that something else made, unless `force` lets them go.
     """
@@ -142,7 +131,8 @@ def sort(lines: list[Line], wanted: recipe.Recipe, seed: int, *, force: bool) ->
             made = _made(line.path)
             if made is None and not force:
                 foreign.append(line.path)
-            if made is not None and made.items() >= _made_so(line, wanted, seed).items():
+            same = {**settings, "prompt": line.prompt, "seed": seed + line.number - 1}
+            if made is not None and made.items() >= same.items():
                 continue
             others += made is not None
         missing.append(line)
@@ -155,7 +145,7 @@ def sort(lines: list[Line], wanted: recipe.Recipe, seed: int, *, force: bool) ->
 
 
 def _made(path: Path) -> dict[str, Any] | None:
-    """How fewstep drew a picture; None for another file."""
+    """How fewstep drew a picture, nothing where it is damaged; None for another file."""
     from fewstep import images
 
     try:
@@ -164,27 +154,43 @@ def _made(path: Path) -> dict[str, Any] | None:
         return None
     if found is None or "fewstep" not in found:
         return None
-    return {name: found.get(name) for name in COMPARED}
+    return {name: found.get(name) for name in COMPARED} if images.is_whole(path) else {}
 
 
-def _made_so(line: Line, wanted: recipe.Recipe, seed: int) -> dict[str, Any]:
-    """What the picture of a line says of itself; without what is unknown before the model is loaded."""
+def _is_embedded(wanted: recipe.Recipe) -> bool:
+    """Whether the model comes with fewstep, which knows all about it before it is loaded."""
+    from fewstep.models.zoo import CATALOGUE
+    from fewstep.pipeline.load import EMBEDDED
+
+    known = CATALOGUE.get(wanted.get("model", EMBEDDED))
+    return known is not None and known.source is None
+
+
+def _settings(wanted: recipe.Recipe, pipe: Pipeline | None, folder: Path) -> recipe.Recipe:
+    """What pictures in `folder` say of themselves, but for prompt and seed; of an embedded model without loading it."""
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.options import sampler_named
-    from fewstep.weights.fetch import seen_from
 
-    model = wanted.get("model", EMBEDDED)
-    usual = checks.defaults_of(CATALOGUE.get(model))
-    said = dict.fromkeys(("negative_prompt", "decoder", "dtype")) | (dict(vars(usual)) if usual else {})
-    said |= {"model": seen_from(line.path.parent, model), "prompt": line.prompt, "seed": seed + line.number - 1}
-    said |= {
-        name: wanted[name] for name in COMPARED if name in wanted and name not in said.keys() & {"prompt", "model"}
-    }
-    if "sampler" in wanted:
-        said["sampler"], schedule = sampler_named(wanted["sampler"])
-        said |= {"schedule": schedule} if schedule and "schedule" not in wanted else {}
-    return {name: value for name, value in said.items() if name != "schedule" or value is not None}
+    settings: recipe.Recipe = dict.fromkeys(("negative_prompt", "decoder", "dtype"))
+    if pipe is not None:
+        settings |= pipe.start(**{**recipe.keywords(wanted), "seed": 0}).settings
+    elif _is_embedded(wanted):
+        model = wanted.get("model", EMBEDDED)
+        settings |= {"model": model, **vars(checks.defaults_of(CATALOGUE[model])), **recipe.keywords(wanted)}
+        settings["sampler"], schedule = sampler_named(settings["sampler"])
+        settings["schedule"] = wanted.get("schedule") or schedule or settings["schedule"]
+    settings = recipe.metadata(wanted, settings, folder)
+    return {name: settings[name] for name in COMPARED if name in settings}
+
+
+def _loaded(wanted: recipe.Recipe, *, device: str | None, quiet: bool) -> Pipeline:
+    with progress.bar(shown=not quiet) as bar:
+        bar.stage("loading")
+        import fewstep
+
+        how = {name: wanted.get(name) for name in ("dtype", "decoder")}
+        return fewstep.load(wanted.get("model"), device=device or _own_card(), **how)
 
 
 def strange_words(pipe: Pipeline, lines: list[Line]) -> list[str]:
