@@ -168,6 +168,9 @@ def encodings(levels: int) -> bytes:
     return b"\x80\x02" + b"c_codecs\nencode\n(" * levels + text + b"X\x05\0\0\0utf-8tR" * levels + b"."
 
 
+PAIRS = b"N\x85q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(40))
+"""Forty levels, each of which holds the one before twice: as a tree more than any machine can walk through."""
+
 HONEST = around(tensor())
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "two directories": two_directories,
@@ -222,6 +225,14 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "one text encoded again and again": lambda: around(encodings(40)),
     "a long text encoded a thousand times": lambda: around(b"\x80\x02X" + struct.pack("<I", 1_000_000) + b"x" * 1_000_000 + b"q\0" + b"c_codecs\nencode\n(h\0X\x06\0\0\0latin1tR0" * 1000 + b"N."),
     "a long list made a dictionary a thousand times": lambda: around(b"\x80\x02](" + b"NN\x86" * 100_000 + b"eq\0" + b"ccollections\nOrderedDict\nh\0\x85R0" * 1000 + b"N."),
+    "pairs of pairs as a key": lambda: around(b"\x80\x02" + PAIRS + b"}h\x28Ns."),
+    "pairs of pairs as a shape": lambda: around(b"\x80\x02" + PAIRS + b"0" * 41 + tensor(shape=b"h\x28\x85")[2:]),
+    "pairs of pairs as a storage": lambda: around(b"\x80\x02" + PAIRS + b"0" * 41 + tensor(storage=STORAGE.replace(b"X\x01\0\0\x000", b"h\x28"))[2:]),
+    "pairs of pairs as an encoding": lambda: around(b"\x80\x02" + PAIRS + b"c_codecs\nencode\n(X\x01\0\0\0ah\x28tR."),
+    "a number of 4 MB as a key again and again": lambda: around(b"\x80\x02\x8b" + struct.pack("<i", 4_000_000) + b"\x01" * 4_000_000 + b"q\0}" + b"h\0Ns" * 100_000 + b"."),
+    "places of the memory that collide": lambda: around(b"\x80\x02N" + b"".join(b"p%d\n" % (i * (2**61 - 1) + 5) for i in range(200_000)) + b"."),
+    "half a million dictionaries": lambda: around(b"\x80\x02" + b"}" * 499_000 + b"."),
+    "a fraction of 8 MB": lambda: around(b"\x80\x02F" + b"9" * 7_900_000 + b"\n."),
     "a million instructions": lambda: around(b"\x80\x02" + b"N0" * 500_001 + b"N."),
     "tuples 100,000 deep": lambda: around(b"\x80\x02N" + b"\x85" * 100_000 + b"."),
     "lists 100,000 deep": lambda: around(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),

@@ -8,8 +8,7 @@ unpickler sees the file; the tensors are mapped from where the archive's checked
 from __future__ import annotations
 
 import pickletools
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ LARGEST_PICKLE = 8_000_000  # bytes; that of SD 1.4 has 0.2 million
 MOST_INSTRUCTIONS = 500_000
 MOST_COPIED = 4_000_000  # characters and items that instructions may copy
 MOST_DIMENSIONS = 8
+LONGEST_KEY = 100  # characters of a storage's name, which is a number
 
 _DTYPES = {
     f"torch {name}Storage": dtype
@@ -63,9 +63,13 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": set,
 }
-_VALUES = re.compile(r"(BIN)?(INT[12]?|FLOAT)|LONG[14]?|(SHORT_)?BIN(STRING|UNICODE8?|BYTES8?)|STRING|UNICODE")
+_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_VALUES = (
+    {"FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE"}
+    | {f"{name}{width}" for name in ("BINUNICODE", "BINBYTES") for width in ("", "8")}
+    | {"SHORT_BINUNICODE", "SHORT_BINBYTES"}
+)
 
 
 class Name(NamedTuple):
@@ -83,7 +87,7 @@ class Storage(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A tensor that has not been read: a view of a storage."""
+    """A tensor that has not been read: a view of a storage, of as many strides as dimensions, all numbers 0 or more."""
 
     storage: Storage
     offset: int
@@ -148,28 +152,27 @@ def _place(path: Path, members: Mapping[str, Member], root: str, name: str, tens
 
 
 def _is_view(tensor: Described) -> bool:
-    """Whether all numbers of a tensor lie in its storage, and none is shown more than once."""
-    sizes = (*tensor.shape, *tensor.strides, tensor.offset)
-    right = len(tensor.shape) == len(tensor.strides) <= MOST_DIMENSIONS
-    if not right or not all(type(each) is int and 0 <= each < 2**48 for each in sizes):
-        return False
+    """Whether a tensor's numbers lie in its storage, and are no more than it has."""
     if 0 in tensor.shape:
         return True
     last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    return last < tensor.storage.length and prod(list(tensor.shape)) <= tensor.storage.length
+    return last < tensor.storage.length and prod(tensor.shape) <= tensor.storage.length
 
 
 def _read(file: Tensor, member: Member, tensor: Described) -> Tensor:
-    """The tensor in the mapped `file`; copied where its numbers are not aligned."""
-    dtype, numbers = tensor.storage.dtype, file[member.start : member.start + member.size]
+    """The tensor in the mapped `file`, apart from all others in it; copied where its numbers are not aligned."""
+    numbers = file.untyped_storage()[member.start : member.start + member.size]
     with reading(member.name):
-        numbers = (numbers if member.start % dtype.itemsize == 0 else numbers.clone()).view(dtype)
-        return numbers.as_strided(tensor.shape, tensor.strides, numbers.storage_offset() + tensor.offset)
+        if member.start % tensor.storage.dtype.itemsize:
+            numbers = numbers.clone()
+        return torch.empty(0, dtype=tensor.storage.dtype).set_(numbers, tensor.offset, tensor.shape, tensor.strides)
 
 
 class Interpreter:
     """Follows a pickle's instructions with values of its own.
 
+    A value may hold another one twice, and so forty levels of pairs stand for more than any machine can walk through:
+    nothing here hashes, compares or prints what holds others. Dictionaries keep the entries that are named by texts.
     CheckpointError for an instruction or a name that no tensors need, and for more work than any checkpoint needs.
     """
 
@@ -189,12 +192,17 @@ class Interpreter:
         return result
 
     def _follow(self, name: str, argument: Any) -> None:
-        if _VALUES.fullmatch(name):
+        if name in _VALUES:
             self.stack.append(argument)
+        elif name in _NUMBERS:
+            self.stack.append(_number(argument))
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+            index = len(self.memo) if argument is None else argument
+            if index > MOST_INSTRUCTIONS:
+                raise ValueError("a value is kept under a number that no pickle reaches")
+            self.memo[index] = self.stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             self.stack.append(self.memo[argument])
         elif name not in ("PROTO", "FRAME", "STOP"):
@@ -222,21 +230,21 @@ class Interpreter:
             raise ValueError("something is called that is no function")
         match function.text.split()[-1]:
             case "_rebuild_tensor_v2":
-                storage, offset, shape, strides = arguments[:4]
-                if not isinstance(storage, Storage):
-                    raise ValueError("a tensor has no storage")
-                return Described(storage, offset, tuple(shape), tuple(strides))
+                return _described(*arguments[:4])
             case "_rebuild_parameter":
                 return arguments[0]
             case "encode":
                 text, encoding = arguments
+                if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+                    raise ValueError("bytes are written in another way than as latin1")
                 self.count(text)
-                if encoding not in ("latin1", "latin-1"):
-                    raise ValueError(f"bytes are written as {quoted(encoding)}, not as latin1")
                 return text.encode("latin1")
             case "OrderedDict":
-                self.count(arguments[0] if arguments else ())
-                return dict(*arguments)
+                (pairs,) = arguments or ([],)
+                if not isinstance(pairs, list):
+                    raise ValueError("a dictionary is made of no list of pairs")
+                self.count(pairs)
+                return _named(pairs)
         if function.text in _STUBBED:
             return None
         raise ValueError(f"{function.text} is called")
@@ -253,9 +261,31 @@ class Interpreter:
 
 def _storage(machine: Interpreter, _: Any) -> None:
     kind, name, key, _place, count = machine.stack.pop()
-    if kind != "storage" or not isinstance(name, Name) or type(count) is not int or not 0 <= count < 2**48:
+    right = isinstance(name, Name) and isinstance(key, str) and len(key) <= LONGEST_KEY and _are_counts(count)
+    if kind != "storage" or not right:
         raise ValueError("a storage is described in another way")
-    machine.stack.append(Storage(str(key), _DTYPES[name.text], count))
+    machine.stack.append(Storage(key, _DTYPES[name.text], count))
+
+
+def _described(storage: Any, offset: Any, shape: Any, strides: Any) -> Described:
+    right = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not right or not len(shape) == len(strides) <= MOST_DIMENSIONS or not _are_counts(offset, *shape, *strides):
+        raise ValueError("a tensor is no view of a storage")
+    return Described(storage, offset, shape, strides)
+
+
+def _are_counts(*numbers: Any) -> bool:
+    return all(type(number) is int and 0 <= number < 2**48 for number in numbers)
+
+
+def _number(value: int) -> int:
+    if value.bit_length() > 64:
+        raise ValueError("a whole number has over 64 bits")
+    return value
+
+
+def _named(pairs: Iterable[Any]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if isinstance(name, str)}
 
 
 def _pushed(make: Callable[[Interpreter], Any]) -> Callable[[Interpreter, Any], None]:
@@ -277,7 +307,7 @@ def _last(count: int) -> Callable[[Interpreter], tuple[Any, ...]]:
 
 
 def _set_items(machine: Interpreter, items: list[Any]) -> None:
-    machine.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+    machine.stack[-1].update(_named(zip(items[::2], items[1::2], strict=True)))
 
 
 _STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
@@ -296,7 +326,6 @@ _STEPS: dict[str, Callable[[Interpreter, Any], Any]] = {
     "TUPLE3": _pushed(_last(3)),
     "APPEND": lambda machine, _: machine.stack[-2].append(machine.stack.pop()),
     "APPENDS": lambda machine, _: machine.stack[machine.marks[-1] - 1].extend(machine.marked()),
-    "ADDITEMS": lambda machine, _: machine.stack[machine.marks[-1] - 1].update(machine.marked()),
     "SETITEM": lambda machine, _: _set_items(machine, list(_last(2)(machine))),
     "SETITEMS": lambda machine, _: _set_items(machine, machine.marked()),
 }
