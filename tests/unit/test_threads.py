@@ -14,6 +14,8 @@ import torch
 
 from fewstep.engines import kept
 from fewstep.engines.choices import Choices
+from fewstep.engines.cpu.means import Means
+from fewstep.engines.cpu.tricks import Tricks
 from fewstep.engines.kept import Embeddings, Kept
 
 PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple torus")
@@ -84,6 +86,14 @@ def test_a_choice_that_was_made_stays() -> None:
         first, second = threads.map(run, ("a", "b"))
     assert first == second == float(choices.known["key"] == "slow")
     assert min(measured.count("a"), measured.count("b")) == 1  # the one that came second measured nothing
+
+
+def test_a_layer_counts_once_in_the_budget_however_many_threads_ask() -> None:
+    means, layers = Means(choices=Choices(), kernels=None, tricks=Tricks(), budget=10), ("one", "two")
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: means.reserve(layers[0], 6), range(20)))
+    assert not means.reserve(layers[1], 6)
+    assert means.budget == 4
 
 
 @pytest.mark.usefixtures("hurried")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
 from fewstep.engines.best import best_engine
+from fewstep.engines.cpu.limits import engine_threads
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
@@ -108,7 +109,8 @@ class Pipeline:
         if self.parts.unet.config.in_channels == 9 and (image is None or mask is None):
             raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
         if image is not None:
-            canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
+            with engine_threads(self.engine):
+                canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
             options |= _size(canvas, factor)
         job = make_job(prompt, options, self.parts)
         extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
@@ -131,7 +133,8 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image]:
         """Pictures of scaled latents (B, 4, h, w), such as those of a step."""
-        return to_pil(self.engine.decode(latents))
+        with engine_threads(self.engine):
+            return to_pil(self.engine.decode(latents))
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the model to a new diffusers folder, which diffusers itself reads."""

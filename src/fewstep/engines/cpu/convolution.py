@@ -66,7 +66,6 @@ class FastConv(nn.Module):
         self.conv, self.means, self.doubled = (conv,), means, doubled  # in a tuple, so as not to be a submodule
         self.scheme = UPSAMPLED if doubled else STRICT if means.strict else WINOGRAD
         self._transformed = Kept[Tensor]()
-        self._stored = False
 
     @property
     def weight(self) -> Tensor:
@@ -138,8 +137,7 @@ class FastConv(nn.Module):
                 return transformed_weight(weight.float(), self.scheme)
 
         size = 4 * weight.numel() // 9 * len(self.scheme.taps) ** 2
-        self._stored = self._stored or means.reserve(size)
-        return self._transformed.get((weight,), make) if self._stored else make()
+        return self._transformed.get((weight,), make) if means.reserve(self, size) else make()
 
 
 def _scheme(x: Tensor, means: Means) -> str:

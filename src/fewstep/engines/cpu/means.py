@@ -23,10 +23,12 @@ class Means:
     budget: int
     strict: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _stored: set[object] = field(default_factory=set, repr=False)
 
-    def reserve(self, size: int) -> bool:
-        """Take `size` bytes out of the budget; False where they are no longer in it."""
+    def reserve(self, layer: object, size: int) -> bool:
+        """Take `size` bytes for `layer` out of the budget, once; False where they are no longer in it."""
         with self._lock:
-            fits = size <= self.budget
-            self.budget -= size if fits else 0
-            return fits
+            if layer not in self._stored and size <= self.budget:
+                self.budget -= size
+                self._stored.add(layer)
+            return layer in self._stored
