@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fewstep
 from fewstep import memory
 from fewstep.engines.cpu import limits
 from fewstep.errors import InputError
+from fewstep.pipeline import pipeline, run
 
 
 @pytest.fixture
@@ -122,6 +124,22 @@ def test_a_small_model_is_drawn_by_one_thread_from_python_as_from_the_command_li
     with ThreadPoolExecutor(1) as thread:
         thread.submit(text, [ids[0] * 0]).result()
     assert (pipe.engine.threads, seen) == (1, [1, 1])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("output", ["pil", "numpy"])
+def test_what_is_done_beside_the_engine_takes_as_many_threads(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine one operation of two threads on the finished picture takes longer than a step."""
+    pipe = fewstep.load("blocks-base", device="cpu")
+    seen: list[int] = []
+    for home, name in ((run, "to_pil"), (run, "to_numpy"), (pipeline, "to_pil"), (pipeline, "read_canvas")):
+        plain = getattr(home, name)
+        recording = lambda *given, plain=plain: (seen.append(torch.get_num_threads()), plain(*given))[1]  # noqa: E731
+        monkeypatch.setattr(home, name, recording)
+    pipe.image_to_image("a red cube", Image.new("RGB", (64, 64)), steps=1, strength=1.0, output=output)
+    pipe.decode(torch.zeros(1, 4, 8, 8))
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == 8
 
 
 def test_a_lack_of_memory_names_the_bytes() -> None:

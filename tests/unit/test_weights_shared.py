@@ -189,7 +189,7 @@ def test_loras_that_two_threads_add_at_once_are_both_merged(
     assert torch.equal(predicted(pipe), plain)
     for lora in loras:
         add_lora(pipe, lora)
-    torch.testing.assert_close(predicted(pipe), merged)
+    assert (predicted(pipe) - merged).norm() < 1e-5 * merged.norm()  # in which order they were added is left to chance
 
 
 def test_what_is_made_once_is_made_by_one_thread() -> None:

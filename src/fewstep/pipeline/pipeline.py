@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
 from fewstep.engines.best import best_engine
+from fewstep.engines.cpu.limits import engine_threads
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
@@ -126,7 +127,8 @@ class Pipeline:
         if image is not None:
             if not (options.get("width") or options.get("height")):
                 notes += self._fit(image, options)
-            canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
+            with engine_threads(self.engine):
+                canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
             options |= _size(canvas, factor)
         job = make_job(prompt, options, self.parts.defaults, multiple=factor, scheduler=self.parts.scheduler)
         if job.guidance.scale <= 1 and any(job.negative_prompts or ()):
@@ -177,7 +179,8 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image]:
         """Pictures of scaled latents (B, 4, h, w), such as those of a step."""
-        return to_pil(self.engine.decode(latents))
+        with engine_threads(self.engine):
+            return to_pil(self.engine.decode(latents))
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the model to a new diffusers folder, which diffusers itself reads."""

@@ -19,6 +19,7 @@ from fewstep.diffusion.guidance import guided
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import sigmas_for
 from fewstep.diffusion.step import Step
+from fewstep.engines.cpu.limits import engine_threads
 from fewstep.engines.engine import Conditioning, Engine, stacked
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.images import to_numpy, to_pil
@@ -102,10 +103,12 @@ class Run:
             raise InputError("this run was left before its last step; iterate it to the end, or start a new one")
         images: dict[str, Any] = {"latents": latents.cpu()}
         if self.job.output != "latent":
-            with self._timed("decode"):
-                pixels = self.model.engine.decode(latents).cpu()
-            _finite(pixels, "the decoder", "dtype='float32'")
-            images = {"array": to_numpy(pixels)} if self.job.output == "numpy" else {"images": tuple(to_pil(pixels))}
+            with engine_threads(self.model.engine):
+                with self._timed("decode"):
+                    pixels = self.model.engine.decode(latents).cpu()
+                _finite(pixels, "the decoder", "dtype='float32'")
+                as_array = self.job.output == "numpy"
+                images = {"array": to_numpy(pixels)} if as_array else {"images": tuple(to_pil(pixels))}
         return Result(
             **images,
             seeds=self.job.seeds,

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -51,6 +51,11 @@ def cap_threads(count: int) -> Iterator[None]:
         yield
     finally:
         _set_threads(before, mkl)
+
+
+def engine_threads(engine: object) -> AbstractContextManager[None]:
+    """`cap_threads` with as many as `engine` takes, for what is done beside its calls; all where it names none."""
+    return cap_threads(getattr(engine, "threads", None) or torch.get_num_threads())
 
 
 def _set_threads(count: int, mkl: int) -> int:
