@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fewstep.errors import InputError, NotFiniteError, printable, quoted
 from fewstep.files import file_size, partial_path
+from fewstep.memory import is_short_of_memory, shortage
 
 Picture = Image.Image | NDArray[Any] | Tensor | str | Path
 
@@ -27,7 +28,8 @@ MOST_SCANS = 100  # of a progressive JPEG; programs write 10, and each goes over
 LARGEST_METADATA = 65_536  # characters
 LARGEST_EXIF = 30_000  # characters of EXIF data, whose 64 kB hold another text too
 _DESCRIPTION, _MARK = ExifTags.Base.ImageDescription, "fewstep: "
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError)
+LARGEST_FILE = 400_000_000  # bytes; that many pixels of 16 bits take less, not packed at all
+UNREADABLE = Exception  # Pillow's parsers raise dozens of kinds
 PARAMETERS = {  # of AUTOMATIC1111's text: our name, its name, what a value looks like, our type
     "steps": ("Steps", r"\d{1,9}", int),
     "sampler": ("Sampler", r"[^,]+", str),
@@ -218,7 +220,8 @@ def _readable(source: object) -> Iterator[None]:
     except InputError:
         raise
     except UNREADABLE as error:
-        reason = quoted(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+        text = shortage(error) if is_short_of_memory(error) else getattr(error, "strerror", None) or str(error)
+        reason = quoted(text or type(error).__name__, 200)[1:-1]
         raise InputError(f"{printable(str(name))} cannot be read as a PNG, JPEG or WebP picture: {reason}") from error
 
 
@@ -230,7 +233,8 @@ def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
             return _decoded(image)
         if not isinstance(image, str | Path):
             raise InputError(f"{type(image).__name__} is not a picture, an array, a tensor or a path")
-        file_size(Path(image))
+        if (size := file_size(Path(image))) > LARGEST_FILE:
+            raise InputError(f"{printable(str(image))} has {size:,} bytes; a picture has {LARGEST_FILE:,} at most")
         with Image.open(image, formats=FORMATS) as opened:
             if opened.format == "JPEG" and Path(image).read_bytes().count(b"\xff\xda") > MOST_SCANS:
                 raise InputError(f"{printable(str(image))} goes over its pixels more than {MOST_SCANS} times")

@@ -22,6 +22,7 @@ from fewstep.weights.parts import Parts
 NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a .safetensors file
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of folders by PEFT and by diffusers
 _PEFT_SETTINGS = "adapter_config.json"
+MOST_PATTERNS = 2_000  # of alphas, each compared with each layer; SDXL has about 1,000 layers
 _KEY = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.\w+)?\.weight|\.(alpha))")
 _ROLES = {"A": "down", "B": "up"}
 _OTHER_KINDS = {  # by names of tensors that plain LoRA has not
@@ -32,7 +33,7 @@ _OTHER_KINDS = {  # by names of tensors that plain LoRA has not
     r"oft_": "an OFT",
     r"on_input": "an IA3",
     r"lora_embedding": "a LoRA of embeddings",
-    r"lora_\w+(\.\w+)?\.bias": "a LoRA with biases",
+    r"lora_(A|B|down|up)(\.\w+)?\.bias": "a LoRA with biases",
     r"\.diff(_b)?$": "a LoRA with whole differences",
 }
 _WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL", 1280: "the SDXL refiner"}  # of the text states
@@ -131,8 +132,8 @@ def _made_for(file: TensorFile) -> str | None:
     for mark, model in _OTHER_MODELS.items():
         if any(re.search(mark, key) for key in file.shapes):
             return model
-    reads_text = re.compile(r"attn2.to_k.*(down|lora_A)")
-    widths = (shape[1] for key, shape in file.shapes.items() if reads_text.search(key) and len(shape) > 1)
+    reads_text = re.compile(r"(?>.*?attn2.to_k).*(down|lora_A)")
+    widths = (shape[1] for key, shape in file.shapes.items() if reads_text.match(key) and len(shape) > 1)
     return next((_WIDTHS[width] for width in widths if width in _WIDTHS), None)
 
 
@@ -159,7 +160,7 @@ def _checked_factors(file: TensorFile, keys: Keys, name: str, settings: Mapping[
     down, up = (file.read(keys[role], False) for role in ("down", "up"))
     alpha = file.read(keys["alpha"], True).item() if "alpha" in keys else _noted_alpha(settings, name, len(down))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file.path}: the alpha of {name} is {alpha!r}; expected a number")
+        raise CheckpointError(f"{file.path}: the alpha of {name} is {quoted(alpha)}; expected a number")
     if not (down.isfinite().all() and up.isfinite().all()):
         raise CheckpointError(f"{file.path}: {name} holds NaN or infinity")
     return Factors(down=down, up=up, alpha=float(alpha))
@@ -172,8 +173,9 @@ def _noted_alpha(settings: Mapping[str, Any], name: str, rank: int) -> Any:
     def noted(key: str, usual: Any) -> Any:
         return settings.get(f"{network}.{key}", settings.get(key, usual))
 
-    alpha, patterns = noted("lora_alpha", rank), noted("alpha_pattern", None)
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if f".{layer}".endswith("." + pattern.removeprefix("^")):
-            alpha = value
+    alpha, patterns, end = noted("lora_alpha", rank), noted("alpha_pattern", None), f".{layer}"
+    if isinstance(patterns, dict):
+        if len(patterns) > MOST_PATTERNS:
+            raise CheckpointError(f"PEFT's settings have {len(patterns):,} alphas; at most {MOST_PATTERNS:,} are read")
+        alpha = next((a for pattern, a in patterns.items() if end.endswith("." + pattern.removeprefix("^"))), alpha)
     return alpha * math.sqrt(rank) if noted("use_rslora", False) and isinstance(alpha, int | float) else alpha

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.errors import InputError
+from fewstep.files import file_size
 from fewstep.images import FORMATS, UNREADABLE
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -64,6 +65,7 @@ def picture_files(folder: Path) -> list[Path]:
 def opened(path: Path) -> Image.Image:
     """The picture in a file, of 8 bits a colour; InputError for a file that cannot be read."""
     try:
+        file_size(path)
         with Image.open(path, formats=FORMATS) as picture:
             return picture.convert("RGB")
     except UNREADABLE as error:

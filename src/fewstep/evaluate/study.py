@@ -123,7 +123,7 @@ def read_study(folder: Path) -> Study:
         raise InputError(f"{folder} has no {KEY}; name the folder that fewstep compare wrote with --out")
     try:
         study, digest = _parsed(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged, or of another version of fewstep: {error}") from error
     if study.digest != digest:
         raise InputError(f"{path} has been changed: its digest is not the one that it states; take the original")

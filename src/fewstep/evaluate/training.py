@@ -153,7 +153,7 @@ def read_scores(path: Path) -> tuple[Score, ...]:
     """Scores from a JSON file that holds a list of them; InputError for anything else."""
     try:
         scores = _read(tuple[Score, ...], json.loads(path.read_text(encoding="utf-8")), "scores")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
     assert isinstance(scores, tuple)
     return scores

@@ -84,7 +84,8 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
             file.seek(at)
             magic, _, _, _, _, _, here, all64, size64, place64 = _END64.unpack(file.read(_END64.size))
             stated = [(count, all64, 0xFFFF), (size, size64, _FULL), (place, place64, _FULL)]
-            if magic != b"PK\x06\x06" or here != all64 or any(a not in (b, full) for a, b, full in stated):
+            apart = file.tell() != end - _LOCATOR.size or here != all64
+            if magic != b"PK\x06\x06" or apart or any(a not in (b, full) for a, b, full in stated):
                 raise ValueError("its two end records disagree")
             behind, count, size, place = at, all64, size64, place64
     if count > MOST_MEMBERS:

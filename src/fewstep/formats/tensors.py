@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError, quoted
 from fewstep.files import file_size, reading
+from fewstep.memory import is_short_of_memory
 
 Shape = tuple[int, ...]
 
 LARGEST_HEADER = 8_000_000  # bytes; that of SDXL has 0.3 million
 MOST_TENSORS = 20_000
+LONGEST_NAME = 300  # characters of a tensor's; models have 110
 MOST_BRACKETS = 200_000  # three for each tensor, and what trainers note as texts
 _DTYPES = {
     "F64": torch.float64,
@@ -81,12 +83,13 @@ def read_safetensors(path: Path) -> TensorFile:
     notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise CheckpointError(f"{path} has metadata that is no dictionary of texts; download it again")
-    if len(entries) > MOST_TENSORS:
-        raise CheckpointError(f"{path} holds {len(entries)} tensors; no model of this family has over {MOST_TENSORS}")
+    check_names(path, entries)
     with reading(path):
         try:
             mapped: Callable[[str], Tensor] = safe_open(path, framework="pt").get_tensor
         except SafetensorError as error:
+            if is_short_of_memory(error):
+                raise MemoryError(f"{path.stat().st_size} bytes are mapped") from error
             raise CheckpointError(f"{path} is not a safetensors file: {quoted(str(error), 200)[1:-1]}") from error
 
     def read(name: str, keep_mapped: bool) -> Tensor:
@@ -107,6 +110,14 @@ def read_safetensors(path: Path) -> TensorFile:
     return TensorFile(path=path, shapes=shapes, dtypes=dtypes, read=read, notes=notes)
 
 
+def check_names(path: Path, names: Collection[str]) -> None:
+    """CheckpointError for more tensors, or longer names of them, than any model of this family has."""
+    if len(names) > MOST_TENSORS:
+        raise CheckpointError(f"{path} holds {len(names)} tensors; no model of this family has over {MOST_TENSORS}")
+    if (longest := max(map(len, names), default=0)) > LONGEST_NAME:
+        raise CheckpointError(f"{path} names a tensor in {longest:,} characters; models need {LONGEST_NAME} at most")
+
+
 def joined(path: Path, files: Iterable[TensorFile]) -> TensorFile:
     """The shards of one model as one file; CheckpointError when two of them hold the same name."""
     owner: dict[str, TensorFile] = {}
@@ -114,6 +125,7 @@ def joined(path: Path, files: Iterable[TensorFile]) -> TensorFile:
         if twice := owner.keys() & file.shapes.keys():
             raise CheckpointError(f"{path}: two shards hold {min(twice)!r}; download them again")
         owner |= dict.fromkeys(file.shapes, file)
+    check_names(path, owner)
     return TensorFile(
         path=path,
         shapes={name: file.shapes[name] for name, file in owner.items()},

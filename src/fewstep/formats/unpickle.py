@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +18,13 @@ from torch import Tensor
 from fewstep.errors import CheckpointError, quoted
 from fewstep.files import reading
 from fewstep.formats.archive import Member, read_directory, read_member
-from fewstep.formats.tensors import MOST_TENSORS, TensorFile
+from fewstep.formats.tensors import TensorFile, check_names
 
 LARGEST_PICKLE = 8_000_000  # bytes; that of SD 1.4 has 0.2 million
 MOST_INSTRUCTIONS = 500_000
 MOST_COPIED = 4_000_000  # characters and items that instructions may copy
 MOST_DIMENSIONS = 8
+LITTLE = b"little"  # the order of bytes
 LONGEST_KEY = 100  # characters of a storage's name, which is a number
 
 _DTYPES = {
@@ -107,7 +107,8 @@ def read_torch(path: Path) -> TensorFile:
 def _archive(path: Path) -> TensorFile:
     members = read_directory(path)
     root = _root(path, members)
-    if (order := members.get(f"{root}/byteorder")) and read_member(path, order) != b"little":
+    order = members.get(f"{root}/byteorder")
+    if order and (order.size != len(LITTLE) or read_member(path, order) != LITTLE):
         raise CheckpointError(f"{path} was written on a machine of another byte order; save it on a usual one")
     try:
         content = Interpreter().run(read_member(path, members[f"{root}/data.pkl"]))
@@ -119,8 +120,9 @@ def _archive(path: Path) -> TensorFile:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors")
     tensors = {name: value for name, value in state.items() if isinstance(value, Described) and isinstance(name, str)}
-    if not 0 < len(tensors) <= MOST_TENSORS:
-        raise CheckpointError(f"{path} holds {len(tensors)} tensors; expected 1 to {MOST_TENSORS}")
+    if not tensors:
+        raise CheckpointError(f"{path} holds 0 tensors; there is nothing to load")
+    check_names(path, tensors)
     places = {name: _place(path, members, root, name, tensor) for name, tensor in tensors.items()}
     steps, mapped = content.get("global_step"), torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     return TensorFile(
@@ -152,11 +154,13 @@ def _place(path: Path, members: Mapping[str, Member], root: str, name: str, tens
 
 
 def _is_view(tensor: Described) -> bool:
-    """Whether a tensor's numbers lie in its storage, and are no more than it has."""
-    if 0 in tensor.shape:
-        return True
-    last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    return last < tensor.storage.length and prod(tensor.shape) <= tensor.storage.length
+    """Whether all numbers of a tensor lie in its storage, and none is shown more than once."""
+    last = 0
+    for stride, size in sorted(zip(tensor.strides, tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return False
+        last += max(0, size - 1) * stride
+    return 0 in tensor.shape or tensor.offset + last < tensor.storage.length
 
 
 def _read(file: Tensor, member: Member, tensor: Described) -> Tensor:

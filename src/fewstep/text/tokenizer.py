@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +22,15 @@ CLIP_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+
 WORD_END = "</w>"
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 LARGEST_FILE = 6_000_000  # bytes; CLIP's own tokenizer.json has 3.6 million
+MOST_WORDS = 100_000  # CLIP has 49,408, and as many merges
+MOST_PARTS = 250_000  # values of a JSON file, and brackets; CLIP's tokenizer.json has 150,000
 MOST_ADDED = 1_000  # tokens; each is searched for in every text
+LONGEST_ADDED = 200  # characters
 LARGEST_WINDOW = 4096  # transformers writes 10**30 for "not known"
 
 Merges = Sequence[tuple[str, str]]
 T = TypeVar("T")
+Many = TypeVar("Many", bound=Sized)
 
 
 class Tokenizer:
@@ -153,10 +157,8 @@ def _words(vocabulary: Mapping[str, int], unknown: str) -> tokenizers.Tokenizer:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], named: Iterable[AddedToken]) -> None:
-    if len(added) > MOST_ADDED:
-        raise CheckpointError(f"it adds {len(added):,} tokens; at most {MOST_ADDED:,} are read")
-    for index, token in sorted(added.items()):
-        backend.add_tokens([token])
+    backend.add_tokens([token for _, token in sorted(added.items())])
+    for index, token in added.items():
         if _id(backend, token.content) != index:
             raise CheckpointError(f"the added token {token.content!r} cannot have the id {index}")
     present = {token.content for token in added.values()}
@@ -182,11 +184,13 @@ def _load(folder: Path) -> Tokenizer:
         config |= _read_json(folder / "special_tokens_map.json")
         listed = {index: token for token, index in _read_json(folder / "added_tokens.json").items()}
         listed |= {token["id"]: token for token in whole.get("added_tokens", ())}
+    if len(_expect(listed, dict)) > MOST_ADDED:
+        raise CheckpointError(f"it adds {len(listed):,} tokens; at most {MOST_ADDED:,} are read")
     return Tokenizer.from_vocabulary(
         vocabulary,
         merges,
         specials={name: _added_token(config[name]) for name in CLIP_SPECIALS if config.get(name)},
-        added={int(index): _added_token(token, False) for index, token in _expect(listed, dict).items()},
+        added={int(index): _added_token(token, False) for index, token in listed.items()},
         window=_window(config.get("model_max_length", 77)),
     )
 
@@ -205,26 +209,34 @@ def _model(whole: Mapping[str, Any]) -> tuple[dict[str, int], Merges | None]:
 def _slow_model(folder: Path) -> tuple[dict[str, int], Merges]:
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise CheckpointError("there is no tokenizer.json, nor vocab.json with merges.txt")
-    lines = (line.rstrip("\r") for line in _read_text(folder / "merges.txt").split("\n"))
+    lines = (line.rstrip("\r") for line in _read_text(folder / "merges.txt").split("\n", MOST_WORDS + 2))
     merges = [line for line in lines if line and not line.startswith("#version")]
     return _vocabulary(_read_json(folder / "vocab.json")), _merges(merges)
 
 
 def _vocabulary(value: object) -> dict[str, int]:
-    vocabulary: dict[str, int] = _expect(value, dict)  # of a string the library would open the file it names
+    vocabulary: dict[str, int] = _few(_expect(value, dict))  # of a string the library would open the file it names
     if len({_expect(index, int) for index in vocabulary.values()}) < len(vocabulary):
         raise CheckpointError("two tokens of the vocabulary share an id")
     return vocabulary
 
 
 def _merges(value: object) -> Merges:
-    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in _expect(value, list)]
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in _few(_expect(value, list))]
+
+
+def _few(words: Many) -> Many:
+    if len(words) > MOST_WORDS:
+        raise CheckpointError(f"it has {len(words):,} words or merges; at most {MOST_WORDS:,} are read")
+    return words
 
 
 def _added_token(value: object, special: bool = True) -> AddedToken:
     if isinstance(value, str):
-        return AddedToken(value, special=special, normalized=not special)
+        value = {"content": value, "normalized": not special}
     fields = {name: field for name, field in _expect(value, dict).items() if name in TOKEN_FIELDS}
+    if len(_expect(fields.get("content"), str)) > LONGEST_ADDED:
+        raise CheckpointError(f"an added token has over {LONGEST_ADDED} characters")
     return AddedToken(**{**fields, "special": special or fields.get("special", False)})
 
 
@@ -249,6 +261,8 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, empty when there is no such file."""
     text = _read_text(path) if path.exists() else "{}"
+    if max(text.count(","), text.count("[") + text.count("{")) > MOST_PARTS:
+        raise CheckpointError(f"{path.name} has more than {MOST_PARTS:,} values")
     try:
         return _expect(json.loads(text), dict)
     except (ValueError, RecursionError) as error:

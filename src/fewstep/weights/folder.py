@@ -13,6 +13,7 @@ from fewstep.files import file_size
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LARGEST_CONFIG = 1_000_000  # bytes; an index of shards has 0.1 million
+MOST_SHARDS = 100
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 T = TypeVar("T")
@@ -78,7 +79,9 @@ def weight_files(folder: Path, *, half: bool) -> list[Path]:
         return [path]
     places = read_json(path).get("weight_map")
     names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) and places else [""]
+    if len(names) > MOST_SHARDS:
+        raise CheckpointError(f"{path} names {len(names):,} shards; at most {MOST_SHARDS} are read")
     for name in names:
         if name in ("", "..") or Path(name).name != name or "\\" in name:
-            raise CheckpointError(f"{path} names the shard {name!r}; expected names of files beside it")
+            raise CheckpointError(f"{path} names the shard {quoted(name)}; expected names of files beside it")
     return [path, *(folder / name for name in names)]
