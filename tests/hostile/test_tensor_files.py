@@ -78,6 +78,7 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "a header that is a list": lambda: safetensors([1, 2]),
     "a header that is no UTF-8": lambda: safetensors(b'{"\xff\xfe":1}'),
     "a name of escape codes": lambda: safetensors({"\x1b]0;owned\x07\u202e": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}),
+    "a name of 400 letters": lambda: safetensors({"x" * 400: one()["a"]}),
     "a name of a million letters": lambda: safetensors({"x" * 1_000_000: {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}),
     "a gzip archive": lambda: b"\x1f\x8b\x08" + b"\0" * 64,
     "a web page": lambda: b"\n <!DOCTYPE html><title>\x1b[2J</title>",
@@ -171,6 +172,17 @@ def encodings(levels: int) -> bytes:
 PAIRS = b"N\x85q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(40))
 """Forty levels, each of which holds the one before twice: as a tree more than any machine can walk through."""
 
+
+def text(content: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+# Forty pairs, each of the one before twice: what walks through the last one never ends.
+PAIRED = b"Nq\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h\x28"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+LONG_NUMBER = b"\x8b" + struct.pack("<i", 4_000_000) + b"\x01" * 4_000_000
+
+
 HONEST = around(tensor())
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "two directories": two_directories,
@@ -202,6 +214,7 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "two pickles": lambda: zipped({"a/data.pkl": tensor(), "b/data.pkl": tensor()}),
     "a pickle of 9 MB": lambda: around(b"\x80\x02" + b"N0" * 4_500_000 + b"N."),
     "another byte order": lambda: zipped({**saved(), "archive/byteorder": b"big"}),
+    "a byte order of 70 MB": lambda: zipped({**saved(), "archive/byteorder": bytes(70_000_000)}),
     "no numbers": lambda: zipped({"archive/data.pkl": tensor()}),
     "fewer numbers": lambda: around(tensor(), bytes(12)),
     "more numbers": lambda: around(tensor(), bytes(20)),
@@ -241,6 +254,19 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "a memory of nothing": lambda: around(b"\x80\x02h\x05."),
     "a number of 5,000 digits": lambda: around(long_number()),
     "a text longer than the file": lambda: around(b"\x80\x02X\xff\xff\xff\x7fabc."),
+    "a key of pairs of pairs": lambda: around(b"\x80\x02}" + PAIRED + b"Ns."),
+    "an item of pairs of pairs": lambda: around(b"\x80\x02ccollections\nOrderedDict\n]" + PAIRED + b"N\x86a\x85R."),
+    "a shape of pairs of pairs": lambda: around(tensor(shape=PAIRED + b"\x85")),
+    "a storage of pairs of pairs": lambda: around(tensor(storage=STORAGE.replace(b"X\x01\0\0\x000", PAIRED))),
+    "an encoding of pairs of pairs": lambda: around(b"\x80\x02c_codecs\nencode\n(X\x01\0\0\0a" + PAIRED + b"tR."),
+    "keys of 4 MB": lambda: around(b"\x80\x02" + LONG_NUMBER + b"q\0}" + b"h\0Ns" * 100_000 + b"."),
+    "a text as a shape, a thousand times": lambda: around(b"\x80\x02" + text(b"x" * 1_000_000) + b"q\0" + REBUILD + b"q\1(" + STORAGE + b"K\0h\0h\0tq\2" + b"h\1h\2R" * 1000 + b"."),
+    "a list as a shape, a thousand times": lambda: around(b"\x80\x02](" + b"N" * 100_000 + b"eq\0" + REBUILD + b"q\1(" + STORAGE + b"K\0h\0h\0tq\2" + b"h\1h\2R" * 1000 + b"."),
+    "half a million sets": lambda: around(b"\x80\x04" + b"\x8f" * 499_000 + b"."),
+    "half a million lists": lambda: around(b"\x80\x02" + b"]" * 499_000 + b"."),
+    "numbers of values that collide": lambda: around(b"\x80\x02N" + b"".join(b"p%d\n" % (i * (2**61 - 1) + 5) for i in range(200_000)) + b"."),
+    "numbers shown twice": lambda: around(tensor(shape=b"K\x02K\x02\x86", strides=b"K\x01K\x01\x86")),
+    "a name of 400 letters": lambda: around(tensor().replace(b"X\x01\0\0\0a", text(b"a" * 400))),
     "an unknown instruction": lambda: around(b"\x80\x02\xff."),
     "no end": lambda: around(b"\x80\x02N"),
     "two values": lambda: around(b"\x80\x02NN."),
