@@ -236,7 +236,7 @@ def _opened(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
         if (size := file_size(Path(image))) > LARGEST_FILE:
             raise InputError(f"{printable(str(image))} has {size:,} bytes; a picture has {LARGEST_FILE:,} at most")
         with Image.open(image, formats=FORMATS) as opened:
-            if opened.format == "JPEG" and Path(image).read_bytes().count(b"\xff\xda") > MOST_SCANS:
+            if opened.format in ("JPEG", "MPO") and Path(image).read_bytes().count(b"\xff\xda") > MOST_SCANS:
                 raise InputError(f"{printable(str(image))} goes over its pixels more than {MOST_SCANS} times")
             return _decoded(opened)
 

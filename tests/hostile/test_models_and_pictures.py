@@ -330,12 +330,17 @@ def test_more_data_than_a_picture_needs_is_not_unpacked(tmp_path: Path) -> None:
     assert_cheap(attempt(lambda: images.to_tensor(tmp_path / "a.png")))
 
 
-def test_a_jpeg_of_a_thousand_scans(tmp_path: Path) -> None:
-    """Each of a few bytes, each over all pixels."""
-    Image.new("RGB", (4000, 4000)).save(tmp_path / "a.jpg", progressive=True)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_of_a_thousand_scans(tmp_path: Path, kind: str) -> None:
+    """Each of a few bytes, each over all pixels; alone, and as the first of two in a file."""
+    more = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]} if kind == "MPO" else {}
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "a.jpg", kind, progressive=True, **more)
     content = (tmp_path / "a.jpg").read_bytes()
-    scan = content[content.rindex(b"\xff\xda") : -2]
-    (tmp_path / "a.jpg").write_bytes(content[:-2] + 1000 * scan + content[-2:])
+    end = content.index(b"\xff\xd9")
+    scan = content[content.rindex(b"\xff\xda", 0, end) : end]
+    (tmp_path / "a.jpg").write_bytes(content[:end] + 1000 * scan + content[end:])
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert picture.format == kind
     assert_refused(attempt(lambda: images.to_tensor(tmp_path / "a.jpg")))
 
 

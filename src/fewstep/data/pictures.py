@@ -46,7 +46,7 @@ def decoded(data: bytes) -> Image.Image:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as opened:
             _require_size(opened.width * opened.height, len(data))
-            if opened.format == "JPEG" and data.count(b"\xff\xda") > MOST_SCANS:
+            if opened.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MOST_SCANS:
                 raise PictureError(Reason.DAMAGED_PICTURE)
             opened.load()
             return _rgb(ImageOps.exif_transpose(opened))
