@@ -141,6 +141,27 @@ def test_a_lora_waits_for_the_step_that_is_computed(pipe: fewstep.Pipeline, monk
     assert torch.equal(predicted(pipe), plain)
 
 
+def test_a_model_is_not_moved_while_another_thread_computes_with_it(
+    pipe: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, moved = pipe.engine._fast.parts.unet, list[bool]()  # type: ignore[attr-defined]
+    conv_in, plain = unet.conv_in.forward, predicted(pipe)
+
+    def interrupted(x: Tensor) -> Tensor:
+        _, done = begun(lambda: pipe.to("cpu", "bfloat16"))
+        moved.append(done.wait(SOON))
+        threads.append(done)
+        return conv_in(x)
+
+    threads: list[threading.Event] = []
+    monkeypatch.setattr(unet.conv_in, "forward", interrupted)
+    assert torch.equal(predicted(pipe), plain)
+    monkeypatch.undo()
+    assert threads[0].wait(LATE)
+    assert moved == [False]
+    assert pipe.parts.unet.conv_in.weight.dtype == torch.bfloat16
+
+
 def test_every_change_of_a_weight_is_seen_wherever_its_memory_lies(pipe: fewstep.Pipeline) -> None:
     """A new weight may lie where an old one lay: what was made of that one is not what is made of this one."""
     weights = [layer.weight for layer in layers_of(networks(pipe.parts)).values()]

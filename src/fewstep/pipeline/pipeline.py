@@ -170,10 +170,11 @@ class Pipeline:
         """
         chosen, parts = choose_device(device), self.parts
         kept = choose_dtype(parts.unet.conv_in.weight.dtype if dtype is None else dtype, chosen)
-        for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
-            if network is not None:
-                network.to(chosen, kept)
-        self.engine = best_engine(parts)
+        with parts.lock.changing():
+            for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
+                if network is not None:
+                    network.to(chosen, kept)
+            self.engine = best_engine(parts)
         return self
 
     @torch.inference_mode()
