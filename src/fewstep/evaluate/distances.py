@@ -45,7 +45,7 @@ class Distances:
 
 
 def distances(features: Tensor, reference: Tensor, network: str) -> Distances:
-    """The distances of features (N, D) from those (M, D) of real pictures; the same for the same.
+    """The distances of features (N, D) from those (M, D) of real pictures; the same for the same, to rounding.
 
     Raises InputError for fewer than 10 pictures, and NotFiniteError for features that are not finite.
     """
