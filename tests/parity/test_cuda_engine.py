@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
+from engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error, picture
 from PIL import Image
 from torch import Tensor
 
 from fewstep import Pipeline
 from fewstep.engines.cuda.engine import CudaEngine
-from fewstep.engines.cuda.graphs import Function, Given, Graphs
+from fewstep.engines.cuda.graphs import Graphs
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
-
-
-class Replayed:
-    """What a CUDA graph is, without one: a replay reads and writes the tensors that it was recorded with, no others."""
-
-    def __init__(self, function: Function, given: Given) -> None:
-        self.inputs = [None if each is None else each.clone() for each in given]
-        self.function = function
-        self.outputs = function(*self.inputs)
-
-    def replay(self, given: Given) -> Sequence[Tensor | None]:
-        for held, each in zip(self.inputs, given, strict=True):
-            assert (held is None) == (each is None)
-            if held is not None and each is not None:
-                held.copy_(each)
-        for held, each in zip(self.outputs, self.function(*self.inputs), strict=True):
-            if held is not None and each is not None:
-                held.copy_(each)
-        return self.outputs
 
 
 def engine(parts: Parts, **options: bool) -> CudaEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,8 @@ from fewstep.errors import InputError, quoted
 from fewstep.files import file_size
 
 if TYPE_CHECKING:
-    from fewstep import Pipeline
+    from fewstep import Pipeline, Result
+    from fewstep.pipeline.run import Run
 
 
 _DRAWN_WITH = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
@@ -89,12 +90,11 @@ def batch(
     pipe = pipe or load()
     with progress.bar(shown=not quiet and rank == 0) as bar:
         bar.stage("drawing")
-        for first in range(0, len(missing), together):
-            part = missing[first : first + together]
-            written, notes = draw(pipe, wanted, part, seed)
-            outputs.show(written)
+        parts = [missing[first : first + together] for first in range(0, len(missing), together)]
+        for index, (part, result) in enumerate(drawn(pipe, wanted, parts, seed)):
+            outputs.show(save(result, wanted, part))
             if not quiet:
-                tell(*strange_words(pipe, part), *(notes if first == 0 else ()))
+                tell(*strange_words(pipe, part), *(result.notes if index == 0 else ()))
     if not quiet:
         seconds = perf_counter() - started
         count = f"{len(missing)} picture{'s' * (len(missing) > 1)}"
@@ -201,17 +201,40 @@ def strange_words(pipe: Pipeline, lines: list[Line]) -> list[str]:
     return [f"line {number}: {unknown_words(words, pipe.parts.name)}" for number, words in found if words]
 
 
-def draw(pipe: Pipeline, wanted: recipe.Recipe, lines: list[Line], seed: int) -> tuple[list[Path], Sequence[str]]:
-    """Draw these lines in one batch and save them, each with its own recipe; their paths, and the result's notes."""
+def drawn(
+    pipe: Pipeline, wanted: recipe.Recipe, parts: Sequence[list[Line]], seed: int
+) -> Iterator[tuple[list[Line], Result]]:
+    """The parts' lines, each part drawn in one batch; a card begins with the next while the caller has the last."""
+    from fewstep.engines.engine import Recorder
+
+    under_way: list[tuple[list[Line], Run]] = []
+    most = 1 if isinstance(pipe.engine, Recorder) else 0
+    try:
+        for lines in parts:
+            seeds = [seed + line.number - 1 for line in lines]
+            given = {**recipe.keywords(wanted), "prompt": [line.prompt for line in lines], "seed": seeds}
+            under_way.append((lines, pipe.start(**given).launch()))
+            while len(under_way) > most:
+                yield _finished(under_way.pop(0))
+    except (Exception, KeyboardInterrupt):  # what the card has drawn by then is not lost
+        yield from map(_finished, under_way)
+        raise
+    yield from map(_finished, under_way)
+
+
+def _finished(drawing: tuple[list[Line], Run]) -> tuple[list[Line], Result]:
+    lines, run = drawing
+    return lines, run.result()
+
+
+def save(result: Result, wanted: recipe.Recipe, lines: list[Line]) -> list[Path]:
+    """Save the pictures of these lines, each with its own recipe; their paths."""
     from fewstep import images
 
-    seeds = [seed + line.number - 1 for line in lines]
-    given = {**recipe.keywords(wanted), "prompt": [line.prompt for line in lines], "seed": seeds}
-    result = pipe.text_to_image(**given)
-    for line, one, picture in zip(lines, seeds, result.images, strict=True):
+    for line, one, picture in zip(lines, result.seeds, result.images, strict=True):
         settings = recipe.metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
         images.save_png(picture, line.path, {**settings, "seed": one})
-    return [line.path for line in lines], result.notes
+    return [line.path for line in lines]
 
 
 def _own_card() -> str | None:

@@ -128,7 +128,7 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:15}{text}" for name, text in rows.items())
 
 
-def _loaded(model: str | None, threads: int | None, **how: str | None) -> Pipeline:
+def _loaded(model: str | None, threads: int | None, **how: Any) -> Pipeline:
     import torch
 
     import fewstep
@@ -146,12 +146,13 @@ def _warm(pipe: Pipeline, wanted: recipe.Recipe, runs: int) -> dict[str, Any]:
         started = perf_counter()
         results.append(_drawn(pipe, wanted, number))
         seconds.append(perf_counter() - started)
+    stages = {name: [each.seconds[name] for each in results if name in each.seconds] for name in results[-1].seconds}
     return {
         "runs": runs,
         "picture_seconds": median(seconds),
         "fastest_seconds": min(seconds),
         "slowest_seconds": max(seconds),
-        "stage_seconds": {name: median(each.seconds[name] for each in results) for name in results[0].seconds},
+        "stage_seconds": {name: median(each) for name, each in stages.items()},
     }
 
 

@@ -144,5 +144,5 @@ def _redrawn(first: Result, refiner: Pipeline, keywords: recipe.Recipe, bar: pro
         "images_per_prompt": 1,
     }
     second = _watched(refiner.start(**{**keywords, **kept, **one_each}), bar)
-    seconds = {name: first.seconds[name] + value for name, value in second.seconds.items()}
+    seconds = {name: first.seconds.get(name, 0.0) + value for name, value in second.seconds.items()}
     return replace(first, images=second.images, seconds=seconds)

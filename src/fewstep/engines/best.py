@@ -10,6 +10,16 @@ from fewstep.weights.parts import Parts
 
 
 def best_engine(parts: Parts) -> Engine:
-    """The one for CPUs where the model is on a CPU and has no layers of other kinds, the plain one elsewhere."""
-    known = all(is_known(network) for network in (parts.unet, parts.autoencoder, *parts.text_encoders))
-    return CpuEngine(parts) if known and runs(parts) else EagerEngine(parts)
+    """The one for CPUs or NVIDIA cards where the model is on one; the plain one elsewhere, and for layers of other
+    kinds, which those two do not know.
+    """
+    if not all(is_known(network) for network in (parts.unet, parts.autoencoder, *parts.text_encoders)):
+        return EagerEngine(parts)
+    if runs(parts):
+        return CpuEngine(parts)
+    if parts.unet.conv_in.weight.is_cuda:
+        from fewstep.engines.cuda.card import supports
+        from fewstep.engines.cuda.engine import CudaEngine
+
+        return CudaEngine(parts) if supports(parts) else EagerEngine(parts)
+    return EagerEngine(parts)

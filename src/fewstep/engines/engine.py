@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,3 +59,26 @@ class Engine(Protocol):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) in [-1, 1] -> mean and standard deviation of its scaled latents, (B, 4, H/8, W/8)."""
+
+
+Function = Callable[..., Sequence[Tensor]]
+"""Of tensors, or None in the place of one; what it makes of them depends on nothing else."""
+
+
+class NotRecordable(Exception):
+    """A function needs something from the host while it runs."""
+
+
+@runtime_checkable
+class Recorder(Engine, Protocol):
+    """An engine that can record a function which calls it, and replay that at the cost of one launch."""
+
+    def record(
+        self, key: Hashable, function: Function, given: Sequence[Tensor | None]
+    ) -> Callable[[], Sequence[Tensor]] | None:
+        """Launch what was recorded of `function`; the function that waits for its outputs, copies on the CPU.
+
+        `key` stands for all that `function` depends on besides `given`. Inside it, the engine's own functions neither
+        wait for the device nor look for changed weights. None for what is not recorded: a key that is new (it is
+        recorded when it comes again), a function that raises NotRecordable, and what has no room.
+        """

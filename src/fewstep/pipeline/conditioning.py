@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,56 +14,65 @@ from fewstep.pipeline.options import Job
 from fewstep.text.prompt import Tokens, tokenize
 from fewstep.weights.parts import Parts
 
+Conditions = tuple[Conditioning, Conditioning | None]
+"""With the prompts, and without them where guidance acts."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Prompted:
-    """The conditions of a job with and without its prompts, and what became of the tokens.
+class PromptInputs:
+    """Tensors from which an engine computes the conditions of B pictures; T different texts.
 
-    `uncond` is None where guidance does not act.
+    `tensors`: `rows` (B,), which text each picture has; `negative_rows`, its negative one, None where guidance does not
+    act or is done without a text (`blank`); `sizes` and `negative_sizes` (B, 6 or 5) of SDXL alone; then the token ids
+    of each text tower, (T, chunks, window).
     """
 
-    cond: Conditioning
-    uncond: Conditioning | None
-    used: tuple[int, ...]
-    dropped: tuple[int, ...]
-    chunks: int
+    tensors: tuple[Tensor | None, ...]
+    blank: bool
 
-    def with_channels(self, channels: Tensor) -> Prompted:
-        """The same with the mask and masked latents (B, 5, h, w) that inpainting UNets read."""
-        uncond = self.uncond and replace(self.uncond, channels=channels)
-        return replace(self, cond=replace(self.cond, channels=channels), uncond=uncond)
+    def conditions(self, engine: Engine, tensors: Sequence[Tensor | None] | None = None) -> Conditions:
+        """The conditions that `engine` computes of the tensors, or of others in their places."""
+        rows, negative_rows, sizes, negative_sizes, *ids = self.tensors if tensors is None else tensors
+        context, pooled = engine.encode_text([each for each in ids if each is not None])
+
+        def of(rows: Tensor, sizes: Tensor | None) -> Conditioning:
+            rows = rows.to(context.device)
+            return Conditioning(context=context[rows], pooled=None if pooled is None else pooled[rows], sizes=sizes)
+
+        assert rows is not None
+        cond = of(rows, sizes)
+        if self.blank:
+            return cond, _blank(cond, negative_sizes)
+        return cond, None if negative_rows is None else of(negative_rows, negative_sizes)
 
 
-def encode_prompts(parts: Parts, engine: Engine, job: Job) -> Prompted:
-    """The conditions for `job`; every different text is encoded once."""
+def with_channels(conditions: Conditions, channels: Tensor) -> Conditions:
+    """The same with the mask and masked latents (B, 5, h, w) that inpainting UNets read."""
+    cond, uncond = conditions
+    return replace(cond, channels=channels), uncond and replace(uncond, channels=channels)
+
+
+def prompt_inputs(parts: Parts, job: Job) -> tuple[PromptInputs, dict[str, Any]]:
+    """The tokens and sizes of `job`, every different text once; and what `Result` says of the tokens."""
     guided = job.guidance.scale > 1
-    zeroed = job.negative_prompts is None and parts.force_zeros_for_empty_prompt
+    blank = guided and job.negative_prompts is None and parts.force_zeros_for_empty_prompt
     negatives = job.negative_prompts or ("",) * len(job.prompts)
-    texts = list(dict.fromkeys((*job.prompts, *(negatives if guided and not zeroed else ()))))
-    tokens = _tokens(parts, texts, chunk=job.chunk)
-    context, pooled = engine.encode_text([each.ids for each in tokens])
-    row = {text: i for i, text in enumerate(texts)}
-
-    def conditioning(prompts: tuple[str, ...], score: float) -> Conditioning:
-        rows = torch.tensor([row[text] for text in prompts], device=context.device)
-        sizes = _sizes(parts, job, score)
-        return Conditioning(context=context[rows], pooled=None if pooled is None else pooled[rows], sizes=sizes)
-
-    size = job.size_conditioning
-    cond = conditioning(job.prompts, size.aesthetic_score)
-    uncond = None
-    if guided and zeroed:
-        uncond = _blank(cond, _sizes(parts, job, size.negative_aesthetic_score))
-    elif guided:
-        uncond = conditioning(negatives, size.negative_aesthetic_score)
-    rows = [row[text] for text in job.prompts]
-    return Prompted(
-        cond=cond,
-        uncond=uncond,
-        used=tuple(tokens[0].used[i] for i in rows),
-        dropped=tuple(tokens[0].dropped[i] for i in rows),
-        chunks=tokens[0].ids.shape[1],
+    texts = list(dict.fromkeys((*job.prompts, *(negatives if guided and not blank else ()))))
+    tokens, row = _tokens(parts, texts, chunk=job.chunk), {text: i for i, text in enumerate(texts)}
+    size, rows = job.size_conditioning, [row[text] for text in job.prompts]
+    tensors = (
+        torch.tensor(rows),
+        torch.tensor([row[text] for text in negatives]) if guided and not blank else None,
+        _sizes(parts, job, size.aesthetic_score),
+        _sizes(parts, job, size.negative_aesthetic_score) if guided else None,
+        *(each.ids for each in tokens),
     )
+    counts = {
+        "tokens_used": tuple(tokens[0].used[i] for i in rows),
+        "tokens_dropped": tuple(tokens[0].dropped[i] for i in rows),
+        "chunks": tokens[0].ids.shape[1],
+    }
+    return PromptInputs(tensors=tensors, blank=blank), counts
 
 
 def _tokens(parts: Parts, texts: list[str], *, chunk: bool) -> list[Tokens]:

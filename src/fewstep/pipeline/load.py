@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from fewstep.adapters.edition import edition
 from fewstep.engines.device import choose_device, choose_dtype
-from fewstep.errors import InputError
+from fewstep.engines.eager import EagerEngine
+from fewstep.errors import InputError, unknown
 from fewstep.models.zoo import TINY, Entry
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.weights.fetch import named
@@ -28,6 +30,7 @@ def load(
     prediction: str | None = None,
     tokenizer: str | Path | None = None,
     decoder: str | Path | None = None,
+    engine: Literal["plain"] | None = None,
 ) -> Pipeline:
     """A model, ready to draw.
 
@@ -36,10 +39,13 @@ def load(
     default to what this machine does best; "float16" on a CPU halves the memory of weights. `revision`: of the hub.
     `prediction` ("epsilon", "v_prediction", "sample") and `tokenizer` (a folder) are for single files without them.
     `decoder`: "tiny" for the tiny autoencoder of the model's family, or the name or folder of one. It makes pictures of
-    latents in a fraction of the time and memory, with less detail; `docs/models.md` has what is lost.
+    latents in a fraction of the time and memory, with less detail; `docs/models.md` has what is lost. `engine`: "plain"
+    for PyTorch's own operations alone, instead of the fastest engine for the device.
 
     Raises InputError for an unknown name, CheckpointError for files that cannot be loaded.
     """
+    if engine not in (None, "plain"):
+        raise InputError(unknown("engine", str(engine), ("plain",)))
     chosen, found = choose_device(device), named(EMBEDDED if what is None else what)
     known = found if isinstance(found, Entry) else None
     parts = load_parts(
@@ -59,4 +65,5 @@ def load(
         parts = replace(parts, tiny=load_tiny(chosen_decoder, dtype=choose_dtype(dtype, chosen), device=chosen))
     asked = {"revision": revision, "prediction": prediction, "tokenizer": tokenizer, "decoder": decoder, "dtype": dtype}
     said = {name: str(value).removeprefix("torch.") for name, value in asked.items() if value is not None}
-    return Pipeline(parts, loaded=said if known is not None else {"model": str(what), **said})
+    plain = EagerEngine(parts) if engine == "plain" else None
+    return Pipeline(parts, plain, loaded=said if known is not None else {"model": str(what), **said})

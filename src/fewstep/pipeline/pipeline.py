@@ -14,14 +14,16 @@ from fewstep.diffusion.guidance import Guidance
 from fewstep.engines.best import best_engine
 from fewstep.engines.cpu.limits import engine_threads
 from fewstep.engines.device import choose_device, choose_dtype
+from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
+from fewstep.notebook import table_of
 from fewstep.pipeline.canvas import Canvas, ImageLike, fitted, read_canvas
-from fewstep.pipeline.notebook import table_of
+from fewstep.pipeline.denoising import Model
 from fewstep.pipeline.options import Job, SizeConditioning, TaskOptions, make_job
 from fewstep.pipeline.result import Result
-from fewstep.pipeline.run import Model, Run
+from fewstep.pipeline.run import Run
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 
@@ -166,7 +168,7 @@ class Pipeline:
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> Pipeline:
         """Move the model to a device, and to a number format; takes the engine that is best there; returns itself.
 
-        Raises InputError for what this machine has not.
+        The plain engine stays the plain engine. Raises InputError for what this machine has not.
         """
         chosen, parts = choose_device(device), self.parts
         kept = choose_dtype(parts.unet.conv_in.weight.dtype if dtype is None else dtype, chosen)
@@ -174,7 +176,7 @@ class Pipeline:
             for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
                 if network is not None:
                     network.to(chosen, kept)
-            self.engine = best_engine(parts)
+            self.engine = EagerEngine(parts) if type(self.engine) is EagerEngine else best_engine(parts)
         return self
 
     @torch.inference_mode()
@@ -209,7 +211,10 @@ def _check_refiner(base: Parts, refiner: Parts) -> None:
 
 
 def _finished(run: Run, options: TaskOptions) -> Result:
-    on_step, steps = options.get("on_step"), iter(run)
+    on_step = options.get("on_step")
+    if on_step is None and not options.get("progress"):
+        return run.result()
+    steps = iter(run)
     if options.get("progress"):
         from rich.progress import track
 

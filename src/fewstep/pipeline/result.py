@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.images import save_picture
-from fewstep.pipeline.notebook import html_of, png_of
+from fewstep.notebook import html_of, png_of
 from fewstep.version import __version__
 from fewstep.weights.fetch import seen_from
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from math import sqrt
 from time import perf_counter
@@ -14,29 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, consistency, denoiser
-from fewstep.diffusion.guidance import guided
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import sigmas_for
 from fewstep.diffusion.step import Step
 from fewstep.engines.cpu.limits import engine_threads
-from fewstep.engines.engine import Conditioning, Engine, stacked
-from fewstep.errors import InputError, NotFiniteError
-from fewstep.images import to_numpy, to_pil
+from fewstep.engines.engine import Recorder
+from fewstep.errors import InputError
+from fewstep.finite import FiniteChecks, require_finite
+from fewstep.images import pil_of_uint8, to_numpy, to_uint8
 from fewstep.pipeline.canvas import Canvas, drawn_latents, keeping, latent_mask, masked_channels, rows_of
-from fewstep.pipeline.conditioning import Prompted, encode_prompts
+from fewstep.pipeline.conditioning import Conditions, prompt_inputs, with_channels
+from fewstep.pipeline.denoising import Model, model_denoiser, sampled
 from fewstep.pipeline.options import Job, Progress, strength_steps
+from fewstep.pipeline.recorded import Drawn, launch_recorded
 from fewstep.pipeline.result import Result
 from fewstep.rng import SeededNoise
 from fewstep.weights.parts import Parts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model's parts and the engine that runs them."""
-
-    parts: Parts
-    engine: Engine
 
 
 class Run:
@@ -69,8 +62,11 @@ class Run:
         self.shape = (model.parts.autoencoder.config.latent_channels, job.height // factor, job.width // factor)
         self.noise = SeededNoise(job.seeds, self.shape)
         self._own_steps = len(self) if refiner is None else _handoff_step(self.sigmas, model.parts, handoff)
-        self._prompted: Prompted | None = None
+        self._counts: dict[str, Any] = {}  # of tokens, once a run has begun
         self._latents: Tensor | None = None  # of the finished run
+        self._recorded: Callable[[], Drawn] | None = None  # waits for what a recording draws
+        self._finite = FiniteChecks()
+        self._started = 0.0
 
     def __len__(self) -> int:
         """The number of steps."""
@@ -79,47 +75,83 @@ class Run:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Progress]:
         """The steps, each as it is done."""
-        self.noise, self._latents = SeededNoise(self.job.seeds, self.shape), None
+        self.noise, self._latents, self._recorded = SeededNoise(self.job.seeds, self.shape), None, None
+        self._finite = FiniteChecks()
         with self._timed("text"):
-            prompted = self._prompted = self._checked_prompts(self.model)
+            conditions, self._counts = self._conditions(self.model)
         with self._timed("encode"):
-            x, denoise, finish = self._start(prompted)
+            x, denoise, finish = self._start(conditions)
         started = perf_counter()
         for index, step in enumerate(self._steps(x, denoise)):
             x = step.x
             self.seconds["denoise"] += perf_counter() - started
             yield Progress(index=index, total=len(self), sigma=step.sigma, x0=step.x0)
             started = perf_counter()
-        _finite(x, "the denoising steps", "a lower guidance_scale, another sampler, or dtype='float32'")
+        self._finite.check("the denoising steps", x)
         self._latents = finish(x / sqrt(1 + self.sigmas[-1] ** 2))
+
+    @torch.inference_mode()
+    def launch(self) -> Run:
+        """Give a card its work without waiting for it, and come back; `result()` waits. Returns the run itself.
+
+        Where nothing can be done without waiting, the steps are run here.
+        """
+        if not self._counts:
+            self._started = perf_counter()
+            self._recorded = self._launch_recorded()
+            if self._recorded is None:
+                deque(self, maxlen=0)
+        return self
 
     @torch.inference_mode()
     def result(self) -> Result:
         """The pictures; runs the steps first if nobody has. Raises InputError for a run that was left half-way."""
-        if self._prompted is None:
-            deque(self, maxlen=0)
-        latents, prompted = self._latents, self._prompted
-        if latents is None or prompted is None:
-            raise InputError("this run was left before its last step; iterate it to the end, or start a new one")
-        images: dict[str, Any] = {"latents": latents.cpu()}
-        if self.job.output != "latent":
-            with engine_threads(self.model.engine):
-                with self._timed("decode"):
-                    pixels = self.model.engine.decode(latents).cpu()
-                _finite(pixels, "the decoder", "dtype='float32'")
-                as_array = self.job.output == "numpy"
-                images = {"array": to_numpy(pixels)} if as_array else {"images": tuple(to_pil(pixels))}
+        self.launch()
+        images = self._recorded_images() or self._images()
         return Result(
             **images,
+            **self._counts,
             seeds=self.job.seeds,
-            tokens_used=prompted.used,
-            tokens_dropped=prompted.dropped,
-            chunks=prompted.chunks,
             unknown_words=self.model.parts.tokenizers[0].unknown(" ".join(dict.fromkeys(self.job.prompts))),
             notes=self.notes,
             seconds=dict(self.seconds),
             settings=self.settings,
         )
+
+    def _launch_recorded(self) -> Callable[[], Drawn] | None:
+        """Launch the recording of a run of this kind, if its engine has one."""
+        if not isinstance(self.model.engine, Recorder) or self.canvas or self.refiner or self.job.output != "pil":
+            return None
+        inputs, self._counts = prompt_inputs(self.model.parts, self.job)
+        return launch_recorded(self.model, self.job, self.sigmas, inputs, self._unit_noise(move=False))
+
+    def _recorded_images(self) -> dict[str, Any]:
+        """What a launched recording has drawn; nothing where there is none, or where its decoder overflowed."""
+        if self._recorded is None:
+            return {}
+        pictures, self._latents, finite = self._recorded()
+        require_finite("the text encoder", bool(finite[0]))
+        require_finite("the denoising steps", bool(finite[1]))
+        if not finite[2]:
+            return {}
+        self.seconds = {"whole": perf_counter() - self._started}
+        return {"images": tuple(pil_of_uint8(pictures)), "latents": self._latents}
+
+    def _images(self) -> dict[str, Any]:
+        """The decoded latents of the finished run, as the job wants them."""
+        latents, output = self._latents, self.job.output
+        if latents is None:
+            raise InputError("this run was left before its last step; iterate it to the end, or start a new one")
+        if output == "latent":
+            self._finite.raise_first()
+            return {"latents": latents.cpu()}
+        with engine_threads(self.model.engine), self._timed("decode"):
+            pixels = self.model.engine.decode(latents)
+            self._finite.check("the decoder", pixels)
+            pictures = (to_uint8(pixels) if output == "pil" else pixels).cpu()
+        self._finite.raise_first()
+        drawn = {"images": tuple(pil_of_uint8(pictures))} if output == "pil" else {"array": to_numpy(pictures)}
+        return {**drawn, "latents": latents.cpu()}
 
     def _levels(self, strength: float) -> tuple[float, ...]:
         """The levels to visit: the last `int(steps * strength)` steps of the schedule."""
@@ -135,12 +167,13 @@ class Run:
         )
         return sigmas[job.steps - strength_steps(job.steps, strength) :]
 
-    def _checked_prompts(self, model: Model) -> Prompted:
-        prompted = encode_prompts(model.parts, model.engine, self.job)
-        _finite(prompted.cond.context, "the text encoder", "dtype='float32'")
-        return prompted
+    def _conditions(self, model: Model) -> tuple[Conditions, dict[str, Any]]:
+        inputs, counts = prompt_inputs(model.parts, self.job)
+        conditions = inputs.conditions(model.engine)
+        self._finite.check("the text encoder", conditions[0].context)
+        return conditions, counts
 
-    def _start(self, prompted: Prompted) -> tuple[Tensor, Denoiser, Callable[[Tensor], Tensor]]:
+    def _start(self, conditions: Conditions) -> tuple[Tensor, Denoiser, Callable[[Tensor], Tensor]]:
         """The first x, the denoiser, and what to do to the last latents."""
         canvas, top = self.canvas, self.sigmas[0]
         mask = canvas.mask if canvas else None
@@ -153,8 +186,8 @@ class Run:
             x = known + top * unit
         if canvas and inpaints:
             channels = masked_channels(self.model.engine, canvas, len(self.job.seeds), self.noise)
-            prompted = prompted.with_channels(channels)
-        denoise = model_denoiser(self.model, prompted, self.job)
+            conditions = with_channels(conditions, channels)
+        denoise = model_denoiser(self.model, conditions, self.job)
         if known is None or mask is None or inpaints:
             return x, denoise, lambda latents: latents
         small = latent_mask(mask, known)
@@ -165,15 +198,16 @@ class Run:
         if canvas.is_latent:
             return rows_of(canvas.image, count).to(engine.device)
         known = drawn_latents(engine, canvas.image, count, self.noise)
-        _finite(known, "the encoder", "dtype='float32'")
+        self._finite.check("the encoder", known)
         return known
 
-    def _unit_noise(self) -> Tensor:
+    def _unit_noise(self, *, move: bool = True) -> Tensor:
+        """The picture's noise of unit variance, (B, 4, h, w) float32; `move`: to the engine's device."""
         given, count = self.job.latents, len(self.job.seeds)
         if given is not None and tuple(given.shape) != (count, *self.shape):
             raise InputError(f"latents have shape {tuple(given.shape)}; {(count, *self.shape)} is needed here")
         unit = self.noise() if given is None else given.float()
-        return unit.to(self.model.engine.device)
+        return unit.to(self.model.engine.device) if move else unit
 
     def _steps(self, x: Tensor, denoise: Denoiser) -> Iterator[Step]:
         step = None
@@ -182,32 +216,17 @@ class Run:
         if self.refiner is None:
             return
         assert step is not None
-        denoise = model_denoiser(self.refiner, self._checked_prompts(self.refiner), self.job)
+        denoise = model_denoiser(self.refiner, self._conditions(self.refiner)[0], self.job)
         yield from self._walk(step.x.to(self.refiner.engine.device), denoise, self.sigmas[self._own_steps :])
 
     def _walk(self, x: Tensor, denoise: Denoiser, sigmas: tuple[float, ...]) -> Iterator[Step]:
-        if self.sampler.consistency:
-            denoise = consistency(denoise, self.model.parts.scheduler.noise_schedule)
-        return self.sampler(denoise, x, sigmas, noise=lambda: self.noise().to(x), eta=self.job.eta)
+        return sampled(self.model, denoise, x, sigmas, self.job, noise=lambda: self.noise().to(x))
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         started = perf_counter()
         yield
         self.seconds[stage] += perf_counter() - started
-
-
-def model_denoiser(model: Model, prompted: Prompted, job: Job) -> Denoiser:
-    """The model's guided denoiser under these conditions."""
-    scheduler, engine = model.parts.scheduler, model.engine
-
-    def bound(conditioning: Conditioning) -> Denoiser:
-        return denoiser(lambda x, t: engine.predict(x, t, conditioning), scheduler.noise_schedule, scheduler.prediction)
-
-    cond = bound(prompted.cond)
-    if prompted.uncond is None:
-        return cond
-    return guided(cond, bound(stacked(prompted.uncond, prompted.cond)), job.guidance, scheduler.prediction)
 
 
 def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: float) -> int:
@@ -219,8 +238,3 @@ def _handoff_step(sigmas: tuple[float, ...], parts: Parts, handoff: float) -> in
         who = "the refiner" if count else "the base model"
         raise InputError(f"handoff {handoff:g} with {steps} steps leaves {who} none; move it or take more steps")
     return count
-
-
-def _finite(tensor: Tensor, stage: str, remedy: str) -> None:
-    if not bool(tensor.isfinite().all()):
-        raise NotFiniteError(f"{stage} gave NaN or infinity; try {remedy}")

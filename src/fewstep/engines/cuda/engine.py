@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, digest, kept_file
+from fewstep.engines.choices import Choices
+from fewstep.engines.cuda.card import StreamOrder, networks, of_this_card, on_card, operations
 from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.graphs import Called, Function, Graphs
+from fewstep.engines.cuda.graphs import Called, Graphs
+from fewstep.engines.cuda.graphs import Function as GraphFunction
 from fewstep.engines.cuda.layers import (
     CudaConv,
     CudaPixelAttention,
@@ -30,13 +32,13 @@ from fewstep.engines.cuda.layers import (
     Told,
 )
 from fewstep.engines.cuda.memory import in_pieces, tiled
-from fewstep.engines.cuda.operations import Operations, PlainOperations
+from fewstep.engines.cuda.operations import PlainOperations
+from fewstep.engines.cuda.recording import Recordings, on_the_host
 from fewstep.engines.cuda.tricks import CudaTricks
 from fewstep.engines.eager import EagerEngine
-from fewstep.engines.engine import Conditioning, Embedding
-from fewstep.engines.kept import Embeddings, state_of
+from fewstep.engines.engine import Conditioning, Embedding, Function, NotRecordable
+from fewstep.engines.kept import Embeddings, WeightsWatch
 from fewstep.engines.rebuilt import Swaps, rebuilt_parts
-from fewstep.locks import made_once
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -55,7 +57,7 @@ class CudaEngine:
 
     What is merged into weights or taken out again counts at the next call, without a new capture; parameters that
     are put in the places of others need a new engine. `fp8`: large linear layers in 8 bits, with an error that shows.
-    It has never run on a card, which is why the plain engine is the default there.
+    It is also a `Recorder`: a run of few steps becomes one graph when its like is drawn a second time.
     """
 
     def __init__(
@@ -81,9 +83,8 @@ class CudaEngine:
         self._told = _merge(self._fast.unet, self._means)
         self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
         self._texts: list[tuple[Tensor, Tensor]] = []
-        self._weights = [weight for network in _networks(parts) for weight in network.parameters()]
-        self._tower_weights = [weight for tower in parts.text_encoders for weight in tower.parameters()]
-        self._state: tuple[int, ...] = ()
+        self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
+        self._recordings, self._order = Recordings(), StreamOrder()
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
@@ -94,18 +95,24 @@ class CudaEngine:
             return context, pooled
 
         with self._ready():
-            return self._embeddings.get(ids, self._tower_weights, make)
+            if self._recordings.running:
+                return self._plain.encode_text(ids)
+            return self._embeddings.get(ids, (), make)
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready():
             told = self._told_of(conditioning.context)
             rows = x, told, conditioning.pooled, conditioning.sizes, conditioning.channels
+            if self._recordings.running:
+                return self._predict(t, *rows)
             return in_pieces(partial(self._predict, t), rows, forget=self._forget)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. What overflows half precision is decoded again in float32, and a debug message says so."""
         with self._ready():
+            if self._recordings.running:
+                return self._decode(latents)
             image = in_pieces(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
         if self.dtype == torch.float32 or bool(image.isfinite().all()):
             return image
@@ -124,6 +131,21 @@ class CudaEngine:
         mean, logvar = moments.chunk(2, dim=1)
         deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
         return mean * vae.config.scaling_factor, deviation * vae.config.scaling_factor
+
+    def record(
+        self, key: Hashable, function: Function, given: Sequence[Tensor | None]
+    ) -> Callable[[], Sequence[Tensor]] | None:
+        """See `Recorder`. What cannot be recorded is tried once, and a debug message says why."""
+        with self._ready():
+            if not self._recordings.wants(key):
+                return None
+            try:
+                outputs = self._run(("whole", key), self._recordings.marked(function), *given)
+            except (NotRecordable, RuntimeError) as error:  # torch.OutOfMemoryError too
+                _log.debug("a run is not recorded as one graph: %s", error)
+                self._recordings.refuse(key)
+                return None
+            return on_the_host([out for out in outputs if out is not None])
 
     def _told_of(self, context: Tensor) -> Tensor:
         """Keys and values for a text: those of the last ones are kept, for there is one text for many steps."""
@@ -159,13 +181,15 @@ class CudaEngine:
     def _laid(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
-    def _first(self, name: str, function: Function, *given: Tensor | None) -> Tensor:
+    def _first(self, name: str, function: GraphFunction, *given: Tensor | None) -> Tensor:
         (out,) = self._run(name, function, *given)
         assert out is not None
         return out
 
-    def _run(self, name: str, function: Function, *given: Tensor | None) -> list[Tensor | None]:
-        """Copies of what `function` makes of `given`, by a graph."""
+    def _run(self, name: Hashable, function: GraphFunction, *given: Tensor | None) -> Sequence[Tensor | None]:
+        """Copies of what `function` makes of `given`, by a graph; within a recording just what it makes."""
+        if self._recordings.running:
+            return function(*given)
         with torch.inference_mode(False), torch.no_grad():  # what a graph reads and writes serves all modes
             here = [None if each is None else each.to(self.device, non_blocking=True) for each in given]
             return [None if out is None else out.clone() for out in self._graphs.run(name, function, *here)]
@@ -173,19 +197,20 @@ class CudaEngine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """One call at a time, with all that is made of weights up to date."""
-        with self.parts.lock.computing(), self._lock:
-            self._refresh()
+        with self.parts.lock.computing(), self._lock, on_card(self.device):
+            if not self._recordings.running:
+                self._order.follow(self.device)
+                self._refresh()
             yield
 
     def _refresh(self) -> None:
         """Make anew what was made of weights that have changed; forget the graphs where weights lie elsewhere now."""
-        before, self._state = self._state, state_of(*self._weights)
-        if before == self._state:
-            return
-        if before[::2] != self._state[::2]:  # where they lie; their versions stand between
+        changed, moved = self._watch.look()
+        if moved:
             self._graphs.clear()
-        self._means.refresh()
-        self._texts.clear()
+        if changed or moved:
+            self._means.refresh()
+            self._texts, self._embeddings = [], Embeddings()
 
     def _forget(self) -> None:
         """Give back the memory of all graphs."""
@@ -198,52 +223,6 @@ class CudaEngine:
             vae = copy.deepcopy(self.parts.autoencoder).float()
             out: Tensor = getattr(vae, method)(value.to(self.device, torch.float32))
         return out
-
-
-def runs(parts: Parts) -> bool:
-    """Whether the engine for NVIDIA cards can run `parts`."""
-    return all(weight.is_cuda for network in _networks(parts) for weight in network.parameters())
-
-
-@made_once
-def operations(device: torch.device) -> Operations:
-    """The kernels, or PyTorch's own operations where they cannot be compiled or compute wrongly."""
-    if device.type != "cuda":
-        return PlainOperations()
-    try:
-        from fewstep.engines.cuda.kernels import TritonOperations
-
-        found = TritonOperations()
-        if _right(found, device):
-            return found
-        reason: object = "they compute wrongly here"
-    except Exception as error:  # Triton's compiler, its driver and the linker fail in many ways
-        reason = error
-    _log.warning("the kernels for %s cannot be used (%s): PyTorch's operations take their place", device, reason)
-    return PlainOperations()
-
-
-def _right(found: Operations, device: torch.device) -> bool:
-    rows = torch.linspace(-3, 3, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
-    group, layer = nn.GroupNorm(8, 96, device=device).half(), nn.LayerNorm(96, device=device).half()
-
-    def computed(by: Operations) -> list[Tensor]:
-        normed = by.group_norm(rows, group, rows[:, 0].contiguous())
-        return [normed, *by.add_norm(rows, rows, layer), by.gated(rows), by.added(rows, rows[0, 0], rows)]
-
-    with torch.no_grad():
-        pairs = zip(computed(found), computed(PlainOperations()), strict=True)
-        return all(torch.allclose(a, b, atol=2e-2) for a, b in pairs)
-
-
-@made_once
-def of_this_card(device: torch.device) -> Choices:
-    """The choices of this card and these versions of PyTorch and cuDNN."""
-    if device.type != "cuda":
-        return Choices()
-    cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    card = torch.cuda.get_device_name(device), torch.__version__, cudnn
-    return Choices(kept_file(f"cuda-{digest(*card)}.json"), wait=torch.cuda.synchronize)
 
 
 def swaps(means: Means) -> Swaps:
@@ -283,13 +262,7 @@ def _sturdy(vae: AutoencoderKL) -> AutoencoderKL:
 
 def _lay_out(parts: Parts) -> None:
     """Filters with their channels side by side, as the convolutions of cards want them."""
-    for network in _networks(parts):
+    for network in networks(parts):
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def _networks(parts: Parts) -> Iterator[nn.Module]:
-    yield from (parts.unet, parts.autoencoder, *parts.text_encoders)
-    if parts.tiny is not None:
-        yield parts.tiny

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +37,7 @@ class Captured:
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 
     def replay(self, given: Given) -> Sequence[Tensor | None]:
@@ -73,7 +73,7 @@ class Graphs:
         self._record, self._most = record or _capturing(), most
         self._known: dict[object, Recorded] = {}
 
-    def run(self, name: str, function: Function, *given: Tensor | None) -> Sequence[Tensor | None]:
+    def run(self, name: Hashable, function: Function, *given: Tensor | None) -> Sequence[Tensor | None]:
         """The outputs of `function`, good until the next run of the same name and shapes."""
         key = (name, *(None if each is None else (tuple(each.shape), each.dtype) for each in given))
         recorded = self._known.pop(key, None)

@@ -1,0 +1,60 @@
+"""A whole run as one function of tensors, from token ids to 8-bit pictures, which an engine may record and replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.samplers import SAMPLERS
+from fewstep.engines.engine import NotRecordable, Recorder
+from fewstep.images import to_uint8
+from fewstep.pipeline.conditioning import PromptInputs
+from fewstep.pipeline.denoising import Model, model_denoiser, sampled
+from fewstep.pipeline.options import Job
+
+MOST_PREDICTIONS = 16
+"""Calls of the UNet above which a run is not recorded: the host is hidden behind them, and recording costs as many."""
+
+
+class Drawn(NamedTuple):
+    """`pictures` (B, H, W, 3) uint8, `latents` (B, 4, h, w), and whether text, latents and pixels are finite: (3,)."""
+
+    pictures: Tensor
+    latents: Tensor
+    finite: Tensor
+
+
+def launch_recorded(
+    model: Model, job: Job, sigmas: tuple[float, ...], inputs: PromptInputs, unit: Tensor
+) -> Callable[[], Drawn] | None:
+    """Launch the recording of such a run; the function that waits for what it draws.
+
+    `unit` (B, 4, h, w) is noise of unit variance. None where the engine has no recording (yet): see `Recorder.record`.
+    """
+    engine, sampler = model.engine, SAMPLERS[job.sampler]
+    predictions = (len(sigmas) - 1) * sampler.evaluations
+    if not isinstance(engine, Recorder) or predictions > MOST_PREDICTIONS or model.parts.unet.config.in_channels != 4:
+        return None
+    scale = sampler.initial_scale(job.schedule, sigmas[0])
+
+    def function(unit: Tensor, *tensors: Tensor | None) -> Drawn:
+        conditions, x = inputs.conditions(engine, tensors), unit * scale
+        denoise = model_denoiser(model, conditions, job)
+        for step in sampled(model, denoise, x, sigmas, job, _no_noise):
+            x = step.x
+        latents = x / sqrt(1 + sigmas[-1] ** 2)
+        pixels = engine.decode(latents)
+        finite = torch.stack([each.isfinite().all() for each in (conditions[0].context, latents, pixels)])
+        return Drawn(to_uint8(pixels), latents, finite)
+
+    key = (job.sampler, job.eta, job.guidance, sigmas, scale, inputs.blank, model.parts.scheduler)
+    wait = engine.record(key, function, (unit, *inputs.tensors))
+    return None if wait is None else lambda: Drawn(*wait())
+
+
+def _no_noise() -> Tensor:
+    raise NotRecordable("the sampler draws fresh noise, which comes from the host")
