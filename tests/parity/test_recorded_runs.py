@@ -14,12 +14,13 @@ from engine_exam import PROMPTS, SIZE, Replayed
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fewstep
 from fewstep import Pipeline, Result
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.engines.cuda.engine import CudaEngine
 from fewstep.engines.cuda.graphs import Graphs
 from fewstep.engines.eager import EagerEngine
-from fewstep.errors import NotFiniteError
+from fewstep.errors import InputError, NotFiniteError
 from fewstep.pipeline.recorded import MOST_PREDICTIONS
 from fewstep.weights.load import load_parts
 
@@ -263,3 +264,64 @@ def test_threads_draw_what_one_draws_alone(folder: Callable[[str], Path]) -> Non
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda i: pipe.text_to_image(PROMPTS[i % 2], seed=i % 4, **options), range(24)))
     assert all(off(result, alone[i % 4]) == 0 for i, result in enumerate(drawn))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sd1", "turbo", "sdxl", "sdxl-turbo"])
+def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
+    pipe = fewstep.load(folder(kind), device="cuda", dtype="float16")
+    assert isinstance(pipe.engine, CudaEngine)
+    steps = 1 if "turbo" in kind else 3
+    options: dict[str, Any] = {"steps": steps, "sampler": "euler", **SIZE}
+    apart = [
+        pipe.text_to_image(PROMPTS[seed % 2], seed=seed, output="numpy", **options).array for seed in range(4)
+    ]  # not recorded
+    together = pipe.text_to_image(PROMPTS, seed=[2, 3], output="numpy", **options).array
+
+    def matches(result: Result, seed: int) -> bool:
+        return bool(np.abs(np.asarray(result.images[0]) / 255 - apart[seed][0]).max() <= 1.6 / 255)
+
+    for seed in (0, 1, 2, 3):
+        result = pipe.text_to_image(PROMPTS[seed % 2], seed=seed, **options)
+        assert matches(result, seed)
+        assert ("whole" in result.seconds) == (seed > 0)
+    for row, seed in enumerate((2, 3)):
+        assert np.abs(together[row] - apart[seed][0]).max() <= 1 / 255, "alone and in a batch"
+    runs = [pipe.start(PROMPTS[seed % 2], seed=seed, **options).launch() for seed in range(4)]
+    assert all(matches(run.result(), seed) for seed, run in enumerate(runs))
+    with ThreadPoolExecutor(4) as pool:
+        drawn = pool.map(lambda i: pipe.text_to_image(PROMPTS[i % 2], seed=i, **options), [0, 1, 2, 3] * 6)
+        assert all(matches(result, i % 4) for i, result in enumerate(drawn))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert matches(pipe.text_to_image(PROMPTS[1], seed=1, **options), 1)
+    with torch.no_grad():
+        pipe.parts.unet.conv_out.weight.mul_(0.5)
+    assert not matches(pipe.text_to_image(PROMPTS[1], seed=1, **options), 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", [name for name, spec in SAMPLERS.items() if not spec.takes_noise])
+def test_every_sampler_without_fresh_noise_is_recorded_on_a_card(folder: Callable[[str], Path], sampler: str) -> None:
+    pipe = fewstep.load(folder("sd1"), device="cuda", dtype="float16")
+    results = [
+        pipe.text_to_image("a cube", steps=3, seed=1, sampler=sampler, guidance_rescale=0.3, **SIZE) for _ in range(3)
+    ]
+    assert "whole" in results[1].seconds
+    assert off(results[1], results[0]) <= 1
+    assert off(results[2], results[1]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.gpu
+def test_the_plain_engine_on_a_card_is_there_for_the_asking(folder: Callable[[str], Path]) -> None:
+    pipe = fewstep.load(folder("sd1"), device="cuda", engine="plain")
+    assert type(pipe.engine) is EagerEngine
+    assert type(pipe.to("cuda", "float16").engine) is EagerEngine
+
+
+def test_another_engine_is_no_engine() -> None:
+    assert type(fewstep.load(engine="plain").engine) is EagerEngine
+    with pytest.raises(InputError, match="'plain'"):
+        fewstep.load(engine="fast")  # type: ignore[arg-type]
