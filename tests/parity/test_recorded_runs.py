@@ -323,5 +323,5 @@ def test_the_plain_engine_on_a_card_is_there_for_the_asking(folder: Callable[[st
 
 def test_another_engine_is_no_engine() -> None:
     assert type(fewstep.load(engine="plain").engine) is EagerEngine
-    with pytest.raises(InputError, match="'plain'"):
+    with pytest.raises(InputError, match="There are plain"):
         fewstep.load(engine="fast")  # type: ignore[arg-type]
