@@ -29,15 +29,15 @@ class Drawn(NamedTuple):
 
 
 def launch_recorded(
-    model: Model, job: Job, sigmas: tuple[float, ...], inputs: PromptInputs, unit: Tensor
+    engine: Recorder, model: Model, job: Job, sigmas: tuple[float, ...], inputs: PromptInputs, unit: Tensor
 ) -> Callable[[], Drawn] | None:
     """Launch the recording of such a run; the function that waits for what it draws.
 
-    `unit` (B, 4, h, w) is noise of unit variance. None where the engine has no recording (yet): see `Recorder.record`.
+    `unit` (B, 4, h, w) is noise of unit variance. None where `engine`, the model's, has no recording (yet): see
+    `Recorder.record`.
     """
-    engine, sampler = model.engine, SAMPLERS[job.sampler]
-    predictions = (len(sigmas) - 1) * sampler.evaluations
-    if not isinstance(engine, Recorder) or predictions > MOST_PREDICTIONS or model.parts.unet.config.in_channels != 4:
+    sampler = SAMPLERS[job.sampler]
+    if (len(sigmas) - 1) * sampler.evaluations > MOST_PREDICTIONS or model.parts.unet.config.in_channels != 4:
         return None
     scale = sampler.initial_scale(job.schedule, sigmas[0])
 

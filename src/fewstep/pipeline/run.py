@@ -120,10 +120,11 @@ class Run:
 
     def _launch_recorded(self) -> Callable[[], Drawn] | None:
         """Launch the recording of a run of this kind, if its engine has one."""
-        if not isinstance(self.model.engine, Recorder) or self.canvas or self.refiner or self.job.output != "pil":
+        engine = self.model.engine
+        if self.canvas or self.refiner or self.job.output != "pil" or not isinstance(engine, Recorder):
             return None
         inputs, self._counts = prompt_inputs(self.model.parts, self.job)
-        return launch_recorded(self.model, self.job, self.sigmas, inputs, self._unit_noise(move=False))
+        return launch_recorded(engine, self.model, self.job, self.sigmas, inputs, self._unit_noise(move=False))
 
     def _recorded_images(self) -> dict[str, Any]:
         """What a launched recording has drawn; nothing where there is none, or where its decoder overflowed."""
