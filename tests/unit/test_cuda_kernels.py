@@ -41,26 +41,86 @@ def close(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(found.float(), wanted.float(), atol=2e-5 if exact else 3e-2, rtol=1e-5 if exact else 1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("pixels", "channels", "groups"), [(7, 32, 8), (300, 96, 32), (4096, 40, 4), (64, 2560, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("pixels", "channels", "groups"), [(7, 32, 8), (300, 96, 32), (1030, 40, 4), (64, 640, 32)])
 @pytest.mark.parametrize("added", [None, 1, 2])
 def test_norms_over_groups(
     kernels: Any, dtype: torch.dtype, pixels: int, channels: int, groups: int, added: int | None
 ) -> None:
     x, layer = (torch.randn(2, pixels, channels) + 1).to(dtype), norm(nn.GroupNorm, groups, channels).to(dtype)
     more = None if added is None else torch.randn(added, channels).to(dtype)
-    for silu in (True, False):
-        assert close(kernels.group_norm(x, layer, more, silu=silu), PLAIN.group_norm(x, layer, more, silu=silu))
+    silu = added != 1
+    assert close(kernels.group_norm(x, layer, more, silu=silu), PLAIN.group_norm(x, layer, more, silu=silu))
 
 
-def test_a_number_of_groups_that_no_tile_has(kernels: Any) -> None:
-    x, layer = torch.randn(1, 20, 36), norm(nn.GroupNorm, 6, 36)
-    assert close(kernels.group_norm(x, layer), PLAIN.group_norm(x, layer))
+@pytest.mark.parametrize(
+    ("pixels", "channels", "groups"),
+    [(1, 8, 2), (33, 36, 6), (40, 77, 7), (50, 24, 3), (70, 130, 1), (19, 12, 12), (600, 30, 5)],
+)
+def test_all_candidates_for_a_norm_compute_the_same(kernels: Any, pixels: int, channels: int, groups: int) -> None:
+    from fewstep.engines.cuda.norms import GroupNorm
+
+    layer, more = norm(nn.GroupNorm, groups, channels), torch.randn(2, 3 * channels)[:, channels : 2 * channels]
+    x, around = inside(2, pixels, channels)
+    candidates = GroupNorm(x, layer, more, True).candidates()
+    assert len(candidates) == 5
+    for name, run in candidates.items():
+        assert close(run(), PLAIN.group_norm(x, layer, more)), name
+    assert bool(around.isnan().all())
 
 
-def test_a_slice_of_what_is_added_for_many_blocks(kernels: Any) -> None:
-    x, layer, all_of_it = torch.randn(2, 30, 32), norm(nn.GroupNorm, 8, 32), torch.randn(2, 100)
-    assert close(kernels.group_norm(x, layer, all_of_it[:, 40:72]), PLAIN.group_norm(x, layer, all_of_it[:, 40:72]))
+def inside(*shape: int) -> tuple[Tensor, Tensor]:
+    """Random numbers, and the NaNs that lie before and behind them in memory: whoever reads these shows it."""
+    numbers = torch.randn(shape)
+    around = torch.full((2, numbers.numel()), torch.nan)
+    memory = torch.cat([around[0], numbers.flatten(), around[1]])
+    middle = memory[numbers.numel() : 2 * numbers.numel()].view(shape)
+    return middle, memory.view(3, -1)[::2]
+
+
+def test_large_maps_have_no_candidate_that_gives_a_group_to_one_multiprocessor(kernels: Any) -> None:
+    from fewstep.engines.cuda.norms import GroupNorm
+
+    x, layer = torch.empty(1, 1, 512).expand(1, 65536, 512), norm(nn.GroupNorm, 32, 512)
+    assert [name.split()[0] for name in GroupNorm(x, layer, None, True).candidates()] == ["passes"] * 3
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+def test_a_mean_far_from_zero_costs_no_digits(kernels: Any, mean: float) -> None:
+    from fewstep.engines.cuda.norms import GroupNorm
+
+    x, layer = torch.randn(1, 700, 16) + mean, norm(nn.GroupNorm, 4, 16)
+    wanted = PLAIN.group_norm(x.double(), norm_in_double(layer), None, silu=False)
+    for name, run in GroupNorm(x, layer, None, False).candidates().items():
+        assert float((run() - wanted).abs().max()) < 6e-7 * mean + 5e-6, name
+
+
+def norm_in_double(layer: nn.GroupNorm) -> nn.GroupNorm:
+    double = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, dtype=torch.float64)
+    double.load_state_dict(layer.state_dict())
+    return double.requires_grad_(False)
+
+
+def test_a_constant_map_has_no_deviation(kernels: Any) -> None:
+    from fewstep.engines.cuda.norms import GroupNorm
+
+    x, layer = torch.full((1, 100, 8), 777.7), norm(nn.GroupNorm, 2, 8)
+    for run in GroupNorm(x, layer, None, False).candidates().values():
+        assert torch.allclose(run(), layer.bias.expand(1, 100, 8), atol=0.05)
+
+
+def test_choices_find_the_candidate_of_each_norm() -> None:
+    from fewstep.engines.choices import Choices
+    from fewstep.engines.cuda.kernels import TritonOperations
+
+    choices = Choices()
+    x, layer = torch.randn(1, 16, 32), norm(nn.GroupNorm, 8, 32)
+    assert close(TritonOperations(choices).group_norm(x, layer), PLAIN.group_norm(x, layer))
+    (key,) = choices.known
+    choices.known[key] = "passes 64x64"
+    assert close(TritonOperations(choices).group_norm(x, layer), PLAIN.group_norm(x, layer))
+    TritonOperations(choices).group_norm(x, layer, silu=False)
+    assert len(choices.known) == 2, "another norm is another choice"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -73,12 +133,33 @@ def test_norms_of_rows(kernels: Any, dtype: torch.dtype, channels: int) -> None:
             assert close(found, wanted)
 
 
+def test_norms_of_many_short_rows(kernels: Any) -> None:
+    (x, _), layer = inside(1, 1027, 24), norm(nn.LayerNorm, 24)
+    assert close(kernels.add_norm(x, x, layer)[1], PLAIN.add_norm(x, x, layer)[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gates_and_additions(kernels: Any, dtype: torch.dtype) -> None:
-    rows, residual, bias = (torch.randn(*shape).to(dtype) for shape in ((3, 7, 96), (3, 7, 96), (96,)))
+@pytest.mark.parametrize("channels", [96, 10, 256])
+def test_gates_and_additions(kernels: Any, dtype: torch.dtype, channels: int) -> None:
+    shapes = ((3, 7, channels), (3, 7, channels), (channels,))
+    rows, residual, bias = (torch.randn(*shape).to(dtype) for shape in shapes)
     assert close(kernels.gated(rows), PLAIN.gated(rows))
     assert close(kernels.added(rows, bias, residual), PLAIN.added(rows, bias, residual))
     assert close(kernels.added(rows, None, residual), PLAIN.added(rows, None, residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width", "channels"), [(1, 1, 3), (5, 3, 64), (8, 9, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weaving_the_phases_of_a_doubled_map(
+    kernels: Any, dtype: torch.dtype, height: int, width: int, channels: int, bias: bool
+) -> None:
+    phases = inside(2, 4 * channels, height + 1, width + 1)[0].to(dtype).contiguous(memory_format=torch.channels_last)
+    more = torch.randn(channels).to(dtype) if bias else None
+    found, wanted = kernels.weave(phases, more), PLAIN.weave(phases, more)
+    assert found.shape == wanted.shape == (2, channels, 2 * height, 2 * width)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert close(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -1,4 +1,4 @@
-"""The same operations as kernels in Triton, each of which passes over its map once (the norm over groups twice).
+"""The same operations as kernels in Triton, each of which passes over its rows once; norms over groups are in norms.py.
 
 Half-precision maps are widened as they are read. No sum depends on the order in which programs run: a picture is the
 same each time.
@@ -6,132 +6,92 @@ same each time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fewstep.engines.cuda.operations import FP8, LARGEST, LEAST, PlainOperations
+from fewstep.engines.choices import Choices
+from fewstep.engines.cuda.norms import GroupNorm
+from fewstep.engines.cuda.operations import FP8, LARGEST, LEAST
 
-PROGRAMS = 256
-"""Pieces of a map that are summed on their own, at most: two for each multiprocessor of the largest cards."""
-
-ROWS = 8192
+TILE = 2048
 """Numbers of a tile, about."""
 
-
-@triton.jit
-def _group_tile(  # type: ignore[no-untyped-def]
-    x, added, batch, first, last, pixels, channels, width,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rows [first, last) of a picture as (BLOCK, GROUPS, WIDTH) in float32, where they lie and which are there."""
-    rows = first + tl.arange(0, BLOCK)[:, None, None]
-    inner = tl.arange(0, WIDTH)[None, None, :]
-    channel = tl.arange(0, GROUPS)[None, :, None] * width + inner
-    there = (rows < last) & (inner < width)
-    at = (batch * pixels + rows).to(tl.int64) * channels + channel
-    tile = tl.load(x + at, mask=there, other=0).to(tl.float32)
-    if added is not None:
-        tile += tl.load(added + channel, mask=inner < width, other=0).to(tl.float32)
-        tile = tl.where(there, tile, 0.0)
-    return tile, at, channel, there
-
-
-@triton.jit
-def _group_sums(  # type: ignore[no-untyped-def]
-    x, added, sums, added_stride, pixels, channels, width, rows,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Sum and sum of squares of each group over one piece of a picture: sums (B, pieces, 2, GROUPS)."""
-    piece, batch, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    if added is not None:
-        added += batch * added_stride
-    total = tl.zeros((GROUPS,), tl.float32)
-    squares = tl.zeros((GROUPS,), tl.float32)
-    last = min((piece + 1) * rows, pixels)
-    for first in range(piece * rows, last, BLOCK):
-        tile, _, _, _ = _group_tile(x, added, batch, first, last, pixels, channels, width, BLOCK, GROUPS, WIDTH)
-        total += tl.sum(tl.sum(tile, 2), 0)
-        squares += tl.sum(tl.sum(tile * tile, 2), 0)
-    out = sums + (batch * pieces + piece) * 2 * GROUPS + tl.arange(0, GROUPS)
-    tl.store(out, total)
-    tl.store(out + GROUPS, squares)
-
-
-@triton.jit
-def _group_apply(  # type: ignore[no-untyped-def]
-    x, added, sums, weight, bias, out, added_stride, pixels, channels, width, rows, eps,
-    SILU: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The norm, by the sums of all pieces, of one piece of a picture."""
-    piece, batch, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    if added is not None:
-        added += batch * added_stride
-    each, group = tl.arange(0, PIECES)[:, None], tl.arange(0, GROUPS)[None, :]
-    at = sums + (batch * pieces + each) * 2 * GROUPS + group
-    count = pixels * width
-    mean = tl.sum(tl.load(at, mask=each < pieces, other=0), 0) / count
-    square = tl.sum(tl.load(at + GROUPS, mask=each < pieces, other=0), 0) / count
-    inverse = tl.rsqrt(tl.maximum(square - mean * mean, 0) + eps)
-    last = min((piece + 1) * rows, pixels)
-    for first in range(piece * rows, last, BLOCK):
-        tile, place, channel, there = _group_tile(
-            x, added, batch, first, last, pixels, channels, width, BLOCK, GROUPS, WIDTH
-        )
-        known = channel < channels
-        scale = tl.load(weight + channel, mask=known, other=0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=known, other=0).to(tl.float32)
-        y = (tile - mean[None, :, None]) * inverse[None, :, None] * scale + shift
-        if SILU:
-            y = y / (1 + tl.exp(-y))
-        tl.store(out + place, y.to(out.dtype.element_ty), mask=there)
+MANY_ROWS = 1024
+"""From here on a program norms several short rows: fewer would leave multiprocessors idle."""
 
 
 @triton.jit
 def _row_norm(  # type: ignore[no-untyped-def]
-    x, h, weight, bias, total, out, channels, eps, WIDTH: tl.constexpr
-):
-    """The norm of one row of x + h, and the sum itself in the format of x."""
-    channel = tl.arange(0, WIDTH)
-    there = channel < channels
-    at = tl.program_id(0).to(tl.int64) * channels + channel
+    x, h, weight, bias, total, out, rows, channels, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The norms of ROWS rows of x + h, and the sums themselves in the format of x."""
+    first, c = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, COLUMNS)
+    r, known = tl.arange(0, ROWS), c < channels
+    there = (r < rows - first)[:, None] & known[None, :]
+    at = first * channels + r[:, None] * channels + c[None, :]
     row = tl.load(x + at, mask=there, other=0).to(tl.float32)
     if h is not None:
-        row = (row + tl.load(h + at, mask=there, other=0).to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(total + at, row, mask=there)
-        row = row.to(tl.float32)
-    mean = tl.sum(row, 0) / channels
-    centred = tl.where(there, row - mean, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
-    scale = tl.load(weight + channel, mask=there, other=0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=there, other=0).to(tl.float32)
-    tl.store(out + at, (centred * inverse * scale + shift).to(out.dtype.element_ty), mask=there)
+        added = (row + tl.load(h + at, mask=there, other=0).to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(total + at, added, mask=there)
+        row = added.to(tl.float32)
+    mean = tl.sum(row, 1) / channels
+    centred = tl.where(there, row - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 1) / channels + eps)
+    scale = tl.load(weight + c, mask=known, other=0).to(tl.float32)
+    shift = tl.load(bias + c, mask=known, other=0).to(tl.float32)
+    y = centred * inverse[:, None] * scale[None, :] + shift[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _gated(rows, out, count, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gated(rows, out, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Value times GELU of the gate, the exact one."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    source = at // channels * 2 * channels + at % channels
-    value = tl.load(rows + source, mask=there, other=0).to(tl.float32)
-    gate = tl.load(rows + source + channels, mask=there, other=0).to(tl.float32)
+    first, r = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (r < count - first)[:, None] & (c < channels)[None, :]
+    source = rows + first * 2 * channels + (r * 2 * channels)[:, None] + c[None, :]
+    value = tl.load(source, mask=there, other=0).to(tl.float32)
+    gate = tl.load(source + channels, mask=there, other=0).to(tl.float32)
     gelu = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    at = first * channels + (r * channels)[:, None] + c[None, :]
     tl.store(out + at, (value * gelu).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _added(x, bias, residual, out, count, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
+def _added(x, bias, residual, out, count, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    first, r = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = c < channels
+    there = (r < count - first)[:, None] & known[None, :]
+    at = first * channels + (r * channels)[:, None] + c[None, :]
     total = tl.load(x + at, mask=there, other=0).to(tl.float32)
     total += tl.load(residual + at, mask=there, other=0).to(tl.float32)
     if bias is not None:
-        total += tl.load(bias + at % channels, mask=there, other=0).to(tl.float32)
+        total += tl.load(bias + c, mask=known, other=0).to(tl.float32)[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _weave(  # type: ignore[no-untyped-def]
+    phases, bias, out, height, width, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS pixels of the doubled map: each from the phase of its place, and with the bias."""
+    batch, p = tl.program_id(2), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = c < channels
+    y, x = p // (2 * width), p % (2 * width)
+    there = (y < 2 * height)[:, None] & known[None, :]
+    pixel = (batch.to(tl.int64) * (height + 1) + (y + 1) // 2) * (width + 1) + (x + 1) // 2
+    source = (pixel * 4 + y % 2 * 2 + x % 2) * channels
+    v = tl.load(phases + source[:, None] + c[None, :], mask=there, other=0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + c, mask=known, other=0).to(tl.float32)[None, :]
+    target = (batch.to(tl.int64) * 4 * height * width + p) * channels
+    tl.store(out + target[:, None] + c[None, :], v.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -147,55 +107,61 @@ def _eight_bits(rows, out, scales, channels, LARGEST: tl.constexpr, LEAST: tl.co
 
 
 class TritonOperations:
-    """See `Operations`; on a card, or in Triton's interpreter."""
+    """See `Operations`; on a card, or in Triton's interpreter.
+
+    `choices` finds the fastest candidate for each norm over groups; without them the size of the map decides.
+    """
+
+    def __init__(self, choices: Choices | None = None) -> None:
+        self.choices = choices
 
     def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
         """See `Operations`."""
-        groups, width = norm.num_groups, norm.num_channels // norm.num_groups
-        if groups & (groups - 1):  # the kernels' tiles have powers of two
-            return PlainOperations().group_norm(x, norm, added, silu=silu)
-        x = x.contiguous()
-        batch, pixels, channels = x.shape
-        wide = triton.next_power_of_2(width)
-        block = max(1, ROWS // (groups * wide))
-        rows = max(block, triton.cdiv(pixels, PROGRAMS))
-        pieces = triton.cdiv(pixels, rows)
-        sums = torch.empty(batch, pieces, 2, groups, dtype=torch.float32, device=x.device)
-        out, stride = torch.empty_like(x), 0 if added is None or len(added) == 1 else added.stride(0)
-        sizes: dict[str, Any] = {"BLOCK": block, "GROUPS": groups, "WIDTH": wide, "num_warps": 8}
-        grid = pieces, batch
-        _group_sums[grid](x, added, sums, stride, pixels, channels, width, rows, **sizes)
-        _group_apply[grid](
-            *(x, added, sums, norm.weight, norm.bias, out, stride, pixels, channels, width, rows, norm.eps),
-            SILU=silu,
-            PIECES=triton.next_power_of_2(pieces),
-            **sizes,
-        )
-        return out
+        call = GroupNorm(x.contiguous(), norm, added, silu)
+        candidates = call.candidates()
+        if self.choices is None:
+            return next(iter(candidates.values()))()
+        return self.choices.run(call.key(), candidates)
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """See `Operations`."""
         x, h = x.contiguous(), None if h is None else h.contiguous()
         channels, out = x.shape[-1], torch.empty_like(x)
         total = x if h is None else torch.empty_like(x)
-        wide = triton.next_power_of_2(channels)
-        grid = (x.numel() // channels,)
-        _row_norm[grid](x, h, norm.weight, norm.bias, total, out, channels, norm.eps, WIDTH=wide, num_warps=4)
+        count, columns = x.numel() // channels, triton.next_power_of_2(channels)
+        rows = max(1, TILE // columns) if count >= MANY_ROWS else 1
+        _row_norm[(triton.cdiv(count, rows),)](
+            *(x, h, norm.weight, norm.bias, total, out, count, channels, norm.eps),
+            ROWS=rows,
+            COLUMNS=columns,
+            num_warps=4,
+        )
         return total, out
 
     def gated(self, rows: Tensor) -> Tensor:
         """See `Operations`."""
         rows, channels = rows.contiguous(), rows.shape[-1] // 2
         out = torch.empty(*rows.shape[:-1], channels, dtype=rows.dtype, device=rows.device)
-        _gated[_blocks(out)](rows, out, out.numel(), channels, BLOCK=_BLOCK)
+        grid, tile = _tiles(out.numel() // channels, channels)
+        _gated[grid](rows, out, out.numel() // channels, channels, **tile)
         return out
 
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """See `Operations`."""
-        x, residual = x.contiguous(), residual.contiguous()
+        x, residual, channels = x.contiguous(), residual.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
-        _added[_blocks(out)](x, bias, residual, out, out.numel(), x.shape[-1], BLOCK=_BLOCK)
+        grid, tile = _tiles(out.numel() // channels, channels)
+        _added[grid](x, bias, residual, out, out.numel() // channels, channels, **tile)
         return out
+
+    def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Operations`."""
+        rows = phases.permute(0, 2, 3, 1).contiguous()
+        batch, height, width, channels = (rows.shape[0], rows.shape[1] - 1, rows.shape[2] - 1, rows.shape[3] // 4)
+        out = torch.empty(batch, 2 * height, 2 * width, channels, dtype=rows.dtype, device=rows.device)
+        grid, tile = _tiles(4 * height * width, channels)
+        _weave[(*grid, batch)](rows, bias, out, height, width, channels, **tile)
+        return out.permute(0, 3, 1, 2)
 
     def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Operations`."""
@@ -207,8 +173,10 @@ class TritonOperations:
         return out, scales
 
 
-_BLOCK = 1024
-
-
-def _blocks(out: Tensor) -> tuple[int]:
-    return (triton.cdiv(out.numel(), _BLOCK),)
+def _tiles(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """A grid of tiles over (rows, channels), and their sizes: powers of two, without waste where these divide."""
+    dividing = min(256, channels & -channels)
+    columns = dividing if dividing >= 32 else min(64, triton.next_power_of_2(channels))
+    height = TILE // columns
+    grid = triton.cdiv(rows, height), triton.cdiv(channels, columns)
+    return grid, {"ROWS": height, "COLUMNS": columns, "num_warps": 4}

@@ -66,16 +66,9 @@ class Doubled(nn.Module):
         return self.means.choices.run(f"doubled {tuple(x.shape)} {len(conv.weight)} {x.dtype}", ways)
 
     def _folded(self, x: Tensor) -> Tensor:
-        """The four results, which stand side by side in the channels of one, each a pixel later, woven together."""
-        (batch, _, height, width), outputs, bias = x.shape, len(self.conv[0].weight), self.conv[0].bias
+        """The four phases as one convolution of 4 * O channels, each a pixel later, then interleaved with the bias."""
         phases = F.conv2d(x, self.folded.value, padding=1)
-        phases = torch.unflatten(phases, 1, (4, outputs))
-        out = x.new_empty(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
-        for phase in range(4):
-            i, j = divmod(phase, 2)
-            part = phases[:, phase, :, i : i + height, j : j + width]
-            out[:, :, i::2, j::2] = part if bias is None else part + bias[:, None, None]
-        return out
+        return self.means.operations.weave(phases, self.conv[0].bias)
 
 
 def _four_filters(weight: Tensor) -> Tensor:

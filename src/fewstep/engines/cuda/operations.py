@@ -33,6 +33,12 @@ class Operations(Protocol):
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """`x + bias + residual` for x and residual (B, N, C) and bias (C,)."""
 
+    def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
+        """The four phases of a doubled map interleaved, plus bias (O,): (B, 4 * O, h + 1, w + 1) -> (B, O, 2h, 2w).
+
+        Channels [(2i + j) * O, (2i + j + 1) * O) hold output pixels (2y + i, 2x + j) at (y + i, x + j).
+        """
+
     def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, C) as numbers in fp8 and what to multiply each row with, (N, 1) float32."""
 
@@ -59,6 +65,16 @@ class PlainOperations:
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """See `Operations`."""
         return x + residual if bias is None else x + bias + residual
+
+    def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Operations`."""
+        batch, channels, height, width = phases.shape
+        out = phases.new_empty(batch, 2 * height - 2, 2 * width - 2, channels // 4).permute(0, 3, 1, 2)
+        for phase, part in enumerate(phases.chunk(4, dim=1)):
+            i, j = divmod(phase, 2)
+            part = part[:, :, i : i + height - 1, j : j + width - 1]
+            out[:, :, i::2, j::2] = part if bias is None else part + bias[:, None, None]
+        return out
 
     def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `Operations`."""
