@@ -1,4 +1,4 @@
-"""What this card can do: which models, which kernels, and the choices that were made on it."""
+"""What this card can do: which models and which kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, digest, kept_file
 from fewstep.engines.cuda.operations import Operations, PlainOperations
 from fewstep.locks import made_once
 from fewstep.weights.parts import Parts
@@ -101,16 +100,6 @@ def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence
         "added": lambda by: [by.added(rows, rows[0, 0], rows)],
         "eight_bits": lambda by: by.eight_bits(rows[0])[1:],
     }
-
-
-@made_once
-def of_this_card(device: torch.device) -> Choices:
-    """The choices of this card and these versions of PyTorch and cuDNN."""
-    if device.type != "cuda":
-        return Choices()
-    cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    card = torch.cuda.get_device_name(device), torch.__version__, cudnn
-    return Choices(kept_file(f"cuda-{digest(*card)}.json"), wait=torch.cuda.synchronize)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

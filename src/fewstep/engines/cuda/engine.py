@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.engines.choices import Choices
-from fewstep.engines.cuda.card import StreamOrder, networks, of_this_card, on_card, operations
+from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
+from fewstep.engines.cuda.clock import of_this_card
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.graphs import Called, Graphs
 from fewstep.engines.cuda.graphs import Function as GraphFunction
