@@ -21,7 +21,7 @@ from fewstep.engines.cuda import clock
 from fewstep.engines.cuda.clock import DeviceClock
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.layers import CudaConv
-from fewstep.engines.cuda.linear import product_attention
+from fewstep.engines.cuda.linear import gated_product, product_attention, product_of
 from fewstep.engines.cuda.operations import PlainOperations
 
 PLAIN = PlainOperations()
@@ -302,3 +302,44 @@ def test_other_convolutions_are_the_librarys(small: Any, device: torch.device, o
     x = laid(torch.randn(1, 32, 6, 5), torch.float16, device)
     fast = CudaConv(conv, Means(operations=TritonOperations(), choices=Last()))
     assert torch.equal(fast(x), conv(x))
+
+
+# products with their gate
+
+
+@pytest.fixture(scope="module")
+def gate() -> Any:
+    pytest.importorskip("triton", reason="no Triton for this system")
+    from fewstep.engines.cuda import geglu
+
+    return geglu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "channels", "outputs"), [((2, 37), 80, 48), ((1, 300), 64, 136), ((1200,), 128, 24)])
+@pytest.mark.parametrize("tile", range(3))
+def test_products_with_their_gate(
+    gate: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], channels: int, outputs: int, tile: int
+) -> None:
+    x = torch.randn(*shape, channels).to(device, dtype)
+    weight = (torch.randn(2 * outputs, channels) / channels**0.5).to(device, dtype)
+    bias = torch.randn(2 * outputs).to(device, dtype)
+    exact = dtype == torch.float32 and device.type == "cpu"
+    for more in (None, bias):
+        wanted = PLAIN.gated(F.linear(x.float(), weight.float(), None if more is None else more.float()))
+        found = gate.geglu(x, weight, more, gate.TILES[tile])
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), wanted, atol=1e-5 if exact else 1e-2)
+
+
+def test_a_transformer_takes_one_kernel_for_product_and_gate(gate: Any, device: torch.device) -> None:
+    from fewstep.engines.cuda.kernels import TritonOperations
+
+    layer = nn.Linear(64, 2 * 48).to(device, torch.float16).requires_grad_(False)
+    rows, choices = torch.randn(2, 5, 64).to(device, torch.float16), Last()
+    found = []
+    for operations in (TritonOperations(), PLAIN):
+        means = Means(operations=operations, choices=choices)
+        found.append(gated_product(product_of(means, layer), rows, means))
+    assert torch.allclose(*found, atol=1e-2)
+    assert not gate.geglu_candidates(rows.float(), layer.weight.float(), None)

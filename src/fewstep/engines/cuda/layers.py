@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.linear import Product, attended, product_of
+from fewstep.engines.cuda.linear import Product, attended, gated_product, product_of
 from fewstep.engines.cuda.operations import PlainOperations, maps, pixels
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -210,7 +210,7 @@ class CudaTransformerBlock(nn.Module):
         x, normed = operations.add_norm(x, h, block.norm1)
         x, normed = operations.add_norm(x, self.attn1(normed), block.norm2)
         x, normed = operations.add_norm(x, self.attn2(normed, told), block.norm3)
-        return x, self.leave(operations.gated(self.enter(normed)))
+        return x, self.leave(gated_product(self.enter, normed, self.means))
 
 
 class CudaTransformer(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means, Weights
 from fewstep.engines.cuda.fp8 import fp8_linear, fp8_weight, takes_fp8
+from fewstep.engines.cuda.operations import PlainOperations
 
 WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
@@ -42,15 +43,25 @@ class Product:
 
     def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
         self._means = means
+        self._weight = None if means.fp8 and takes_fp8(weights()) else _one(means, weights)
         self._bias = None if biases is None else _one(means, biases)
-        if means.fp8 and takes_fp8(weights()):
-            self._call = self._in_eight_bits(weights)
-        else:
-            weight = _one(means, weights)
-            self._call = lambda x, bias: F.linear(x, weight(), bias)
+        self._eight_bits = self._in_eight_bits(weights) if self._weight is None else None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight (O, C) as of now; None in 8 bits."""
+        return None if self._weight is None else self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (O,) as of now."""
+        return None if self._bias is None else self._bias()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x, None if self._bias is None else self._bias())
+        if self._eight_bits is not None:
+            return self._eight_bits(x, self.bias)
+        assert self._weight is not None
+        return F.linear(x, self._weight(), self.bias)
 
     def _in_eight_bits(self, weights: Weights) -> Callable[[Tensor, Tensor | None], Tensor]:
         numbers = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[0])
@@ -80,6 +91,21 @@ def product_of(means: Means, *layers: nn.Linear | nn.Conv2d, bias: bool = True) 
         return [layer.bias for layer in layers if layer.bias is not None]
 
     return Product(means, lambda: [layer.weight for layer in layers], biases if biased else None)
+
+
+def gated_product(product: Product, rows: Tensor, means: Means) -> Tensor:
+    """The first half of a product's outputs times the GELU of the second: rows (B, N, C) -> (B, N, outputs / 2)."""
+
+    def apart() -> Tensor:
+        return means.operations.gated(product(rows))
+
+    if isinstance(means.operations, PlainOperations) or product.weight is None:
+        return apart()
+    from fewstep.engines.cuda.geglu import geglu_candidates
+
+    weight = product.weight
+    ways: Ways = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
+    return means.choices.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", ways)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causal: bool = False) -> Tensor:

@@ -7,8 +7,8 @@ and summed in a fixed order by a second kernel: a picture is the same each time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,8 +29,7 @@ BLOCK_K = 64
 FORMATS = torch.float16, torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Tile:
+class ConvTile(NamedTuple):
     """Output pixels and channels of one program, loads in flight, warps, and programs for each multiprocessor."""
 
     rows: int
@@ -39,16 +38,13 @@ class Tile:
     warps: int
     programs: int
 
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.outputs} {self.stages} {self.warps} {self.programs}"
-
 
 TILES = (
-    Tile(64, 64, 4, 4, 2),
-    Tile(64, 64, 4, 4, 3),
-    Tile(64, 128, 4, 4, 2),
-    Tile(128, 64, 4, 4, 2),
-    Tile(128, 128, 3, 8, 2),
+    ConvTile(64, 64, 4, 4, 2),
+    ConvTile(64, 64, 4, 4, 3),
+    ConvTile(64, 128, 4, 4, 2),
+    ConvTile(128, 64, 4, 4, 2),
+    ConvTile(128, 128, 3, 8, 2),
 )
 """What is tried for a shape, those of more than 64 rows for maps that fill them."""
 
@@ -104,7 +100,7 @@ def _sum_splits(  # type: ignore[no-untyped-def]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
-def small_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
+def small_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: ConvTile) -> Tensor:
     """A 3x3 convolution with stride 1 and padding 1: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W).
 
     Maps and filters have their channels side by side. The sum is split by the number of the card's multiprocessors.
@@ -127,7 +123,7 @@ def small_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Te
         num_warps=tile.warps,
     )
     out = torch.empty(batch, height, width, outputs, dtype=x.dtype, device=x.device)
-    count, block = out.numel(), 512
+    count, block = out.numel(), 128  # one number a thread, all of whose splits are then loaded at once
     _sum_splits[(triton.cdiv(count, block),)](partials, bias, out, count, outputs, SPLITS=splits, BLOCK=block)
     return out.permute(0, 3, 1, 2)
 
@@ -145,4 +141,4 @@ def small_conv_candidates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Way
     if not (0 < rows <= MOST_ROWS and side_by_side and aligned and x.dtype in FORMATS and x.dtype == weight.dtype):
         return {}
     tiles = [tile for tile in TILES if tile.rows <= max(64, rows)]
-    return {str(tile): partial(small_conv, x, weight, bias, tile) for tile in tiles}
+    return {"split " + "x".join(map(str, tile)): partial(small_conv, x, weight, bias, tile) for tile in tiles}
