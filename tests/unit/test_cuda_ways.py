@@ -25,6 +25,7 @@ from fewstep.engines.cuda.linear import gated_product, product_attention, produc
 from fewstep.engines.cuda.operations import PlainOperations
 
 PLAIN = PlainOperations()
+DTYPES = [torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
 
 
@@ -240,7 +241,7 @@ def laid(x: Tensor, like: torch.dtype, device: torch.device) -> Tensor:
     return x.to(device, like).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "outputs"), [((1, 80, 5, 7), 48), ((2, 64, 8, 8), 72), ((3, 16, 1, 1), 16), ((1, 136, 3, 9), 200)]
 )
@@ -251,7 +252,7 @@ def test_small_convolutions(
     x = laid(torch.randn(shape), dtype, device)
     weight = laid(torch.randn(outputs, shape[1], 3, 3) / (3 * shape[1] ** 0.5), dtype, device)
     bias = torch.randn(outputs).to(device, dtype)
-    exact = dtype == torch.float32 and device.type == "cpu"  # a card's products of float32 are in TF32
+    exact = dtype == torch.float32
     for more in (None, bias):
         found = small.small_conv(x, weight, more, small.TILES[tile])
         wanted = F.conv2d(x.float(), weight.float(), None if more is None else more.float(), padding=1)
@@ -315,7 +316,7 @@ def gate() -> Any:
     return geglu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "channels", "outputs"), [((2, 37), 80, 48), ((1, 300), 64, 136), ((1200,), 128, 24)])
 @pytest.mark.parametrize("tile", range(3))
 def test_products_with_their_gate(
@@ -324,7 +325,7 @@ def test_products_with_their_gate(
     x = torch.randn(*shape, channels).to(device, dtype)
     weight = (torch.randn(2 * outputs, channels) / channels**0.5).to(device, dtype)
     bias = torch.randn(2 * outputs).to(device, dtype)
-    exact = dtype == torch.float32 and device.type == "cpu"
+    exact = dtype == torch.float32
     for more in (None, bias):
         wanted = PLAIN.gated(F.linear(x.float(), weight.float(), None if more is None else more.float()))
         found = gate.geglu(x, weight, more, gate.TILES[tile])
@@ -343,3 +344,39 @@ def test_a_transformer_takes_one_kernel_for_product_and_gate(gate: Any, device: 
         found.append(gated_product(product_of(means, layer), rows, means))
     assert torch.allclose(*found, atol=1e-2)
     assert not gate.geglu_candidates(rows.float(), layer.weight.float(), None)
+
+
+# on a card, at the sizes of real models
+
+
+@NO_CARD
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "side", "inputs"), [(1, 8, 1280), (2, 16, 1920)])
+def test_small_convolutions_on_a_card(small: Any, dtype: torch.dtype, batch: int, side: int, inputs: int) -> None:
+    device = torch.device("cuda")
+    x = laid(torch.randn(batch, inputs, side, side), dtype, device)
+    weight = laid(torch.randn(1280, inputs, 3, 3) / (3 * inputs**0.5), dtype, device)
+    wanted = F.conv2d(x.float().cpu(), weight.float().cpu(), padding=1)
+    found = small.small_conv_candidates(x, weight, None)
+    assert len(found) == (3 if batch * side**2 == 64 else 5)
+    assert {name: error(way(), wanted) < 0.01 for name, way in found.items()} == dict.fromkeys(found, True)
+    assert all(torch.equal(way(), way()) for way in found.values()), "the order of sums is fixed"
+
+
+@NO_CARD
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wide_attention_and_gates_on_a_card(gate: Any, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 2, 1, 1024, 512).to("cuda", dtype)
+    wanted = F.scaled_dot_product_attention(q.float().cpu(), k.float().cpu(), v.float().cpu())
+    assert error(product_attention(q, k, v, most_scores=1 << 20), wanted) < 0.01
+    x, weight = torch.randn(500, 640).to("cuda", dtype), (torch.randn(2 * 2560, 640) / 25).to("cuda", dtype)
+    wanted = PLAIN.gated(F.linear(x.float().cpu(), weight.float().cpu()))
+    found = gate.geglu_candidates(x, weight, None)
+    assert {name: error(way(), wanted) < 0.01 for name, way in found.items()} == dict.fromkeys(found, True)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Relative to the size of what is wanted."""
+    return float((found.float().cpu() - wanted).norm() / wanted.norm())
