@@ -117,7 +117,7 @@ class Choices:
         wanted, agreeing = None, {}
         for name, way in ways.items():
             with self._left_out(key, name):
-                found = way().float()
+                found = way()
                 wanted = found if wanted is None else wanted
                 if not _close(found, wanted, self.tolerance):
                     raise ArithmeticError("its result is another one")
@@ -177,8 +177,8 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """Whether two results are the same but for a part `tolerance`; what is not finite cannot be compared."""
     if found.shape != wanted.shape:
         return False
-    size = float(wanted.norm())
-    return not isfinite(size) or float((found - wanted).norm()) <= tolerance * size
+    size, error = (float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (wanted, found - wanted))
+    return not isfinite(size) or error <= tolerance * size
 
 
 def _read(path: Path | None) -> dict[str, str]:

@@ -85,16 +85,17 @@ def _conv_split(  # type: ignore[no-untyped-def]
     tl.store(partials + at, total, mask=(pixel < rows)[:, None] & (output < outputs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sum_splits(  # type: ignore[no-untyped-def]
-    partials, bias, out, count, outputs, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    partials, bias, out, count, outputs, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The splits one after the other, and the bias."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
+    parts = tl.where(there, splits, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(partials + split * count + at, mask=there, other=0.0)
+        total += tl.load(partials + split * count + at, mask=parts > split, other=0.0)
     if bias is not None:
         total += tl.load(bias + at % outputs, mask=there, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
@@ -124,7 +125,8 @@ def small_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: ConvTile) -
     )
     out = torch.empty(batch, height, width, outputs, dtype=x.dtype, device=x.device)
     count, block = out.numel(), 128  # one number a thread, all of whose splits are then loaded at once
-    _sum_splits[(triton.cdiv(count, block),)](partials, bias, out, count, outputs, SPLITS=splits, BLOCK=block)
+    unrolled = triton.next_power_of_2(splits)
+    _sum_splits[(triton.cdiv(count, block),)](partials, bias, out, count, outputs, splits, SPLITS=unrolled, BLOCK=block)
     return out.permute(0, 3, 1, 2)
 
 
