@@ -98,7 +98,6 @@ def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence
         "add_norm": lambda by: by.add_norm(rows, rows, layer),
         "gated": lambda by: [by.gated(rows)],
         "added": lambda by: [by.added(rows, rows[0, 0], rows)],
-        "eight_bits": lambda by: by.eight_bits(rows[0])[1:],
     }
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fewstep.engines.cuda.operations import FP8, LARGEST, LEAST, PlainOperations
+from fewstep.engines.cuda.operations import PlainOperations
 
 PROGRAMS = 256
 """Pieces of a map that are summed on their own, at most: two for each multiprocessor of the largest cards."""
@@ -134,18 +134,6 @@ def _added(x, bias, residual, out, count, channels, BLOCK: tl.constexpr):  # typ
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def _eight_bits(rows, out, scales, channels, LARGEST: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row in 8 bits, and its scale."""
-    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    there = channel < channels
-    numbers = tl.load(rows + row * channels + channel, mask=there, other=0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(numbers), 0), LEAST) / LARGEST
-    scaled = tl.minimum(tl.maximum(numbers / scale, -LARGEST), LARGEST)
-    tl.store(out + row * channels + channel, scaled.to(out.dtype.element_ty), mask=there)
-    tl.store(scales + row, scale)
-
-
 class TritonOperations:
     """See `Operations`; on a card, or in Triton's interpreter."""
 
@@ -196,15 +184,6 @@ class TritonOperations:
         out = torch.empty_like(x)
         _added[_blocks(out)](x, bias, residual, out, out.numel(), x.shape[-1], BLOCK=_BLOCK)
         return out
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operations`."""
-        rows, (count, channels) = rows.contiguous(), rows.shape
-        out = torch.empty(count, channels, dtype=FP8, device=rows.device)
-        scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
-        wide = triton.next_power_of_2(channels)
-        _eight_bits[(count,)](rows, out, scales, channels, LARGEST=LARGEST, LEAST=LEAST, WIDTH=wide, num_warps=4)
-        return out, scales
 
 
 _BLOCK = 1024

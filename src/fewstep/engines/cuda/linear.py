@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means, Weights
-from fewstep.engines.cuda.fp8 import fp8_linear, fp8_weight, takes_fp8
 from fewstep.engines.cuda.operations import PlainOperations
 
 WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
@@ -42,15 +41,13 @@ class Product:
     """
 
     def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
-        self._means = means
-        self._weight = None if means.fp8 and takes_fp8(weights()) else _one(means, weights)
+        self._weight = _one(means, weights)
         self._bias = None if biases is None else _one(means, biases)
-        self._eight_bits = self._in_eight_bits(weights) if self._weight is None else None
 
     @property
-    def weight(self) -> Tensor | None:
-        """The weight (O, C) as of now; None in 8 bits."""
-        return None if self._weight is None else self._weight()
+    def weight(self) -> Tensor:
+        """The weight (O, C) as of now."""
+        return self._weight()
 
     @property
     def bias(self) -> Tensor | None:
@@ -58,15 +55,7 @@ class Product:
         return None if self._bias is None else self._bias()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._eight_bits is not None:
-            return self._eight_bits(x, self.bias)
-        assert self._weight is not None
-        return F.linear(x, self._weight(), self.bias)
-
-    def _in_eight_bits(self, weights: Weights) -> Callable[[Tensor, Tensor | None], Tensor]:
-        numbers = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[0])
-        scale = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[1])
-        return lambda x, bias: fp8_linear(x, (numbers.value, scale.value), bias, self._means.operations)
+        return F.linear(x, self.weight, self.bias)
 
 
 def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
@@ -99,7 +88,7 @@ def gated_product(product: Product, rows: Tensor, means: Means) -> Tensor:
     def apart() -> Tensor:
         return means.operations.gated(product(rows))
 
-    if isinstance(means.operations, PlainOperations) or product.weight is None:
+    if isinstance(means.operations, PlainOperations):
         return apart()
     from fewstep.engines.cuda.geglu import geglu_candidates
 

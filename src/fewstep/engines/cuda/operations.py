@@ -11,12 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FP8, LARGEST = torch.float8_e4m3fn, 448.0
-"""The format of 8 bits (arXiv:2209.05433), and its largest number."""
-
-LEAST = 1e-12
-"""A row whose numbers are all smaller counts as zeros."""
-
 
 class Operations(Protocol):
     """Two sets of the same functions: PyTorch's operations, and kernels."""
@@ -32,9 +26,6 @@ class Operations(Protocol):
 
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """`x + bias + residual` for x and residual (B, N, C) and bias (C,)."""
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (N, C) as numbers in fp8 and what to multiply each row with, (N, 1) float32."""
 
 
 class PlainOperations:
@@ -59,11 +50,6 @@ class PlainOperations:
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """See `Operations`."""
         return x + residual if bias is None else x + bias + residual
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operations`."""
-        scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(LEAST) / LARGEST
-        return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def pixels(x: Tensor) -> Tensor:
