@@ -93,7 +93,6 @@ CPU = (
 )
 CUDA = (
     Contender(name="fewstep", load=ours.load, packages=("fewstep", "torch"), peer=False),
-    Contender(name="fewstep, fp8", load=ours.load, packages=("fewstep", "torch"), options={"fp8": True}, peer=False),
     Contender(name="diffusers", **_DIFFUSERS),
     Contender(name="diffusers, float32", options={"channels_last": False, "exact": True}, **_DIFFUSERS),
     Contender(name="diffusers, torch.compile", options={"compiled": True}, **_DIFFUSERS),

@@ -39,7 +39,7 @@ CORE_PACKAGES = {"torch", "numpy", "safetensors", "PIL", "tokenizers", "huggingf
 ORACLES = {"diffusers", "transformers"}
 FILE_MODULES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "json", "zipfile", "pickle", "mmap"}
 ONLY_PACKAGES = {"nn": {"torch"}, "diffusion": {"torch", "numpy"}, "models": {"torch"}}
-KERNELS = {SRC / "engines" / "cuda" / name for name in ("kernels.py", "norms.py")}
+KERNELS = {SRC / "engines" / "cuda" / name for name in ("kernels.py", "norms.py", "small_conv.py", "geglu.py")}
 """In Triton, whose functions take numbers and pointers one by one; the files are imported where they are needed."""
 OPTIONS_EXCEPTED = {"pipeline", "cli"}  # tasks and commands: their options are their interface
 VAGUE_NAMES = {"util", "utils", "common", "base", "misc", "helper", "helpers"}

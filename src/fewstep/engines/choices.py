@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +20,9 @@ from torch import Tensor
 from fewstep.engines.folder import cache_folder
 from fewstep.files import write_json
 from fewstep.locks import made_once
+from fewstep.memory import is_short_of_memory
+
+_log = logging.getLogger(__name__)
 
 LONG = 2.0
 """Seconds of one run of all ways above which a second run is left out."""
@@ -26,17 +33,44 @@ LARGEST_FILE = 1 << 20
 Ways = dict[str, Callable[[], Tensor]]
 
 
+class Clock(Protocol):
+    """Measures how long a device takes for one call of a function."""
+
+    def ready(self) -> bool:
+        """Whether anything can be measured now: not while a CUDA graph is captured."""
+
+    def seconds(self, way: Callable[[], object]) -> float:
+        """Seconds of one call of `way`. What `way` raises passes through."""
+
+
+class HostClock:
+    """Wall-clock time of one call, for devices that have computed when a call returns."""
+
+    def ready(self) -> bool:
+        """See `Clock`."""
+        return True
+
+    def seconds(self, way: Callable[[], object]) -> float:
+        """See `Clock`."""
+        started = perf_counter()
+        way()
+        return perf_counter() - started
+
+
 class Choices:
     """The fastest way for each key, kept in `path` between processes where that can be written.
 
-    A key that is new costs a run of each way. All ways must compute the same, so a wrong choice costs time alone.
-    `wait` comes back when the device has done all that it was told. Threads measure one after the other, and a choice
-    that was made stays: what is drawn at the same time is drawn in the same ways.
+    A key that is new costs a measurement of each way by `clock`. All ways must compute the same, so a wrong choice
+    costs time alone. A way that raises is left out, and so is, with a `tolerance`, one whose result differs from the
+    first's by more than this part of it. The first way is the one to fall back to: it is taken, and not stored, while
+    the clock is not ready, and where all ways raise (so the error is its own). Threads measure one after the other,
+    and a choice that was made stays: what is drawn at the same time is drawn in the same ways.
     """
 
-    def __init__(self, path: Path | None = None, wait: Callable[[], object] = lambda: None) -> None:
-        self.path, self.wait = path, wait
+    def __init__(self, path: Path | None = None, clock: Clock | None = None, *, tolerance: float | None = None) -> None:
+        self.path, self.clock, self.tolerance = path, clock or HostClock(), tolerance
         self.known: dict[str, str] = _read(path)
+        self._temporary: set[str] = set()  # keys whose measurement ran short of memory: not written to the file
         self._lock = threading.RLock()  # a way may have choices of its own
 
     def run(self, key: str, ways: Ways) -> Tensor:
@@ -45,27 +79,60 @@ class Choices:
             return next(iter(ways.values()))()
         chosen = self.known.get(key, "")
         if chosen not in ways:
-            with self._lock:
-                chosen = self.known.get(key, "")
-                if chosen not in ways:
-                    chosen = self._measured(ways)
-                    self.known[key] = chosen
-                    self._write()
+            chosen = self._chosen(key, ways)
         return ways[chosen]()
 
-    def _measured(self, ways: Ways) -> str:
-        """The fastest of `ways` now."""
-        seconds = {name: self._timed(way) for name, way in ways.items()}
-        if sum(seconds.values()) < LONG:  # the first run may have had to wait for memory
-            seconds = {name: min(before, self._timed(ways[name])) for name, before in seconds.items()}
-        return min(seconds, key=lambda name: seconds[name])
+    def _chosen(self, key: str, ways: Ways) -> str:
+        """The name of the fastest of `ways`, stored for the next time."""
+        if not self.clock.ready():
+            return next(iter(ways))
+        with self._lock:
+            chosen = self.known.get(key, "")
+            if chosen in ways:
+                return chosen
+            seconds = self._measured(key, ways)
+            if not seconds:
+                return next(iter(ways))
+            self.known[key] = chosen = min(seconds, key=lambda name: seconds[name])
+            self._write()
+            return chosen
 
-    def _timed(self, way: Callable[[], Tensor]) -> float:
-        self.wait()
-        started = perf_counter()
-        way()
-        self.wait()
-        return perf_counter() - started
+    def _measured(self, key: str, ways: Ways) -> dict[str, float]:
+        """Seconds of those of `ways` that can be used, the better of two runs where these are short."""
+        seconds: dict[str, float] = {}
+        for name, way in self._agreeing(key, ways).items():
+            with self._left_out(key, name):
+                seconds[name] = self.clock.seconds(way)
+        if sum(seconds.values()) < LONG:  # the first run may have had to wait for memory
+            for name in list(seconds):
+                before = seconds.pop(name)
+                with self._left_out(key, name):
+                    seconds[name] = min(before, self.clock.seconds(ways[name]))
+        return seconds
+
+    def _agreeing(self, key: str, ways: Ways) -> Ways:
+        """Those of `ways` that compute what the first one does, where that is to be checked."""
+        if self.tolerance is None:
+            return ways
+        wanted, agreeing = None, {}
+        for name, way in ways.items():
+            with self._left_out(key, name):
+                found = way()
+                wanted = found if wanted is None else wanted
+                if not _close(found, wanted, self.tolerance):
+                    raise ArithmeticError("its result is another one")
+                agreeing[name] = way
+        return agreeing
+
+    @contextmanager
+    def _left_out(self, key: str, name: str) -> Iterator[None]:
+        """A way that raises, for whatever reason, is no way: a debug message says so."""
+        try:
+            yield
+        except Exception as error:  # a compiler's, a library's that does not take the shape, short memory
+            _log.debug("%s: the way %r is left out: %s", key, name, error)
+            if isinstance(error, torch.OutOfMemoryError) or is_short_of_memory(error):
+                self._temporary.add(key)
 
     def _write(self) -> None:
         """Keep what is known; a disk that cannot be written is no reason to stop."""
@@ -74,7 +141,7 @@ class Choices:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.known = {**_read(self.path), **self.known}  # what another process has found out stays
-            write_json(self.path, self.known)
+            write_json(self.path, {key: way for key, way in self.known.items() if key not in self._temporary})
         except (OSError, ValueError):  # half a character in a key of another hand
             self.path = None
 
@@ -104,6 +171,14 @@ def processor() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("model name")), "")
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """Whether two results are the same but for a part `tolerance`; what is not finite cannot be compared."""
+    if found.shape != wanted.shape:
+        return False
+    size, error = (float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (wanted, found - wanted))
+    return not isfinite(size) or error <= tolerance * size
 
 
 def _read(path: Path | None) -> dict[str, str]:

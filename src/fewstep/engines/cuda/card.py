@@ -1,4 +1,4 @@
-"""What this card can do: which models, which kernels, and the choices that were made on it."""
+"""What this card can do: which models and which kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, digest, kept_file
+from fewstep.engines.choices import Choices
 from fewstep.engines.cuda.operations import Operations, PlainOperations
 from fewstep.locks import made_once
 from fewstep.weights.parts import Parts
@@ -56,7 +56,7 @@ class StreamOrder:
 
 
 @made_once
-def operations(device: torch.device) -> Operations:
+def operations(device: torch.device, choices: Choices) -> Operations:
     """The kernels, with PyTorch's own operation in the place of each that cannot be compiled or computes wrongly."""
     plain = PlainOperations()
     if device.type != "cuda":
@@ -64,7 +64,7 @@ def operations(device: torch.device) -> Operations:
     try:
         from fewstep.engines.cuda.kernels import TritonOperations
 
-        found = TritonOperations()
+        found = TritonOperations(choices)
     except Exception as error:  # Triton is missing, or its driver, or a linker
         _log.warning("there are no kernels for %s (%s): PyTorch's operations take their place", device, error)
         return plain
@@ -93,24 +93,21 @@ def _failed(found: Operations, plain: Operations, device: torch.device) -> Itera
 def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence[Tensor]]]:
     """A call of each operation, by its name."""
     rows = torch.linspace(-3, 3, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
+    tall, few = rows.view(1, 1200, 8), nn.GroupNorm(2, 8, device=device).half()  # more pixels than a small map has
     group, layer = nn.GroupNorm(8, 96, device=device).half(), nn.LayerNorm(96, device=device).half()
     return {
         "group_norm": lambda by: [by.group_norm(rows, group, rows[:, 0].contiguous())],
         "add_norm": lambda by: by.add_norm(rows, rows, layer),
         "gated": lambda by: [by.gated(rows)],
         "added": lambda by: [by.added(rows, rows[0, 0], rows)],
-        "eight_bits": lambda by: by.eight_bits(rows[0])[1:],
+        "added_moments": lambda by: _added_and_normed(by, tall, few),
+        "weave": lambda by: [by.weave(rows.view(2, 5, 10, 96).permute(0, 3, 1, 2), rows[0, 0, :24])],
     }
 
 
-@made_once
-def of_this_card(device: torch.device) -> Choices:
-    """The choices of this card and these versions of PyTorch and cuDNN."""
-    if device.type != "cuda":
-        return Choices()
-    cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    card = torch.cuda.get_device_name(device), torch.__version__, cudnn
-    return Choices(kept_file(f"cuda-{digest(*card)}.json"), wait=torch.cuda.synchronize)
+def _added_and_normed(by: Operations, x: Tensor, norm: nn.GroupNorm) -> Sequence[Tensor]:
+    total, moments = by.added_moments(x, None, x)
+    return total, by.group_norm(total, norm, moments=moments)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

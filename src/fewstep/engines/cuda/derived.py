@@ -52,7 +52,7 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What the fast layers share: the operations, the choices of ways, tricks, whether linear layers compute in fp8.
+    """What the fast layers share: the operations, the choices of ways, tricks.
 
     `derived` are all tensors that the layers have made of weights.
     """
@@ -60,7 +60,6 @@ class Means:
     operations: Operations
     choices: Choices
     tricks: CudaTricks = field(default_factory=CudaTricks)
-    fp8: bool = False
     derived: list[Derived] = field(default_factory=list)
 
     def derive(self, weights: Weights, make: Callable[[], Tensor]) -> Derived:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.engines.choices import Choices
-from fewstep.engines.cuda.card import StreamOrder, networks, of_this_card, on_card, operations
+from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
+from fewstep.engines.cuda.clock import of_this_card
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.graphs import Called, Graphs
 from fewstep.engines.cuda.graphs import Function as GraphFunction
@@ -56,7 +57,7 @@ class CudaEngine:
     """Runs `parts` on a card: text towers, UNet and autoencoder each as one CUDA graph for each shape.
 
     What is merged into weights or taken out again counts at the next call, without a new capture; parameters that
-    are put in the places of others need a new engine. `fp8`: large linear layers in 8 bits, with an error that shows.
+    are put in the places of others need a new engine.
     It is also a `Recorder`: a run of few steps becomes one graph when its like is drawn a second time.
     """
 
@@ -64,7 +65,6 @@ class CudaEngine:
         self,
         parts: Parts,
         *,
-        fp8: bool = False,
         tricks: CudaTricks | None = None,
         graphs: Graphs | None = None,
         choices: Choices | None = None,
@@ -73,8 +73,8 @@ class CudaEngine:
         self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
         _lay_out(parts)
         tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
-        found = operations(self.device) if tricks.kernels else PlainOperations()
-        self._means = Means(operations=found, choices=chosen, tricks=tricks, fp8=fp8)
+        found = operations(self.device, chosen) if tricks.kernels else PlainOperations()
+        self._means = Means(operations=found, choices=chosen, tricks=tricks)
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
         self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
         vae = _sturdy(parts.autoencoder)

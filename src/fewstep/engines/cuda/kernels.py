@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Choices
 from fewstep.engines.cuda.norms import FEW_PIXELS, GroupNorm, added_with_moments
-from fewstep.engines.cuda.operations import FP8, LARGEST, LEAST, Moments
+from fewstep.engines.cuda.operations import Moments
 
 TILE = 2048
 """Numbers of a tile, about."""
@@ -94,18 +94,6 @@ def _weave(  # type: ignore[no-untyped-def]
     tl.store(out + target[:, None] + c[None, :], v.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
-def _eight_bits(rows, out, scales, channels, LARGEST: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row in 8 bits, and its scale."""
-    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    there = channel < channels
-    numbers = tl.load(rows + row * channels + channel, mask=there, other=0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(numbers), 0), LEAST) / LARGEST
-    scaled = tl.minimum(tl.maximum(numbers / scale, -LARGEST), LARGEST)
-    tl.store(out + row * channels + channel, scaled.to(out.dtype.element_ty), mask=there)
-    tl.store(scales + row, scale)
-
-
 class TritonOperations:
     """See `Operations`; on a card, or in Triton's interpreter.
 
@@ -176,15 +164,6 @@ class TritonOperations:
         grid, tile = _tiles(4 * height * width, channels)
         _weave[(*grid, batch)](rows, bias, out, height, width, channels, **tile)
         return out.permute(0, 3, 1, 2)
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operations`."""
-        rows, (count, channels) = rows.contiguous(), rows.shape
-        out = torch.empty(count, channels, dtype=FP8, device=rows.device)
-        scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
-        wide = triton.next_power_of_2(channels)
-        _eight_bits[(count,)](rows, out, scales, channels, LARGEST=LARGEST, LEAST=LEAST, WIDTH=wide, num_warps=4)
-        return out, scales
 
 
 def _tiles(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.linear import Product, attended, product_of
-from fewstep.engines.cuda.operations import maps, moments_of, pixels, with_moments
+from fewstep.engines.cuda.linear import Product, attended, gated_product, product_of
+from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.models.unet import UNet
@@ -27,6 +28,8 @@ class CudaConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, means: Means) -> None:
         super().__init__()
         self.conv, self.means = (conv,), means  # in a tuple, so as not to be a submodule
+        sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        self.is_3x3 = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
 
     @property
     def weight(self) -> Tensor:
@@ -34,12 +37,23 @@ class CudaConv(nn.Module):
         return self.conv[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv[0].forward(x)
+        conv = self.conv[0]
+        return self._fastest(x, conv.bias, lambda: conv.forward(x))
 
     def bare(self, x: Tensor) -> Tensor:
         """The convolution without its bias: whoever comes next adds it."""
         conv = self.conv[0]
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding))
+
+    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor]) -> Tensor:
+        """The library's convolution, or for small maps a kernel's where that is faster."""
+        if not self.is_3x3 or isinstance(self.means.operations, PlainOperations):
+            return library()
+        from fewstep.engines.cuda.small_conv import small_conv_candidates
+
+        ways: Ways = {"library": library, **small_conv_candidates(x, self.weight, bias)}
+        key = f"conv {tuple(x.shape)} {len(self.weight)} {bias is not None} {x.dtype}"
+        return self.means.choices.run(key, ways)
 
     def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """The convolution of `silu(norm(x))`."""
@@ -190,7 +204,7 @@ class CudaTransformerBlock(nn.Module):
         x, normed = operations.add_norm(x, h, block.norm1)
         x, normed = operations.add_norm(x, self.attn1(normed), block.norm2)
         x, normed = operations.add_norm(x, self.attn2(normed, told), block.norm3)
-        return x, self.leave(operations.gated(self.enter(normed)))
+        return x, self.leave(gated_product(self.enter, normed, self.means))
 
 
 class CudaTransformer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means, Weights
-from fewstep.engines.cuda.fp8 import fp8_linear, fp8_weight, takes_fp8
+from fewstep.engines.cuda.operations import PlainOperations
 
 WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
@@ -25,6 +26,12 @@ WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
 }
 """Implementations of attention, and whether they take a shape; the fastest is found for each."""
+
+WIDEST_FUSED = 256
+"""Channels of a head above which the fast fused kernels take none; `product_attention` is tried there."""
+
+MOST_SCORES = 1 << 25
+"""Scores of a piece of `product_attention`: 64 MB in half precision, 128 MB in float32."""
 
 
 class Product:
@@ -34,21 +41,21 @@ class Product:
     """
 
     def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
-        self._means = means
+        self._weight = _one(means, weights)
         self._bias = None if biases is None else _one(means, biases)
-        if means.fp8 and takes_fp8(weights()):
-            self._call = self._in_eight_bits(weights)
-        else:
-            weight = _one(means, weights)
-            self._call = lambda x, bias: F.linear(x, weight(), bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, C) as of now."""
+        return self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (O,) as of now."""
+        return None if self._bias is None else self._bias()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x, None if self._bias is None else self._bias())
-
-    def _in_eight_bits(self, weights: Weights) -> Callable[[Tensor, Tensor | None], Tensor]:
-        numbers = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[0])
-        scale = self._means.derive(weights, lambda: fp8_weight(joined(weights()))[1])
-        return lambda x, bias: fp8_linear(x, (numbers.value, scale.value), bias, self._means.operations)
+        return F.linear(x, self.weight, self.bias)
 
 
 def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
@@ -75,20 +82,68 @@ def product_of(means: Means, *layers: nn.Linear | nn.Conv2d, bias: bool = True) 
     return Product(means, lambda: [layer.weight for layer in layers], biases if biased else None)
 
 
+def gated_product(product: Product, rows: Tensor, means: Means) -> Tensor:
+    """The first half of a product's outputs times the GELU of the second: rows (B, N, C) -> (B, N, outputs / 2)."""
+
+    def apart() -> Tensor:
+        return means.operations.gated(product(rows))
+
+    if isinstance(means.operations, PlainOperations):
+        return apart()
+    from fewstep.engines.cuda.geglu import geglu_candidates
+
+    weight = product.weight
+    ways: Ways = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
+    return means.choices.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", ways)
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
     q, k, v = (torch.unflatten(rows, 2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
+    fused = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
 
     def by(backend: SDPBackend) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                return _as_rows(fused())
 
         return run
 
-    given = SDPAParams(q, k, v, None, 0.0, causal, False)
-    tried = WAYS if q.is_cuda and means.tricks.attention else {}
-    ways: Ways = {name: by(backend) for name, (backend, takes) in tried.items() if takes(given)}
-    ways = ways or {"any": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)}
-    mixed = means.choices.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", ways)
-    return mixed.transpose(1, 2).flatten(2)
+    ways: Ways = {}
+    if q.is_cuda and means.tricks.attention:
+        given = SDPAParams(q, k, v, None, 0.0, causal, False)
+        ways = {name: by(backend) for name, (backend, takes) in WAYS.items() if takes(given)}
+        if not causal and (heads == 1 or q.shape[-1] > WIDEST_FUSED):
+            ways["products"] = lambda: _as_rows(product_attention(q, k, v))
+    ways = ways or {"any": lambda: _as_rows(fused())}
+    return means.choices.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", ways)
+
+
+def _as_rows(heads: Tensor) -> Tensor:
+    """(B, heads, N, D) -> (B, N, heads * D), a copy unless the heads of a row lie side by side."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor, *, most_scores: int = MOST_SCORES) -> Tensor:
+    """Attention as two batched products and a softmax: q (B, heads, N, D), k and v (B, heads, M, D) -> like q.
+
+    Queries are computed in pieces with at most `most_scores` scores each, or one query a piece. The softmax is in
+    float32 inside; bfloat16, whose scores would keep too few digits, has them in float32.
+    """
+    shape = q.shape
+    q, k, v = (rows.flatten(0, 1) for rows in (q, k, v))
+    piece = max(1, most_scores // (len(q) * k.shape[1]))
+    out = v.new_empty(q.shape)
+    for first in range(0, q.shape[1], piece):
+        part = slice(first, first + piece)
+        torch.bmm(_probabilities(q[:, part], k), v, out=out[:, part])
+    return out.view(shape)
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) for q (B, N, D) and k (B, M, D), in the format of q."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype != torch.bfloat16:
+        return torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).softmax(-1)
+    scores = torch.bmm(q * scale, k.mT, out_dtype=torch.float32) if q.is_cuda else (q.float() @ k.mT.float()) * scale
+    return scores.softmax(-1).to(q.dtype)

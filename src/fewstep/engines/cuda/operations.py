@@ -12,12 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FP8, LARGEST = torch.float8_e4m3fn, 448.0
-"""The format of 8 bits (arXiv:2209.05433), and its largest number."""
-
-LEAST = 1e-12
-"""A row whose numbers are all smaller counts as zeros."""
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -61,9 +55,6 @@ class Operations(Protocol):
 
         Channels [(2i + j) * O, (2i + j + 1) * O) hold output pixels (2y + i, 2x + j) at (y + i, x + j).
         """
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (N, C) as numbers in fp8 and what to multiply each row with, (N, 1) float32."""
 
 
 class PlainOperations:
@@ -110,11 +101,6 @@ class PlainOperations:
             part = part[:, :, i : i + height - 1, j : j + width - 1]
             out[:, :, i::2, j::2] = part if bias is None else part + bias[:, None, None]
         return out
-
-    def eight_bits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Operations`."""
-        scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(LEAST) / LARGEST
-        return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def pixels(x: Tensor) -> Tensor:
