@@ -22,13 +22,13 @@ from fewstep.engines.cuda.operations import Moments
 @triton.jit
 def _channel_moments(  # type: ignore[no-untyped-def]
     x, c, known, count, channels,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of the channels `c` over `count` pixels from `x` on, (COLUMNS,) each."""
     first = tl.load(x + c, mask=known, other=0).to(tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, count, ROWS):
+    for start in tl.range(0, count, ROWS, loop_unroll_factor=UNROLL):
         r = start + tl.arange(0, ROWS)
         there = (r < count)[:, None] & known[None, :]
         apart = tl.load(x + r[:, None] * channels + c[None, :], mask=there, other=0).to(tl.float32) - first[None, :]
@@ -75,7 +75,8 @@ def _applied(x, scale, shift, SILU: tl.constexpr):  # type: ignore[no-untyped-de
 @triton.jit
 def _norm_groups(  # type: ignore[no-untyped-def]
     x, added, weight, bias, out, added_stride, pixels, channels, eps,
-    SILU: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The whole norm of SPAN adjacent groups of WIDTH channels of one picture, which is read twice."""
     batch = tl.program_id(1)
@@ -87,7 +88,7 @@ def _norm_groups(  # type: ignore[no-untyped-def]
     out += batch.to(tl.int64) * pixels * channels
     if added is not None:
         added += batch * added_stride
-    mean, deviations = _channel_moments(x, c, known, pixels, channels, ROWS, COLUMNS)
+    mean, deviations = _channel_moments(x, c, known, pixels, channels, ROWS, COLUMNS, UNROLL)
     scale, shift = _scale_and_shift(mean, deviations, added, weight, bias, c, known, member, pixels, WIDTH, eps)
     for start in range(0, pixels, ROWS):
         r = start + tl.arange(0, ROWS)
@@ -100,7 +101,7 @@ def _norm_groups(  # type: ignore[no-untyped-def]
 @triton.jit
 def _piece_moments(  # type: ignore[no-untyped-def]
     x, out, pixels, channels, rows,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """First pass. Moments of COLUMNS channels over a piece of `rows` pixels: out (B, pieces, 2, channels)."""
     piece, batch = tl.program_id(0), tl.program_id(2)
@@ -108,7 +109,7 @@ def _piece_moments(  # type: ignore[no-untyped-def]
     known = c < channels
     x += (batch.to(tl.int64) * pixels + piece * rows) * channels
     count = min(rows, pixels - piece * rows)
-    mean, deviations = _channel_moments(x, c, known, count, channels, ROWS, COLUMNS)
+    mean, deviations = _channel_moments(x, c, known, count, channels, ROWS, COLUMNS, UNROLL)
     out += (batch * tl.num_programs(0) + piece) * 2 * channels
     tl.store(out + c, mean, mask=known)
     tl.store(out + channels + c, deviations, mask=known)
@@ -228,6 +229,9 @@ FEW_PIXELS = 1024
 LARGEST_GROUP = 1 << 17
 """Numbers of a picture's group above which the one kernel is no candidate: a multiprocessor reads them alone."""
 
+UNROLL = 2
+"""Tiles that are read before the sums of the first are done."""
+
 SECTOR = 32
 """Bytes that a card reads at once."""
 
@@ -284,6 +288,7 @@ class GroupNorm:
             SPAN=self.span,
             ROWS=rows,
             COLUMNS=columns,
+            UNROLL=UNROLL,
             num_warps=warps,
         )
         return out
@@ -315,8 +320,13 @@ class GroupNorm:
 def moments_by(x: Tensor, size: Passes) -> Moments:
     """The moments of x (B, N, C), by pieces of a size."""
     moments, grid = _pieces(x, size)
-    sizes = *x.shape[1:], moments.rows
-    _piece_moments[grid](x, moments.values, *sizes, ROWS=size.rows, COLUMNS=size.columns, num_warps=size.warps)
+    _piece_moments[grid](
+        *(x, moments.values, *x.shape[1:], moments.rows),
+        ROWS=size.rows,
+        COLUMNS=size.columns,
+        UNROLL=UNROLL,
+        num_warps=size.warps,
+    )
     return moments
 
 
