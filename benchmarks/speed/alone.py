@@ -88,6 +88,7 @@ def _measured(contender: Contender, task: Task) -> Measured:
     on_card = task.device.startswith("cuda")
     gc.collect()
     if on_card:
+        torch.cuda.init()  # without it a new process has no statistics to reset
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(task.device)
     started = perf_counter()

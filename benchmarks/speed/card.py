@@ -11,10 +11,12 @@ from benchmarks.speed import waterfall
 from benchmarks.speed.alone import Measured, first_pictures, measured_alone
 from benchmarks.speed.contenders import CUDA, Contender, named
 from benchmarks.speed.machine import threads_here
+from benchmarks.speed.models import walk_of
 from benchmarks.speed.request import Request
 from benchmarks.speed.sheet import Sheet
 from benchmarks.speed.suite import say
-from benchmarks.speed.tasks import Task
+from benchmarks.speed.tasks import Task, Walk
+from benchmarks.speed.walk import SAMPLERS
 from fewstep.models.zoo import entry
 
 FIRST = "first picture"
@@ -44,6 +46,7 @@ class Row:
         """The task on the request's device."""
         known = entry(self.model)
         assert known.defaults is not None
+        steps, sampler = self.steps or known.defaults.steps, self.sampler or known.defaults.sampler
         dtype = request.dtype or ("float32" if request.device == "cpu" else "float16")
         kind = f"{dtype}-{request.device.partition(':')[0]}"
         return Task(
@@ -55,9 +58,10 @@ class Row:
             threads=request.threads or threads_here(),
             device=request.device,
             dtype=dtype,
-            steps=self.steps or known.defaults.steps,
+            steps=steps,
             guidance=known.defaults.guidance_scale,
-            sampler=self.sampler or known.defaults.sampler,
+            sampler=sampler,
+            walk=walk_of(self.model, steps, sampler) if sampler in SAMPLERS else Walk(),
             decoder=request.cache / f"random-taesd-{kind}" if self.decoder == "tiny" else None,
             made=True,
             pictures=True,
@@ -156,8 +160,10 @@ def wanted(name: str, request: Request) -> list[Contender]:
 
 
 def _suits(row: Row, contender: Contender, *, first: bool) -> bool:
-    if contender.peer:
-        return row.part in ("unet", "decode")
+    if contender.peer and row.part == "whole":  # by the loop that peers share: see walk.py
+        known = entry(row.model)
+        assert known.defaults is not None
+        return len(known.texts) == 1 and (row.sampler or known.defaults.sampler) in SAMPLERS
     if first:
         return contender.name == "fewstep"
     return row.contender in (None, contender.name) and (row.contender is not None or contender.name != "fewstep, fp8")

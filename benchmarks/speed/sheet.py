@@ -79,8 +79,9 @@ class Sheet:
     def last(self) -> str:
         """The last line in short."""
         row, contender, measured = self.lines[-1]
-        what = measured.problem or f"{shown(row, measured.middle)} {reached(row, measured)}"
-        return f"{row.title()}, {contender.name}: {what}"
+        what = measured.problem or shown(row, measured.middle)
+        target = "" if measured.problem or contender.peer else f" {reached(row, measured)}".rstrip()
+        return f"{row.title()}, {contender.name}: {what}{target}"
 
     def text(self) -> str:
         """The whole file in markdown."""
@@ -107,12 +108,13 @@ class Sheet:
 
 _METHOD = (
     "Random weights of the real shapes, made on the device. A whole is `Pipeline.text_to_image`, a new prompt in, PIL "
-    "pictures out. Medians of 20 runs, or of fewer (3 at least) where those take over 5 s or one takes over 1 s, after "
-    "a first run, which compiles, chooses and records, and one more. Load: until the engine is there, making the "
-    "weights included, in the process's first row of a model. First picture: from the start of a process, imports "
-    "included, without making the weights (their seconds are under load); what was compiled and chosen before lies on "
-    "disk. Peak: what PyTorch holds of the card. Error: the largest difference from diffusers in float32, or else from "
-    "another contender that is not fewstep's engine, as a share of the largest value."
+    "pictures out; a peer's is from ids to float pictures on the device. Medians of 20 runs, or of fewer (3 at least) "
+    "where those take over 5 s or one takes over 1 s, after a first run, which compiles, chooses and records, and one "
+    "more. Load: until the engine is there, making the weights included, in the process's first row of a model. First "
+    "picture: from the start of a process, imports included, without making the weights (their seconds are under "
+    "load); what was compiled and chosen before lies on disk. Peak: what PyTorch holds of the card. Error: the largest "
+    "difference from diffusers in float32, or else from another contender that is not fewstep's engine, as a share of "
+    "the largest value."
 )
 
 

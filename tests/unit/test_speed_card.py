@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.speed import alone, card, sheet
+from benchmarks.speed import alone, card, ours, sheet
 from benchmarks.speed.alone import Measured, measured_alone, measured_here
 from benchmarks.speed.card import FIRST, Row
-from benchmarks.speed.contenders import CUDA, Contender, version_of
+from benchmarks.speed.contenders import CUDA, Contender, chosen, version_of
+from benchmarks.speed.machine import flops
 from benchmarks.speed.models import random_parts, random_parts_of
 from benchmarks.speed.request import Request
 from benchmarks.speed.tasks import Piece, Task, inputs
@@ -148,6 +149,18 @@ def test_diffusers_networks_are_filled_with_the_same_weights(request_here, kind,
         torch.testing.assert_close(module(task, Piece(kind, 1))(*given), own[kind](*given), rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_alone_draws_wholes_of_two_text_towers_by_fewstep(request_here):
+    task = replace(XL.task(request_here), pictures=False)
+    names = [each.name for each in chosen("all", task)]
+    assert names == ["fewstep", "fewstep, plain engine", "fewstep, strict"]
+    with pytest.raises(SystemExit, match="two text towers"):
+        chosen("diffusers", task)
+    made = ours.load(task, plain=True)()
+    assert made.output.shape == (1, 3, 64, 64)
+    assert made.stages.keys() == {"text", "unet", "decode"}
+    assert list(flops(task)) == ["text", "unet", "decode"]
+
+
 def test_fewstep_has_a_version_where_it_is_not_installed(monkeypatch):
     from importlib.metadata import PackageNotFoundError
 
@@ -186,7 +199,7 @@ def test_peers_stand_below_fewstep_with_its_ratio_and_errors(request_here, monke
     text = drawn([replace(TURBO, part="unet"), TURBO], request, monkeypatch)
     rows = cells(text)
     names = ["fewstep", "diffusers", "diffusers, float32"]
-    assert [row["contender"] for row in rows] == [*names, "fewstep"]
+    assert [row["contender"] for row in rows] == [*names, *names]
     assert rows[0]["row"] == rows[2]["row"] == "little-turbo, unet, 64 px"
     assert rows[1]["fewstep is faster by"].startswith("x ")
     assert 0 < float(rows[0]["error"]) < 1e-3
