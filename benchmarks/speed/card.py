@@ -27,7 +27,7 @@ FIRST = "first picture"
 class Row:
     """What is measured, and its targets in `unit`: "ms" or "s" a call, or "pictures/s".
 
-    `steps`, `sampler`: None for the model's own. `contender`: who alone is measured.
+    `steps`, `sampler`: None for the model's own.
     """
 
     model: str
@@ -40,7 +40,6 @@ class Row:
     must: float | None = None
     aim: float | None = None
     unit: str = "ms"
-    contender: str | None = None
 
     def task(self, request: Request) -> Task:
         """The task on the request's device."""
@@ -96,7 +95,6 @@ _SUITES: dict[str, tuple[Row, ...]] = {
         replace(_XL, must=1.45, aim=1.25, unit="s"),
         replace(_XL, part="unet", batch=2),
         replace(_XL, part="decode"),
-        replace(_XL, must=1.2, aim=0.95, unit="s", contender="fewstep, fp8"),
     ),
     "cuda-peers": (replace(_TURBO, part="unet"), replace(_TURBO, part="decode")),
     "cuda-waterfall": (replace(_TURBO, must=8.5, aim=6.5),),
@@ -151,12 +149,10 @@ def jobs(name: str, request: Request) -> list[list[Job]]:
 
 
 def wanted(name: str, request: Request) -> list[Contender]:
-    """The contenders of a suite: the waterfall's, or those asked for and those that rows name."""
+    """The contenders of a suite: the waterfall's, or those asked for."""
     if _is_waterfall(name):
         return waterfall.rows(request.without, request.device)
-    found = named(request.peers, CUDA)
-    only = {row.contender for row in _SUITES[name]} - {each.name for each in found}
-    return found + [each for each in CUDA if each.name in only and any(one.name == "fewstep" for one in found)]
+    return named(request.peers, CUDA)
 
 
 def _suits(row: Row, contender: Contender, *, first: bool) -> bool:
@@ -164,9 +160,7 @@ def _suits(row: Row, contender: Contender, *, first: bool) -> bool:
         known = entry(row.model)
         assert known.defaults is not None
         return len(known.texts) == 1 and (row.sampler or known.defaults.sampler) in SAMPLERS
-    if first:
-        return contender.name == "fewstep"
-    return row.contender in (None, contender.name) and (row.contender is not None or contender.name != "fewstep, fp8")
+    return not first or contender.name == "fewstep"
 
 
 def _is_waterfall(name: str) -> bool:
