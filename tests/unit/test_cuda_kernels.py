@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.cuda.operations import PlainOperations
+from fewstep.engines.cuda.operations import PlainOperations, moments_of, with_moments
+from fewstep.nn.resblock import ResBlock
 
 pytest.importorskip("triton", reason="no Triton for this system")
 
@@ -42,7 +43,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("pixels", "channels", "groups"), [(7, 32, 8), (300, 96, 32), (1030, 40, 4), (64, 640, 32)])
+@pytest.mark.parametrize(("pixels", "channels", "groups"), [(7, 32, 8), (300, 96, 32), (130, 40, 4), (64, 640, 32)])
 @pytest.mark.parametrize("added", [None, 1, 2])
 def test_norms_over_groups(
     kernels: Any, dtype: torch.dtype, pixels: int, channels: int, groups: int, added: int | None
@@ -121,6 +122,53 @@ def test_choices_find_the_candidate_of_each_norm() -> None:
     assert close(TritonOperations(choices).group_norm(x, layer), PLAIN.group_norm(x, layer))
     TritonOperations(choices).group_norm(x, layer, silu=False)
     assert len(choices.known) == 2, "another norm is another choice"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("pixels", "channels"), [(1100, 12), (1025, 128)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_addition_finds_the_moments_that_the_next_norm_needs(
+    kernels: Any, dtype: torch.dtype, pixels: int, channels: int, bias: bool
+) -> None:
+    x, residual = (inside(2, pixels, channels)[0].to(dtype) + 3 for _ in range(2))
+    more, layer = torch.randn(channels).to(dtype) if bias else None, norm(nn.GroupNorm, 4, channels).to(dtype)
+    total, moments = kernels.added_moments(x, more, residual)
+    assert close(total, PLAIN.added(x, more, residual))
+    assert close(kernels.group_norm(total, layer, moments=moments), PLAIN.group_norm(total, layer))
+    means, deviations = moments.values.unbind(2)
+    counts = torch.tensor([min(moments.rows, pixels - first) for first in range(0, pixels, moments.rows)])
+    assert torch.allclose((means * counts[:, None]).sum(1), total.float().sum(1), rtol=1e-4, atol=0.2)
+    assert torch.allclose(
+        deviations[:, 0], total[:, : moments.rows].float().var(1, correction=0) * counts[0], rtol=1e-3
+    )
+
+
+def test_moments_do_not_outlive_a_change_of_the_map(kernels: Any) -> None:
+    x, moments = kernels.added_moments(torch.randn(1, 1030, 8), None, torch.randn(1, 1030, 8))
+    x = with_moments(x, moments)
+    assert moments_of(x) is moments
+    assert moments_of(2 * x) is None
+    assert moments_of(torch.cat([x, x])) is None
+    x += 1
+    assert moments_of(x) is None
+
+
+def test_a_residual_block_hands_the_moments_of_its_map_to_the_next(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewstep.engines.choices import Choices
+    from fewstep.engines.cuda import norms
+    from fewstep.engines.cuda.derived import Means
+    from fewstep.engines.cuda.layers import CudaResBlock
+
+    passes, run = [], norms.moments_by
+    monkeypatch.setattr(norms, "moments_by", lambda *given: passes.append(given) or run(*given))
+    means = Means(operations=kernels, choices=Choices())
+    blocks = [ResBlock(8, 16, groups=4).requires_grad_(False), ResBlock(16, 16, groups=4).requires_grad_(False)]
+    fast = [CudaResBlock(block, means) for block in blocks]
+    x = torch.randn(1, 8, 40, 27).contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(fast[1](fast[0](x)), blocks[1](blocks[0](x)), atol=1e-4)
+    assert len(passes) == 3, "four norms, the third of which is spared a pass"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

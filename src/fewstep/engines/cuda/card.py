@@ -93,14 +93,21 @@ def _failed(found: Operations, plain: Operations, device: torch.device) -> Itera
 def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence[Tensor]]]:
     """A call of each operation, by its name."""
     rows = torch.linspace(-3, 3, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
+    tall, few = rows.view(1, 1200, 8), nn.GroupNorm(2, 8, device=device).half()  # more pixels than a small map has
     group, layer = nn.GroupNorm(8, 96, device=device).half(), nn.LayerNorm(96, device=device).half()
     return {
         "group_norm": lambda by: [by.group_norm(rows, group, rows[:, 0].contiguous())],
         "add_norm": lambda by: by.add_norm(rows, rows, layer),
         "gated": lambda by: [by.gated(rows)],
         "added": lambda by: [by.added(rows, rows[0, 0], rows)],
+        "added_moments": lambda by: _added_and_normed(by, tall, few),
         "weave": lambda by: [by.weave(rows.view(2, 5, 10, 96).permute(0, 3, 1, 2), rows[0, 0, :24])],
     }
+
+
+def _added_and_normed(by: Operations, x: Tensor, norm: nn.GroupNorm) -> Sequence[Tensor]:
+    total, moments = by.added_moments(x, None, x)
+    return total, by.group_norm(total, norm, moments=moments)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from fewstep.engines.choices import Choices
-from fewstep.engines.cuda.norms import GroupNorm
+from fewstep.engines.cuda.norms import FEW_PIXELS, GroupNorm, added_with_moments
+from fewstep.engines.cuda.operations import Moments
 
 TILE = 2048
 """Numbers of a tile, about."""
@@ -102,9 +103,17 @@ class TritonOperations:
     def __init__(self, choices: Choices | None = None) -> None:
         self.choices = choices
 
-    def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
+    def group_norm(
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        added: Tensor | None = None,
+        *,
+        silu: bool = True,
+        moments: Moments | None = None,
+    ) -> Tensor:
         """See `Operations`."""
-        call = GroupNorm(x.contiguous(), norm, added, silu)
+        call = GroupNorm(x.contiguous(), norm, added, silu, moments)
         candidates = call.candidates()
         if self.choices is None:
             return next(iter(candidates.values()))()
@@ -140,6 +149,12 @@ class TritonOperations:
         grid, tile = _tiles(out.numel() // channels, channels)
         _added[grid](x, bias, residual, out, out.numel() // channels, channels, **tile)
         return out
+
+    def added_moments(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Moments | None]:
+        """See `Operations`. Small maps are normed by one kernel, which needs no moments."""
+        if x.shape[1] <= FEW_PIXELS:
+            return self.added(x, bias, residual), None
+        return added_with_moments(x.contiguous(), bias, residual.contiguous())
 
     def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
         """See `Operations`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means
 from fewstep.engines.cuda.linear import Product, attended, gated_product, product_of
-from fewstep.engines.cuda.operations import PlainOperations, maps, pixels
+from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.models.unet import UNet
@@ -23,7 +23,7 @@ from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 
 
 class CudaConv(nn.Module):
-    """A convolution, with norm and SiLU before it in two kernels."""
+    """A convolution, with norm and SiLU before it in few kernels."""
 
     def __init__(self, conv: nn.Conv2d, means: Means) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class CudaConv(nn.Module):
 
     def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """The convolution of `silu(norm(x))`."""
-        return self.forward(maps(self.means.operations.group_norm(pixels(x), norm), x))
+        return self.forward(maps(self.means.operations.group_norm(pixels(x), norm, moments=moments_of(x)), x))
 
 
 class Doubled(nn.Module):
@@ -127,9 +127,10 @@ class CudaResBlock(nn.Module):
         bias = block.conv1.bias
         assert bias is not None
         added = bias[None] if emb is None else emb[:, self.part]
-        h = pixels(self.conv1.bare(maps(operations.group_norm(rows, block.norm1), x)))
+        h = pixels(self.conv1.bare(maps(operations.group_norm(rows, block.norm1, moments=moments_of(x)), x)))
         h = pixels(self.conv2.bare(maps(operations.group_norm(h, block.norm2, added), x)))
-        return maps(operations.added(h, block.conv2.bias, self.shortcut(rows) if self.shortcut else rows), x)
+        out, moments = operations.added_moments(h, block.conv2.bias, self.shortcut(rows) if self.shortcut else rows)
+        return with_moments(maps(out, x), moments)
 
 
 class Times:
@@ -218,7 +219,7 @@ class CudaTransformer(nn.Module):
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         layer, operations, rows = self.layer[0], self.means.operations, pixels(x)
-        h, more = self.enter(operations.group_norm(rows, layer.norm, silu=False)), None
+        h, more = self.enter(operations.group_norm(rows, layer.norm, silu=False, moments=moments_of(x))), None
         for block in self.blocks:
             h, more = block(h, more, told)
         h = self.leave(h if more is None else h + more)
@@ -250,8 +251,10 @@ class CudaPixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, operations = pixels(x), self.means.operations
-        q, k, v = self.enter(operations.group_norm(rows, self.attention[0].group_norm, silu=False)).chunk(3, dim=2)
-        return maps(operations.added(self.leave(attended(q, k, v, 1, self.means)), None, rows), x)
+        normed = operations.group_norm(rows, self.attention[0].group_norm, silu=False, moments=moments_of(x))
+        q, k, v = self.enter(normed).chunk(3, dim=2)
+        out, moments = operations.added_moments(self.leave(attended(q, k, v, 1, self.means)), None, rows)
+        return with_moments(maps(out, x), moments)
 
 
 class CudaTextLayer(nn.Module):

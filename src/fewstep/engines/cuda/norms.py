@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
+from fewstep.engines.cuda.operations import Moments
 
 
 @triton.jit
@@ -34,6 +35,12 @@ def _channel_moments(  # type: ignore[no-untyped-def]
         apart = tl.where(there, apart, 0.0)
         total += apart
         squares += apart * apart
+    return _moments(first, total, squares, count)
+
+
+@triton.jit
+def _moments(first, total, squares, count):
+    """Mean and squared deviations of `count` numbers a channel, by sums (rows, channels) of differences to `first`."""
     mean = tl.sum(total, 0) / count
     return first + mean, tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
 
@@ -102,6 +109,39 @@ def _piece_moments(  # type: ignore[no-untyped-def]
     x += (batch.to(tl.int64) * pixels + piece * rows) * channels
     count = min(rows, pixels - piece * rows)
     mean, deviations = _channel_moments(x, c, known, count, channels, ROWS, COLUMNS)
+    out += (batch * tl.num_programs(0) + piece) * 2 * channels
+    tl.store(out + c, mean, mask=known)
+    tl.store(out + channels + c, deviations, mask=known)
+
+
+@triton.jit
+def _add_with_moments(  # type: ignore[no-untyped-def]
+    x, bias, residual, total, out, pixels, channels, rows,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x + bias + residual, and what the first pass would read from it: total like x, out (B, pieces, 2, channels)."""
+    piece, batch = tl.program_id(0), tl.program_id(2)
+    c, r = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    known = c < channels
+    start = (batch.to(tl.int64) * pixels + piece * rows) * channels
+    count = min(rows, pixels - piece * rows)
+    extra = tl.zeros((COLUMNS,), tl.float32)
+    if bias is not None:
+        extra = tl.load(bias + c, mask=known, other=0).to(tl.float32)
+    first = tl.load(x + start + c, mask=known, other=0).to(tl.float32) + extra
+    first += tl.load(residual + start + c, mask=known, other=0).to(tl.float32)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(0, count, ROWS):
+        there = (r < count - row)[:, None] & known[None, :]
+        at = start + ((row + r) * channels)[:, None] + c[None, :]
+        v = tl.load(x + at, mask=there, other=0).to(tl.float32) + extra[None, :]
+        v = (v + tl.load(residual + at, mask=there, other=0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, v, mask=there)
+        apart = tl.where(there, v.to(tl.float32) - first[None, :], 0.0)
+        sums += apart
+        squares += apart * apart
+    mean, deviations = _moments(first, sums, squares, count)
     out += (batch * tl.num_programs(0) + piece) * 2 * channels
     tl.store(out + c, mean, mask=known)
     tl.store(out + channels + c, deviations, mask=known)
@@ -194,12 +234,13 @@ SECTOR = 32
 
 @dataclass(frozen=True)
 class GroupNorm:
-    """One call of the norm: x (B, N, C) contiguous, `added` (B or 1, C) or None."""
+    """One call of the norm: x (B, N, C) contiguous, `added` (B or 1, C) or None, the moments of x or None."""
 
     x: Tensor
     norm: nn.GroupNorm
-    added: Tensor | None
-    silu: bool
+    added: Tensor | None = None
+    silu: bool = True
+    moments: Moments | None = None
 
     @property
     def width(self) -> int:
@@ -218,8 +259,8 @@ class GroupNorm:
 
     def key(self) -> str:
         """What the choice between candidates depends on."""
-        shape = f"{tuple(self.x.shape)} {self.norm.num_groups}"
-        return f"group norm {shape} {self.added is not None} {self.silu} {self.x.dtype}"
+        given = self.added is not None, self.moments is not None, self.silu
+        return f"group norm {tuple(self.x.shape)} {self.norm.num_groups} {given} {self.x.dtype}"
 
     def candidates(self) -> Ways:
         """Functions that compute it, by name; the first is a good one for the size."""
@@ -248,22 +289,55 @@ class GroupNorm:
         return out
 
     def in_passes(self, size: Passes) -> Tensor:
-        """Three kernels: moments of pieces, one scale and shift for each channel, and their application."""
+        """Three kernels: moments of pieces unless they are given, a scale and shift for each channel, applying them."""
         x, (batch, pixels, channels), norm = self.x, self.x.shape, self.norm
-        tiles = triton.cdiv(channels, size.columns)
-        rows = triton.cdiv(triton.cdiv(pixels * tiles * batch, size.programs), size.rows) * size.rows
-        pieces, columns = triton.cdiv(pixels, rows), triton.next_power_of_2(self.width)
-        moments = torch.empty(batch, pieces, 2, channels, dtype=torch.float32, device=x.device)
+        moments = self.moments or moments_by(x, size)
+        pieces, columns = moments.values.shape[1], triton.next_power_of_2(self.width)
         folded = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-        out, options = torch.empty_like(x), {"COLUMNS": size.columns, "num_warps": size.warps}
-        _piece_moments[(pieces, tiles, batch)](x, moments, pixels, channels, rows, ROWS=size.rows, **options)
+        out = torch.empty_like(x)
         _fold[(norm.num_groups, batch)](
-            *(moments, self.added, norm.weight, norm.bias, folded, self.added_stride),
-            *(pixels, channels, self.width, rows, pieces, norm.eps),
+            *(moments.values, self.added, norm.weight, norm.bias, folded, self.added_stride),
+            *(pixels, channels, self.width, moments.rows, pieces, norm.eps),
             PIECES=min(triton.next_power_of_2(pieces), max(1, 4096 // columns)),
             COLUMNS=columns,
             num_warps=4,
         )
-        grid = triton.cdiv(pixels, size.applied_rows), tiles, batch
-        _apply[grid](x, folded, out, pixels, channels, SILU=self.silu, ROWS=size.applied_rows, **options)
+        _apply[(triton.cdiv(pixels, size.applied_rows), triton.cdiv(channels, size.columns), batch)](
+            *(x, folded, out, pixels, channels),
+            SILU=self.silu,
+            ROWS=size.applied_rows,
+            COLUMNS=size.columns,
+            num_warps=size.warps,
+        )
         return out
+
+
+def moments_by(x: Tensor, size: Passes) -> Moments:
+    """The moments of x (B, N, C), by pieces of a size."""
+    moments, grid = _pieces(x, size)
+    sizes = *x.shape[1:], moments.rows
+    _piece_moments[grid](x, moments.values, *sizes, ROWS=size.rows, COLUMNS=size.columns, num_warps=size.warps)
+    return moments
+
+
+def added_with_moments(x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Moments]:
+    """`x + bias + residual` for x and residual (B, N, C) contiguous and bias (C,), and its moments."""
+    out, size = torch.empty_like(x), EVEN if x.shape[2] % WIDE.columns else WIDE
+    moments, grid = _pieces(x, size)
+    _add_with_moments[grid](
+        *(x, bias, residual, out, moments.values, *x.shape[1:], moments.rows),
+        ROWS=size.rows,
+        COLUMNS=size.columns,
+        num_warps=size.warps,
+    )
+    return out, moments
+
+
+def _pieces(x: Tensor, size: Passes) -> tuple[Moments, tuple[int, int, int]]:
+    """Place for the moments of x by pieces of a size, and the grid of programs that find them."""
+    batch, pixels, channels = x.shape
+    tiles = triton.cdiv(channels, size.columns)
+    rows = triton.cdiv(triton.cdiv(pixels * tiles * batch, size.programs), size.rows) * size.rows
+    pieces = triton.cdiv(pixels, rows)
+    values = torch.empty(batch, pieces, 2, channels, dtype=torch.float32, device=x.device)
+    return Moments(values, rows), (pieces, tiles, batch)

@@ -5,6 +5,7 @@ Maps are (B, N, C), pixels one after the other and channels side by side. Sums a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,11 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel over each piece of `rows` pixels of a map: mean and sum of squared deviations.
+
+    values (B, pieces, 2, C) float32; the last piece may be shorter.
+    """
+
+    values: Tensor
+    rows: int
+
+
 class Operations(Protocol):
     """Two sets of the same functions: PyTorch's operations, and kernels."""
 
-    def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
-        """`norm(x + added)` for x (B, N, C) and added (B or 1, C), then SiLU."""
+    def group_norm(
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        added: Tensor | None = None,
+        *,
+        silu: bool = True,
+        moments: Moments | None = None,
+    ) -> Tensor:
+        """`norm(x + added)` for x (B, N, C) and added (B or 1, C), then SiLU; `moments` are those of x, if known."""
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """`x + h`, or x alone, and its norm: rows (B, N, C)."""
@@ -26,6 +46,9 @@ class Operations(Protocol):
 
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """`x + bias + residual` for x and residual (B, N, C) and bias (C,)."""
+
+    def added_moments(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Moments | None]:
+        """`added`, and the moments of its channels for `group_norm` where they save a pass over the map."""
 
     def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
         """The four phases of a doubled map interleaved, plus bias (O,): (B, 4 * O, h + 1, w + 1) -> (B, O, 2h, 2w).
@@ -37,7 +60,15 @@ class Operations(Protocol):
 class PlainOperations:
     """The operations of PyTorch itself, on any device."""
 
-    def group_norm(self, x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True) -> Tensor:
+    def group_norm(
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        added: Tensor | None = None,
+        *,
+        silu: bool = True,
+        moments: Moments | None = None,
+    ) -> Tensor:
         """See `Operations`."""
         x = x if added is None else x + added[:, None].to(x.dtype)
         out = F.group_norm(x.transpose(1, 2), norm.num_groups, norm.weight, norm.bias, norm.eps).transpose(1, 2)
@@ -56,6 +87,10 @@ class PlainOperations:
     def added(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """See `Operations`."""
         return x + residual if bias is None else x + bias + residual
+
+    def added_moments(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Moments | None]:
+        """See `Operations`."""
+        return self.added(x, bias, residual), None
 
     def weave(self, phases: Tensor, bias: Tensor | None) -> Tensor:
         """See `Operations`."""
@@ -76,3 +111,22 @@ def pixels(x: Tensor) -> Tensor:
 def maps(rows: Tensor, like: Tensor) -> Tensor:
     """(B, HW, C) as (B, C, H, W), with height and width of `like`."""
     return torch.unflatten(rows, 1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def with_moments(x: Tensor, moments: Moments | None) -> Tensor:
+    """`x` itself, carrying the moments of its channels to the norm that reads it.
+
+    Nothing that is computed from x carries them, views and concatenations neither: then they are computed again.
+    """
+    x.channel_moments = (moments, _version(x))  # type: ignore[attr-defined]
+    return x
+
+
+def moments_of(x: Tensor) -> Moments | None:
+    """The moments that `x` carries; None where it carries none, or was written to since."""
+    moments, version = getattr(x, "channel_moments", (None, 0))
+    return moments if version == _version(x) else None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

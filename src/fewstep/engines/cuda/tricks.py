@@ -10,7 +10,7 @@ class CudaTricks:
     """Which are used. None changes a picture by more than rounding; `benchmarks.speed` shows what each gives."""
 
     kernels: bool = True
-    """Norms, gates and additions by one Triton kernel each, two for norms over groups."""
+    """Norms, gates and additions by one Triton kernel each, norms over groups by one or three, as measured."""
     upsampled: bool = True
     """A convolution after nearest-neighbour doubling as four of 2x2 on the small map, where that is faster."""
     attention: bool = True
