@@ -4,6 +4,8 @@
     python -m benchmarks.speed --model sd-turbo --part decode --peers "fewstep+diffusers+openvino"
     python -m benchmarks.speed --model sd-turbo --part decode --waterfall
     python -m benchmarks.speed --suite cpu --resume
+    python -m benchmarks.speed --suite cuda
+    python -m benchmarks.speed --suite cuda-peers --peers "fewstep+diffusers+diffusers, max-autotune" --peer-seconds 240
 
 Random weights of the real architecture are made once and kept in `--cache`. In each turn a contender starts anew,
 loads, runs once without counting, then its share of `--runs`; turns go round until all runs are done. Written to
@@ -12,15 +14,21 @@ machine's own products, convolutions and copies reach, the error against diffuse
 to the first picture from the start of the process, versions and the command. A peer that is not installed is listed
 with the command that installs it.
 
-`--waterfall` adds fewstep's tricks one by one; `--without` leaves some out. `--suite` measures all rows of the table.
+`--waterfall` adds fewstep's tricks one by one; `--without` leaves some out. `--suite` measures all rows of a table.
+
+On a card no folder is needed: weights are made there in a second, and only those who read folders have one written.
+The suites "cuda", "cuda-peers" and "cuda-waterfall" measure the rows of a model in one process, beside their targets,
+and write one file, anew after each row; a contender that takes over `--peer-seconds` for a row is ended.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import report, waterfall
+from benchmarks.speed import card, report, waterfall
 from benchmarks.speed.contenders import chosen, oracle
 from benchmarks.speed.machine import flops, hardware_name, peaks, threads_here
 from benchmarks.speed.request import Request, parser, request_of, task_of
@@ -56,8 +64,8 @@ def measure(request: Request) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is asked for and keep the results."""
-    asked = parser(waterfall.names, tuple(SUITES), __doc__).parse_args(arguments)
-    if asked.suite == "cuda" and asked.device == "cpu":
+    asked = parser(waterfall.names, (*SUITES, *card.NAMES), __doc__).parse_args(arguments)
+    if asked.suite in card.NAMES and asked.device == "cpu":
         asked.device = "cuda"
     request = request_of(asked)
     known = waterfall.names(request.device)
@@ -69,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.suite is None:
         print(measure(request))
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what it has started ends too
+    if asked.suite in card.NAMES:
+        raise SystemExit(min(card.run_card_suite(asked.suite, request, asked.commit), 1))
     rows = requests(asked.suite, request)
     raise SystemExit(min(run_suite(rows, measure, resume=asked.resume, keep=asked.keep_exports), 1))
 

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.speed import exported, ours, sdcpp, theirs
 from benchmarks.speed.ours import HUGE_PAGES, SMALL_PAGES
 from benchmarks.speed.tasks import Run, Task
+from fewstep.models.zoo import entry
 
 SWITCHES = ("huge_pages",)
 """What can be left out besides the tricks of fewstep's engine."""
@@ -36,19 +37,32 @@ class Contender:
 
     def said(self) -> str:
         """`openvino 2026.4.1`: its packages, which must be installed."""
-        return ", ".join(f"{name} {version(name)}" for name in self.packages)
+        return ", ".join(f"{name} {version_of(name)}" for name in self.packages)
 
     def missing(self) -> str | None:
         """What to install, where something is not."""
         for name in self.packages:
             try:
-                version(name)
+                version_of(name)
             except PackageNotFoundError:
                 return f"pip install {' '.join(self.packages)}"
         return None
 
 
+def version_of(package: str) -> str:
+    """Of an installed package, or of fewstep wherever it is imported from. Raises PackageNotFoundError."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package != "fewstep":
+            raise
+        from fewstep.version import __version__
+
+        return __version__
+
+
 FEWSTEP = Contender(name="fewstep", load=ours.load, packages=("fewstep", "torch"), environment=HUGE_PAGES, peer=False)
+_FEWSTEP: dict[str, Any] = {"load": ours.load, "packages": ("fewstep", "torch"), "peer": False}
 _DIFFUSERS: dict[str, Any] = {"load": theirs.load, "packages": ("diffusers", "transformers", "torch")}
 _SD_CPP: dict[str, Any] = {
     "load": sdcpp.load,
@@ -73,7 +87,7 @@ CPU = (
     ),
     Contender(name="diffusers", options={"channels_last": False}, **_DIFFUSERS),
     Contender(name="diffusers, channels last, huge pages", environment=HUGE_PAGES, **_DIFFUSERS),
-    Contender(name="diffusers, torch.compile", environment=HUGE_PAGES, options={"compiled": True}, **_DIFFUSERS),
+    Contender(name="diffusers, torch.compile", environment=HUGE_PAGES, options={"compiled": "default"}, **_DIFFUSERS),
     Contender(
         name="openvino",
         load=exported.load_openvino,
@@ -92,10 +106,14 @@ CPU = (
     ),
 )
 CUDA = (
-    Contender(name="fewstep", load=ours.load, packages=("fewstep", "torch"), peer=False),
+    Contender(name="fewstep", **_FEWSTEP),
+    Contender(name="fewstep, plain engine", options={"plain": True}, **_FEWSTEP),
     Contender(name="diffusers", **_DIFFUSERS),
     Contender(name="diffusers, float32", options={"channels_last": False, "exact": True}, **_DIFFUSERS),
-    Contender(name="diffusers, torch.compile", options={"compiled": True}, **_DIFFUSERS),
+    *(
+        Contender(name=f"diffusers, {mode}", options={"compiled": mode}, **_DIFFUSERS)
+        for mode in ("reduce-overhead", "max-autotune")
+    ),
     Contender(
         name="onnxruntime",
         load=exported.load_onnxruntime_cuda,
@@ -122,22 +140,28 @@ def oracle(device: str) -> str:
 
 
 def chosen(peers: str, task: Task, without: Sequence[str] = ()) -> list[Contender]:
-    """Those named in `peers`, with a + between, or "all"; fewstep leaves out the tricks `without`.
+    """Those named in `peers` that can do the task; fewstep leaves out the tricks `without`."""
+    found = named(peers, of_device(task.device))
+    able = [each for each in found if task.part == "whole" or not each.whole]
+    if not able:
+        raise SystemExit(f"error: --peers {peers}: they draw whole pictures alone; use --part whole")
+    if task.part == "whole" and len(entry(task.model).texts) > 1:
+        able = [each for each in able if not each.peer]  # the others are given one text tower here
+        if not able:
+            raise SystemExit(f"error: --peers {peers}: of two text towers fewstep draws wholes alone; use --part unet")
+    return [lacking(each, without) if each.name == "fewstep" else each for each in able]
 
-    Of those that draw whole pictures alone, only where the task is one. Exits with the nearest name for one that there
-    is not.
-    """
-    here = {each.name: each for each in of_device(task.device)}
+
+def named(peers: str, all_here: Sequence[Contender]) -> list[Contender]:
+    """Those in `peers`, with a + between, or "all". Exits with the nearest name for one that there is not."""
+    here = {each.name: each for each in all_here}
     names = list(here) if peers == "all" else [name.strip() for name in peers.split("+")]
     for name in names:
         if name not in here:
             near = get_close_matches(name, here, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ";"
             raise SystemExit(f"error: --peers: nothing is called {name!r}{hint} There are: {' + '.join(here)}")
-    able = [here[name] for name in names if task.part == "whole" or not here[name].whole]
-    if not able:
-        raise SystemExit(f"error: --peers {peers}: they draw whole pictures alone; use --part whole")
-    return [lacking(each, without) if each.name == "fewstep" else each for each in able]
+    return [here[name] for name in names]
 
 
 def lacking(contender: Contender, without: Sequence[str]) -> Contender:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def prepare_openvino(task: Task) -> None:
 
     from benchmarks.speed.theirs import example, module
 
+    task = replace(task, made=False)
     for piece in task.pieces:
         with _written(task.place("openvino", piece)) as folder:
             if folder is None:
@@ -54,6 +56,7 @@ def prepare_onnx(task: Task) -> None:
 
     from benchmarks.speed.theirs import example, module
 
+    task = replace(task, made=False)
     for piece in task.pieces:
         with _written(task.place("onnx", piece)) as folder:
             if folder is not None:

@@ -74,14 +74,15 @@ def _counted(task: Task, piece: Piece) -> float:
 
     given = [torch.from_numpy(value).to("meta") for value in inputs(task, piece)]
     with torch.device("meta"):
-        network = _network(task, piece.kind)
+        networks = _networks(task, piece.kind)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*given)
+        for network in networks:
+            network(*given)
     return float(counter.get_total_flops())
 
 
-def _network(task: Task, kind: str) -> Any:
-    """fewstep's own plain network of this shape, as a function."""
+def _networks(task: Task, kind: str) -> list[Any]:
+    """fewstep's own plain networks of this shape as functions: of text there may be two."""
     from fewstep.models.autoencoder import AutoencoderKL
     from fewstep.models.text_encoder import TextEncoder
     from fewstep.models.tiny_autoencoder import TinyAutoencoder
@@ -92,12 +93,12 @@ def _network(task: Task, kind: str) -> Any:
     assert known.unet is not None
     assert known.autoencoder is not None
     if kind == "text":
-        return TextEncoder(known.texts[0])
+        return [TextEncoder(config) for config in known.texts]
     if kind == "unet":
-        return UNet(known.unet)
+        return [UNet(known.unet)]
     if kind == "decode" and task.decoder is not None:
-        return TinyAutoencoder().decode
-    return getattr(AutoencoderKL(known.autoencoder), kind)
+        return [TinyAutoencoder().decode]
+    return [getattr(AutoencoderKL(known.autoencoder), kind)]
 
 
 def threads_here() -> int:

@@ -1,16 +1,18 @@
-"""Models of the real shapes with random weights: made once, kept as diffusers folders that every peer reads."""
+"""Models of the real shapes with random weights: made where they are needed, or kept as folders that peers read."""
 
 from __future__ import annotations
 
 import multiprocessing as mp
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from benchmarks.speed.tasks import Walk
+from benchmarks.speed.tasks import Task, Walk
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import sigmas_for
 from fewstep.models.autoencoder import AutoencoderKL
@@ -26,20 +28,46 @@ from fewstep.weights.scheduler import SchedulerConfig
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def random_model(name: str, cache: Path) -> Path:
-    """The folder of a model of the catalogue's shape, filled at random; 3 GB for Small-SD, 14 GB for SDXL."""
-    folder = cache / f"random-{name}"
-    if not (folder / "model_index.json").is_file():
-        _alone(_save_model, name, folder)
-    return folder
+def random_model(task: Task) -> Path:
+    """The folder of a task's random model, written where it is not there yet; 3 GB for Small-SD, 14 GB for SDXL."""
+    if not (task.folder / "model_index.json").is_file():
+        _alone(_save_model, task)
+    if task.decoder is not None and not (task.decoder / "config.json").is_file():
+        _alone(_save_tiny, task)
+    return task.folder
 
 
-def random_tiny(cache: Path) -> Path:
-    """The folder of a tiny autoencoder, filled at random."""
-    folder = cache / "random-taesd"
-    if not (folder / "config.json").is_file():
-        _alone(_save_tiny, folder)
-    return folder
+def random_parts_of(task: Task) -> Parts:
+    """The parts of a task, made on its device: no file is read or written."""
+    parts = random_parts(task.model, task.device, getattr(torch, task.dtype))
+    return parts if task.decoder is None else replace(parts, tiny=random_tiny(task.device, getattr(torch, task.dtype)))
+
+
+@lru_cache(maxsize=1)
+def random_parts(name: str, device: str, dtype: torch.dtype) -> Parts:
+    """A model of the catalogue's shape in `dtype`, the same in each process of a device; the last one is kept."""
+    known = entry(name)
+    assert known.unet is not None
+    assert known.autoencoder is not None
+    assert known.defaults is not None
+    words = word_tokenizer(["a"], 77)
+    unet, autoencoder = known.unet, known.autoencoder
+    return Parts(
+        name=name,
+        family=known.family,
+        unet=_random(lambda: UNet(unet), device, dtype),
+        autoencoder=_random(lambda: AutoencoderKL(autoencoder), device, dtype),
+        text_encoders=tuple(_random(partial(TextEncoder, config), device, dtype) for config in known.texts),
+        tokenizers=(words,) * len(known.texts),
+        scheduler=_scheduler(known),
+        defaults=known.defaults,
+        licence=known.licence,
+    )
+
+
+def random_tiny(device: str, dtype: torch.dtype) -> TinyAutoencoder:
+    """A tiny autoencoder, filled at random."""
+    return _random(TinyAutoencoder, device, dtype)
 
 
 def walk_of(name: str, steps: int, sampler: str) -> Walk:
@@ -64,14 +92,14 @@ def _alone(function: Callable[..., None], *given: Any) -> None:
         raise SystemExit(f"error: no random model could be made (exit code {process.exitcode}); is there room for it?")
 
 
-def _save_model(name: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    save_parts(_random_parts(name), folder)
+def _save_model(task: Task) -> None:
+    task.folder.parent.mkdir(parents=True, exist_ok=True)
+    save_parts(random_parts(task.model, task.device, getattr(torch, task.dtype)), task.folder)
 
 
-def _save_tiny(folder: Path) -> None:
-    torch.manual_seed(0)
-    save_tiny(TinyAutoencoder().eval(), folder)
+def _save_tiny(task: Task) -> None:
+    assert task.decoder is not None
+    save_tiny(random_tiny(task.device, getattr(torch, task.dtype)), task.decoder)
 
 
 def _scheduler(known: Entry) -> SchedulerConfig:
@@ -79,31 +107,20 @@ def _scheduler(known: Entry) -> SchedulerConfig:
     return SchedulerConfig(sampler=known.defaults.sampler, spacing=known.defaults.schedule or "leading")
 
 
-def _random_parts(name: str) -> Parts:
-    known = entry(name)
-    assert known.unet is not None
-    assert known.autoencoder is not None
-    assert known.defaults is not None
-    torch.manual_seed(0)
-    words = word_tokenizer(["a"], 77)
-    return Parts(
-        name=name,
-        family=known.family,
-        unet=_perturbed(UNet(known.unet)),
-        autoencoder=_perturbed(AutoencoderKL(known.autoencoder)),
-        text_encoders=tuple(_perturbed(TextEncoder(config)) for config in known.texts),
-        tokenizers=(words,) * len(known.texts),
-        scheduler=_scheduler(known),
-        defaults=known.defaults,
-        licence=known.licence,
-    )
-
-
 @torch.no_grad()
-def _perturbed(network: Network) -> Network:
-    """Norms that do something: PyTorch's own start is 1 and 0."""
+def _random(make: Callable[[], Network], device: str, dtype: torch.dtype) -> Network:
+    """A network filled on `device` as PyTorch fills its layers, which keeps float16 finite.
+
+    Its norms do something: PyTorch's own begin at 1 and 0.
+    """
+    with torch.device("meta"):
+        network = make().to(dtype)
+    network.to_empty(device=device)
+    torch.manual_seed(0)
     for module in network.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.reset_parameters()  # type: ignore[operator]
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-            module.weight += 0.1 * torch.randn_like(module.weight)
-            module.bias += 0.1 * torch.randn_like(module.bias)
+            module.weight.add_(torch.randn_like(module.weight), alpha=0.1)
+            module.bias.add_(torch.randn_like(module.bias), alpha=0.1)
     return network.eval().requires_grad_(False)

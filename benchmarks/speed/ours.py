@@ -32,12 +32,17 @@ def load(task: Task, *, plain: bool = False, tricks: Mapping[str, bool] | None =
         return torch.inference_mode()(run_of(task, _networks(engine, task.scaling), arrays))
     from fewstep.pipeline.pipeline import Pipeline
 
-    return torch.inference_mode()(_whole(Pipeline(parts, engine), task, arrays.wait))
+    pipe = Pipeline(parts, engine)
+    return _pictures(pipe, task) if task.pictures else torch.inference_mode()(_whole(pipe, task, arrays.wait))
 
 
 def _parts(task: Task) -> Parts:
     import torch
 
+    if task.made:
+        from benchmarks.speed.models import random_parts_of
+
+        return random_parts_of(task)
     from fewstep.weights.load import load_parts, load_tiny
 
     where: dict[str, Any] = {"dtype": getattr(torch, task.dtype), "device": torch.device(task.device)}
@@ -97,5 +102,20 @@ def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
         seconds = result.seconds
         stages = {"text": seconds["text"], "unet": seconds["denoise"], "decode": perf_counter() - started}
         return Made(picture, stages)
+
+    return run
+
+
+def _pictures(pipe: Pipeline, task: Task) -> Run:
+    """A prompt in, PIL pictures out, as a user draws."""
+    options: dict[str, Any] = {"steps": task.steps, "guidance_scale": task.guidance, "sampler": task.sampler}
+    options |= {"width": task.size, "height": task.size, "images_per_prompt": task.batch}
+    numbers = count()
+
+    def run() -> Made:
+        number = next(numbers)
+        result = pipe.text_to_image(prompt(number), seed=number, **options)
+        assert [image.size for image in result.images] == [(task.size, task.size)] * task.batch
+        return Made(None)
 
     return run

@@ -39,6 +39,7 @@ class Request:
     runs: int = 5
     turns: int = 2
     hardware: str | None = None
+    peer_seconds: float = 240.0
     cache: Path = Path("cache")
     results: Path = RESULTS
 
@@ -57,12 +58,13 @@ class Request:
         hardware = self.hardware or hardware_name(self.device, self.threads or threads_here())
         return self.results / f"{self.name}_{hardware}_{datetime.date.today()}.md"
 
-    def command(self) -> str:
-        """The command that asks for the same: all that is not left to its default."""
-        words = ["python", "-m", "benchmarks.speed"]
+    def command(self, suite: str | None = None) -> str:
+        """The command that asks for the same, of a row or a suite: all that is not left to its default."""
+        words = ["python", "-m", "benchmarks.speed", *(["--suite", suite] if suite else [])]
+        always = () if suite else ("model", "part", "size")
         for each in fields(self):
-            value, flag = getattr(self, each.name), f"--{each.name}"
-            if each.name in _UNSAID or (value == each.default and each.name not in ("model", "part", "size")):
+            value, flag = getattr(self, each.name), f"--{each.name.replace('_', '-')}"
+            if each.name in _UNSAID or (value == each.default and each.name not in always):
                 continue
             if each.name == "without":
                 words += [word for name in value for word in (flag, name)]
@@ -79,7 +81,8 @@ def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about:
     )
 
     def option(name: str, text: str, **options: Any) -> None:
-        found.add_argument(f"--{name}", default=getattr(usual, name), help=text, **options)
+        flag = f"--{name.replace('_', '-')}"
+        found.add_argument(flag, default=getattr(usual, name), help=text, **options)
 
     option("model", "a name of fewstep's catalogue, as sd-turbo, sd-v1-4, small-sd, sdxl-base")
     option("part", "the whole from prompt to picture, or one network", choices=PARTS)
@@ -92,16 +95,19 @@ def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about:
     option("device", "cpu, cuda, cuda:1")
     option("dtype", "else float32 on a CPU and float16 on CUDA", choices=("float32", "float16", "bfloat16"))
     option("threads", "else all processors", type=int)
-    option("peers", "names with a + between them, or all")
+    option("peers", "names with a + between them, or all; else all, and of the suite cuda fewstep alone")
+    option("peer_seconds", "of a suite for cards: for one row of one contender, which is ended after", type=float)
     option("waterfall", "fewstep with one trick after the other, instead of the peers", action="store_true")
     option("runs", "that count, for each contender", type=int)
     option("turns", "in how many processes one after the other, by turns with the others", type=int)
     option("hardware", "a short name for the file, else the processor's or the card's")
     option("cache", "where random models lie", type=Path)
     option("results", "where the results go", type=Path)
+    found.set_defaults(peers=None)
     known = sorted({*tricks("cpu"), *tricks("cuda")})
     found.add_argument("--without", action="append", default=[], choices=known, help="leave out a trick of fewstep's")
     found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
+    found.add_argument("--commit", default="", help="of a suite for cards: what is measured, where git does not say")
     found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")
     found.add_argument("--keep-exports", action="store_true", help="of a suite: keep what peers had converted")
     return found
@@ -110,7 +116,8 @@ def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about:
 def request_of(asked: argparse.Namespace) -> Request:
     """The request of a command line. Exits where the device is not there or cannot do it."""
     named = {each.name: getattr(asked, each.name) for each in fields(Request)}
-    request = Request(**{**named, "without": tuple(asked.without)})
+    peers = asked.peers or ("fewstep" if asked.suite == "cuda" else "all")
+    request = Request(**{**named, "without": tuple(asked.without), "peers": peers})
     if request.device != "cpu":
         _check_cuda(request.device)
     elif request.dtype not in (None, "float32"):
@@ -133,31 +140,35 @@ def _check_cuda(device: str) -> None:
 
 
 def task_of(request: Request) -> Task:
-    """The task, with its models made where they are not there yet."""
-    from benchmarks.speed.models import random_model, random_tiny, walk_of
+    """The task; on a card its weights are made there, by all who read no folder."""
+    from benchmarks.speed.models import random_model, walk_of
     from fewstep.models.zoo import entry
 
     known = entry(request.model)
     if known.unet is None or known.defaults is None:
         raise SystemExit(f"error: --model {request.model} has no shapes in the catalogue; name one such as sd-turbo")
-    if request.part == "whole" and len(known.texts) > 1:
-        raise SystemExit(f"error: --part whole runs models of one text tower; use --part unet for {request.model}")
     guidance = known.defaults.guidance_scale if request.guidance is None else request.guidance
     sampler = request.sampler or ("dpmpp_2m" if guidance > 1 else "euler")
     steps = request.steps or min(known.defaults.steps, 10)
-    return Task(
+    made, dtype = request.device != "cpu", request.dtype or ("float32" if request.device == "cpu" else "float16")
+    kind = f"-{dtype}-cuda" if made else ""
+    task = Task(
         model=request.model,
-        folder=random_model(request.model, request.cache),
+        folder=request.cache / f"random-{request.model}{kind}",
         part=request.part,
         size=request.size,
         batch=request.batch,
         threads=request.threads or threads_here(),
         device=request.device,
-        dtype=request.dtype or ("float32" if request.device == "cpu" else "float16"),
+        dtype=dtype,
         steps=steps,
         guidance=guidance,
         sampler=sampler,
         schedule=known.defaults.schedule or "leading",
         walk=walk_of(request.model, steps, sampler),
-        decoder=random_tiny(request.cache) if request.decoder == "tiny" else None,
+        decoder=request.cache / f"random-taesd{kind}" if request.decoder == "tiny" else None,
+        made=made,
     )
+    if not made:
+        random_model(task)
+    return task

@@ -28,24 +28,12 @@ _CPU: tuple[dict[str, Any], ...] = (
     {"model": "sd-v1-4", "part": "unet", "batch": 2},
     {"model": "sdxl-base", "part": "unet"},
 )
-_CUDA: tuple[dict[str, Any], ...] = (
-    {"model": "sd-turbo", "part": "decode"},
-    {"model": "sd-turbo", "part": "unet"},
-    {"model": "sd-turbo", "part": "whole", "steps": 1},
-    {"model": "sd-turbo", "part": "whole", "steps": 1, "decoder": "tiny"},
-    {"model": "sd-turbo", "part": "whole", "steps": 1, "decoder": "tiny", "batch": 32},
-    {"model": "small-sd", "part": "whole", "steps": 10},
-    {"model": "sd-v1-4", "part": "whole", "steps": 50},
-    {"model": "sdxl-base", "part": "unet"},
-    {"model": "sdxl-base", "part": "unet", "size": 1024, "batch": 2},
-    {"model": "sdxl-base", "part": "decode", "size": 1024},
-)
 _WATERFALLS: tuple[dict[str, Any], ...] = (
     {"model": "sd-turbo", "part": "decode", "waterfall": True},
     {"model": "sd-turbo", "part": "unet", "waterfall": True},
     {"model": "sd-turbo", "part": "whole", "steps": 1, "waterfall": True},
 )
-SUITES = {"cpu": _CPU, "cuda": _CUDA, "waterfall": _WATERFALLS}
+SUITES = {"cpu": _CPU, "waterfall": _WATERFALLS}
 """The rows of each suite by what they ask for; rows of one model stand together."""
 
 

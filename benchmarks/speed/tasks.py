@@ -48,6 +48,8 @@ class Task:
 
     `part`: one of `PARTS`. The whole takes a prompt through `steps` of `sampler` ("euler" or "dpmpp_2m") along `walk`,
     whose levels are those of `schedule`. `decoder`: the folder of a tiny decoder to take the autoencoder's place.
+    `made`: the folders are read by those alone who must; the others make the same weights on the device. `pictures`:
+    fewstep's whole is a call of its pipeline from prompt to PIL pictures, by the model's own sampler.
     """
 
     model: str
@@ -64,6 +66,8 @@ class Task:
     schedule: str = "trailing"
     walk: Walk = field(default_factory=Walk)
     decoder: Path | None = None
+    made: bool = False
+    pictures: bool = False
 
     @property
     def guided(self) -> bool:
@@ -135,5 +139,13 @@ def noise(task: Task) -> Any:
 
 
 def _config(task: Task, part: str) -> dict[str, Any]:
-    path = task.folder / part / "config.json"
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    """The config.json of the "unet" or the "vae"."""
+    if not task.made:
+        path = task.folder / part / "config.json"
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    from fewstep.models.zoo import entry
+
+    known = entry(task.model)
+    network = known.unet if part == "unet" else known.autoencoder
+    assert network is not None
+    return network.to_diffusers(task.size)

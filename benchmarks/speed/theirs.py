@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def load(task: Task, *, channels_last: bool = True, compiled: bool = False, exact: bool = False) -> Run:
-    """diffusers' own networks; `exact` computes in float32 whatever the task says, as the oracle."""
+def load(task: Task, *, channels_last: bool = True, compiled: str | None = None, exact: bool = False) -> Run:
+    """diffusers' own networks, `compiled` in a mode of torch.compile.
+
+    `exact` computes in float32 whatever the task says, as the oracle.
+    """
     import torch
 
     from benchmarks.speed.walk import run_of, torch_arrays
@@ -22,19 +25,19 @@ def load(task: Task, *, channels_last: bool = True, compiled: bool = False, exac
     modules = {piece.kind: module(task, piece, exact=exact).to(task.device) for piece in task.pieces}
     if channels_last:
         modules = {kind: each.to(memory_format=torch.channels_last) for kind, each in modules.items()}
-    networks = {kind: _compiled(each, task) if compiled else each for kind, each in modules.items()}
+    networks = {kind: _compiled(each, compiled) if compiled else each for kind, each in modules.items()}
     return torch.inference_mode()(run_of(task, networks, torch_arrays(task.device)))
 
 
-def _compiled(network: torch.nn.Module, task: Task) -> Any:
-    """Compiled as each device has it best: with CUDA graphs, or on a CPU with the weights packed for good."""
+def _compiled(network: torch.nn.Module, mode: str) -> Any:
+    """Compiled in "default", on a CPU with the weights packed for good, or in a mode that records CUDA graphs."""
     import torch
     import torch._inductor.config
 
-    if task.device == "cpu":
+    if mode == "default":
         torch._inductor.config.freezing = True
         return torch.compile(network)
-    fast = torch.compile(network, mode="max-autotune")
+    fast = torch.compile(network, mode=mode)
     return lambda *given: fast(*given).clone()  # the graph's own memory is written again by its next call
 
 
@@ -71,12 +74,47 @@ def _network(task: Task, kind: str, dtype: torch.dtype) -> Any:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+    if task.made:
+        return _filled(task, kind).to(dtype)
+    if kind == "text":
         return transformers.CLIPTextModel.from_pretrained(task.folder / "text_encoder", dtype=dtype)
     if kind == "unet":
         return diffusers.UNet2DConditionModel.from_pretrained(task.folder, subfolder="unet", torch_dtype=dtype)
     if kind == "decode" and task.decoder:
         return diffusers.AutoencoderTiny.from_pretrained(task.decoder, torch_dtype=dtype)
     return diffusers.AutoencoderKL.from_pretrained(task.folder, subfolder="vae", torch_dtype=dtype)
+
+
+def _filled(task: Task, kind: str) -> Any:
+    """A network built on the task's device from the configuration that fewstep would save, with the same weights."""
+    import diffusers
+    import torch
+
+    from benchmarks.speed.models import random_parts_of
+
+    diffusers.utils.logging.set_verbosity_error()
+    parts = random_parts_of(task)
+    source: Any
+    network: Any
+    with torch.device(task.device):
+        if kind == "text":
+            import transformers
+
+            (source,) = parts.text_encoders
+            network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**source.config.to_transformers()))
+        elif kind == "unet":
+            source, size = parts.unet, task.size // parts.autoencoder.config.factor
+            network = diffusers.UNet2DConditionModel.from_config(source.config.to_diffusers(size))
+        elif kind == "decode" and parts.tiny is not None:
+            source, network = parts.tiny, diffusers.AutoencoderTiny()
+        else:
+            source = parts.autoencoder
+            network = diffusers.AutoencoderKL.from_config(source.config.to_diffusers(task.size))
+    weights, prefix = source.state_dict(), "text_model."
+    if kind == "text" and not any(name.startswith(prefix) for name in network.state_dict()):
+        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}  # transformers 5 has none
+    network.load_state_dict(weights, strict=True)
+    return network
 
 
 def example(task: Task, piece: Piece) -> tuple[Any, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import resource
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -77,7 +78,7 @@ class Found:
 
 def measured(contenders: Sequence[Contender], task: Task, runs: int, turns: int) -> list[Found]:
     """Every contender on the task: `runs` that count, in `turns`, one after the other within a turn."""
-    found = {each.name: Found(contender=each, problem=_prepared(each, task)) for each in contenders}
+    found = {each.name: Found(contender=each, problem=prepared(each, task)) for each in contenders}
     for count in shares(runs, turns):
         for each in contenders:
             if found[each.name].problem is None:
@@ -95,7 +96,7 @@ def shares(runs: int, turns: int) -> list[int]:
 def _turn(found: Found, task: Task, count: int) -> Found:
     """One process: a first run, and `count` that count."""
     started = perf_counter()
-    with _process(found.contender, task) as line:
+    with process(serve, found.contender, task, environment=found.contender.environment) as line:
         told = _answer(line)
         if isinstance(told, str):
             return replace(found, problem=told)
@@ -110,20 +111,39 @@ def _turn(found: Found, task: Task, count: int) -> Found:
 
 
 @contextmanager
-def _process(contender: Contender, task: Task) -> Iterator[Connection]:
-    """The line to a new process that serves the contender, and ends with the block."""
+def process(
+    target: Callable[..., None], *given: Any, environment: Mapping[str, str], patience: float = 60
+) -> Iterator[Connection]:
+    """The line to a new process that calls `target(*given, line)`.
+
+    It ends with the block: after `patience` seconds by force, with all processes that it has started.
+    """
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(contender, task, theirs), daemon=True)
-    with _environment(contender.environment):
-        process.start()
+    child = context.Process(target=_leading, args=(target, *given, theirs), daemon=True)
+    with _environment(environment):
+        child.start()
     theirs.close()  # so that the end of the process is the end of the line
+    assert child.pid is not None
     try:
         yield ours
+    except BaseException:
+        patience = 0
+        raise
     finally:
         ours.close()
-        process.join(60)
-        process.kill()
+        child.join(patience)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
+        child.join()
+
+
+def _leading(target: Callable[..., None], *given: Any) -> None:
+    """`target` in a process that leads a group of its own, so that compilers it has started can be ended with it."""
+    os.setpgid(0, 0)
+    _give_way()
+    target(*given)
 
 
 @contextmanager
@@ -139,46 +159,44 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _answer(line: Connection) -> Told | str:
-    if not line.poll(GIVE_UP):
-        return f"no answer in {GIVE_UP:.0f} s"
+    return answer(line, GIVE_UP)  # type: ignore[no-any-return]
+
+
+def answer(line: Connection, seconds: float) -> Any:
+    """What comes over the line, or in words why nothing came."""
+    if not line.poll(seconds):
+        return f"no answer in {seconds:g} s: ended"
     try:
-        return line.recv()  # type: ignore[no-any-return]
-    except EOFError:
+        return line.recv()
+    except (EOFError, ConnectionResetError):
         return "its process ended (out of memory?)"
 
 
-def _prepared(contender: Contender, task: Task) -> str | None:
+def prepared(contender: Contender, task: Task, seconds: float = GIVE_UP) -> str | None:
     """Have the contender write its files; what went wrong, if something did."""
     if contender.prepare is None or contender.missing():
         return None
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=prepare, args=(contender, task, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        problem: str | None = ours.recv()
-    except EOFError:
-        problem = "the process that exports it ended (out of memory?)"
-    process.join()
-    return problem
+    if task.made:
+        from benchmarks.speed.models import random_model
+
+        random_model(task)
+    with process(prepare, contender, task, environment={}) as line:
+        return answer(line, seconds)  # type: ignore[no-any-return]
 
 
 def prepare(contender: Contender, task: Task, line: Connection) -> None:
     """Write the contender's files and say what went wrong, or nothing."""
     assert contender.prepare is not None
-    _give_way()
     try:
         contender.prepare(task)
     except Exception as error:  # whatever a peer raises is a row of the table
-        line.send(_said(error))
+        line.send(error_line(error))
     else:
         line.send(None)
 
 
 def serve(contender: Contender, task: Task, line: Connection) -> None:
     """Load and run once, then once for each message until the line closes; say after each run how it went."""
-    _give_way()
     try:
         memory = Memory(task.device)
         started = perf_counter()
@@ -190,7 +208,7 @@ def serve(contender: Contender, task: Task, line: Connection) -> None:
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:  # whatever a peer raises is a row of the table
-        line.send(_said(error))
+        line.send(error_line(error))
 
 
 def _run(run: Run, memory: Memory, loaded: float) -> Told:
@@ -208,7 +226,8 @@ def _give_way() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
-def _said(error: Exception) -> str:
+def error_line(error: Exception) -> str:
+    """In one line of at most about 200 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 

@@ -20,9 +20,10 @@ from fewstep.engines.choices import Choices
 from fewstep.engines.cuda import clock
 from fewstep.engines.cuda.clock import DeviceClock
 from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.layers import CudaConv
+from fewstep.engines.cuda.layers import CudaConv, Doubled
 from fewstep.engines.cuda.linear import gated_product, product_attention, product_of
 from fewstep.engines.cuda.operations import PlainOperations
+from fewstep.engines.cuda.tricks import CudaTricks
 
 PLAIN = PlainOperations()
 DTYPES = [torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]
@@ -292,6 +293,17 @@ def test_a_convolution_of_the_engine_takes_the_kernel_for_small_maps(small: Any,
     assert torch.allclose(fast(x), plain(x), atol=1e-2)
     assert torch.allclose(fast.bare(x), plain.bare(x), atol=1e-2)
     assert torch.allclose(fast(x) - fast.bare(x), conv.bias[:, None, None].expand_as(fast(x)), atol=1e-2)
+
+
+def test_doubling_takes_the_kernel_for_small_maps(small: Any, device: torch.device) -> None:
+    conv = nn.Conv2d(32, 48, 3, padding=1).to(device, torch.float16).requires_grad_(False)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+    from fewstep.engines.cuda.kernels import TritonOperations
+
+    x, tricks = laid(torch.randn(1, 32, 3, 4), torch.float16, device), CudaTricks(upsampled=False)
+    means = Means(operations=TritonOperations(), choices=Last(), tricks=tricks)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, conv.bias, padding=1)
+    assert torch.allclose(Doubled(conv, means)(x), wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("option", [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "dilation": 2}])

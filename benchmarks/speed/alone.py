@@ -1,0 +1,141 @@
+"""Measures of a card: jobs one after the other in a process of their own that is ended when it takes too long."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from benchmarks.speed.contenders import Contender
+from benchmarks.speed.tasks import Run, Task
+from benchmarks.speed.turns import answer, error_line, prepared, process
+
+RUNS, FEW, ENOUGH, LONG = 20, 3, 5.0, 1.0
+"""Runs of a row, and of one that takes over `LONG` seconds; seconds after which no further run begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds of the runs of a job, or what went wrong.
+
+    `loaded`: seconds until its engine was there, `first`: of the first run, which compiles, chooses and records.
+    `peak`: bytes that PyTorch held of the card's memory. `output`: of one network, else None.
+    """
+
+    seconds: tuple[float, ...] = ()
+    loaded: float = 0.0
+    first: float = 0.0
+    peak: int = 0
+    output: Any = None
+    problem: str | None = None
+
+    @property
+    def middle(self) -> float:
+        """The median run in seconds."""
+        return median(self.seconds)
+
+
+def measured_alone(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+    """Each job in turn, in one process, and after one that went wrong in a new one.
+
+    A job that takes over `seconds` is ended, and said to be.
+    """
+    done = 0
+    while done < len(jobs):
+        contender, task = jobs[done]
+        problem = prepared(contender, task, seconds)
+        if problem is not None:
+            yield Measured(problem=problem)
+            done += 1
+            continue
+        stop = done + 1 if contender.prepare else len(jobs)
+        with process(serve_jobs, jobs[done:stop], environment=contender.environment, patience=5) as line:
+            while done < stop and problem is None:
+                reply = answer(line, seconds)
+                measured = Measured(problem=reply) if isinstance(reply, str) else reply
+                problem = measured.problem
+                done += 1
+                yield measured
+
+
+def serve_jobs(jobs: Sequence[tuple[Contender, Task]], line: Connection) -> None:
+    """Say of each job how it went; the last is the first that went wrong, for what comes after could go wrong by it."""
+    for contender, task in jobs:
+        measured = measured_here(contender, task)
+        line.send(measured)
+        if measured.problem is not None:
+            return
+
+
+def measured_here(contender: Contender, task: Task) -> Measured:
+    """A job in this process."""
+    try:
+        return _measured(contender, task)
+    except Exception as error:  # whatever an engine raises is a row of the table
+        return Measured(problem=error_line(error))
+
+
+def _measured(contender: Contender, task: Task) -> Measured:
+    import torch
+
+    on_card = task.device.startswith("cuda")
+    gc.collect()
+    if on_card:
+        torch.cuda.init()  # without it a new process has no statistics to reset
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(task.device)
+    started = perf_counter()
+    run = contender.load(task, **contender.options)
+    if on_card:
+        torch.cuda.synchronize(task.device)
+    loaded = perf_counter()
+    output = run().output
+    first = perf_counter() - loaded
+    run()
+    seconds = timed(run)
+    if output is not None:
+        output = output.float().cpu().numpy() if hasattr(output, "cpu") else output
+    peak = torch.cuda.max_memory_reserved(task.device) if on_card else 0
+    return Measured(seconds=seconds, loaded=loaded - started, first=first, peak=peak, output=output)
+
+
+def timed(run: Run) -> tuple[float, ...]:
+    """Seconds of `RUNS` runs, or of fewer where they take long, but never below `FEW`."""
+    found: list[float] = []
+    while len(found) < FEW or (len(found) < RUNS and sum(found) < ENOUGH and max(found) < LONG):
+        started = perf_counter()
+        run()
+        found.append(perf_counter() - started)
+    return tuple(found)
+
+
+def first_pictures(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+    """From the start of a new process to its first picture, twice, without making the random weights.
+
+    `loaded` is what making them took.
+    """
+    for _, task in jobs:
+        try:
+            runs = [_first_picture(task, seconds) for _ in range(2)]
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            yield Measured(problem=error_line(error))
+            continue
+        yield Measured(seconds=tuple(each for each, _ in runs), loaded=max(made for _, made in runs), first=runs[0][0])
+
+
+def _first_picture(task: Task, seconds: float) -> tuple[float, float]:
+    """Seconds to the first picture without making weights, and those of making them."""
+    command = [sys.executable, "-m", "benchmarks.speed.first", task.model, task.device, task.dtype, str(task.size)]
+    started = perf_counter()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    if ended.returncode:
+        raise RuntimeError((ended.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+    reply = json.loads(ended.stdout.splitlines()[-1])
+    return reply["drawn"] - started - reply["made"], reply["made"]

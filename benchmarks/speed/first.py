@@ -1,0 +1,33 @@
+"""Draws one picture and ends: `python -m benchmarks.speed.first sd-turbo cuda float16 512`.
+
+Prints {"drawn": when the picture was there by the system's monotonic clock, "made": seconds of making weights}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from time import perf_counter
+
+
+def main(model: str, device: str, dtype: str, size: int) -> None:
+    """Import, make the model, draw."""
+    import torch
+
+    from benchmarks.speed.models import random_parts
+    from benchmarks.speed.tasks import prompt
+    from fewstep import Pipeline
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    torch.zeros(1, device=device)  # what a card's first use costs counts
+    wait()
+    started = perf_counter()
+    parts = random_parts(model, device, getattr(torch, dtype))
+    wait()
+    made = perf_counter() - started
+    Pipeline(parts).text_to_image(prompt(0), seed=0, width=size, height=size)
+    print(json.dumps({"drawn": perf_counter(), "made": made}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
