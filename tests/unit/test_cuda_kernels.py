@@ -208,3 +208,22 @@ def test_weaving_the_phases_of_a_doubled_map(
     assert found.shape == wanted.shape == (2, channels, 2 * height, 2 * width)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert close(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@pytest.mark.parametrize(
+    ("batch", "pixels", "channels"),
+    [(1, 4096, 320), (2, 1024, 960), (1, 256, 2560), (8, 64, 1280), (1, 65536, 512), (1, 262144, 128)],
+)
+def test_norms_at_the_sizes_of_real_models(kernels: Any, batch: int, pixels: int, channels: int) -> None:
+    from fewstep.engines.cuda.norms import GroupNorm, added_with_moments
+
+    x, residual = ((torch.randn(batch, pixels, channels) + 3 * torch.randn(channels)).half() for _ in range(2))
+    layer, more = norm(nn.GroupNorm, 32, channels).half(), torch.randn(batch, channels).half()
+    wanted = PLAIN.group_norm(x.float(), norm_in_double(layer).float(), more.float())
+    for name, run in GroupNorm(x, layer, more).candidates().items():
+        assert close(run(), wanted.half()), name
+    total, moments = added_with_moments(x, more[0], residual)
+    assert close(total, PLAIN.added(x.float(), more[0].float(), residual.float()).half())
+    assert close(kernels.group_norm(total, layer, moments=moments), PLAIN.group_norm(total, layer))
