@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.speed import alone, card, ours, sheet
+from benchmarks.speed import alone, card, ours, sheet, waterfall
 from benchmarks.speed.alone import Measured, measured_alone, measured_here
 from benchmarks.speed.card import FIRST, Row
 from benchmarks.speed.contenders import CUDA, Contender, chosen, version_of
 from benchmarks.speed.machine import flops
-from benchmarks.speed.models import random_parts, random_parts_of
+from benchmarks.speed.models import _save_model, _save_tiny, random_parts, random_parts_of
 from benchmarks.speed.request import Request
 from benchmarks.speed.tasks import Piece, Task, inputs
 from benchmarks.speed.theirs import module
@@ -22,6 +22,7 @@ from tests.unit import speed_fakes
 
 from fewstep.models import zoo
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+from fewstep.weights.load import load_parts, load_tiny
 
 LEVELS = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
 TEXT = TextConfig(vocabulary=10, width=32, layers=2, heads=2, inner=32, eos=2)
@@ -48,7 +49,8 @@ def catalogue(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         monkeypatch.setitem(zoo.CATALOGUE, known.name, known)
         monkeypatch.setitem(zoo._SPELLINGS, zoo._key(known.name), known.name)
-    monkeypatch.setattr(alone, "RUNS", 3)
+    monkeypatch.setattr(alone, "RUNS", 2)
+    monkeypatch.setattr(alone, "FEW", 1)
     random_parts.cache_clear()
     yield
     random_parts.cache_clear()
@@ -130,6 +132,19 @@ def test_models_made_in_place_are_the_same_each_time():
     assert (second.unet.conv_norm_out.weight != 1).any()
 
 
+def test_a_folder_has_the_weights_that_are_made_in_place(request_here):
+    task = replace(TURBO, decoder="tiny").task(request_here)
+    assert task.decoder is not None
+    _save_model(task)
+    _save_tiny(task)
+    read = replace(load_parts(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
+    made = random_parts_of(task)
+    for name in ("unet", "autoencoder", "tiny"):
+        weights, others = (getattr(parts, name).state_dict() for parts in (made, read))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
 @pytest.mark.parametrize(
     ("kind", "decoder"), [("text", "kl"), ("unet", "kl"), ("decode", "kl"), ("decode", "tiny"), ("encode", "kl")]
 )
@@ -193,23 +208,23 @@ def test_wholes_of_one_and_of_two_text_towers_beside_their_targets(request_here,
 
 
 def test_peers_stand_below_fewstep_with_its_ratio_and_errors(request_here, monkeypatch):
-    request = replace(request_here, peers="fewstep+diffusers+diffusers, float32+tensorrt")
+    request = replace(request_here, peers="fewstep+diffusers, float32+tensorrt")
     text = drawn([replace(TURBO, part="unet"), TURBO], request, monkeypatch)
     rows = cells(text)
-    names = ["fewstep", "diffusers", "diffusers, float32"]
+    names = ["fewstep", "diffusers, float32"]
     assert [row["contender"] for row in rows] == [*names, *names]
-    assert rows[0]["row"] == rows[2]["row"] == "little-turbo, unet, 64 px"
+    assert rows[0]["row"] == rows[1]["row"] == "little-turbo, unet, 64 px"
     assert rows[1]["fewstep is faster by"].startswith("x ")
     assert 0 < float(rows[0]["error"]) < 1e-3
-    assert rows[2]["error"] == rows[1]["must / aim"] == ""
+    assert rows[1]["error"] == rows[1]["must / aim"] == ""
     assert "- tensorrt: not run, not installed; `pip install tensorrt onnxscript diffusers`" in text
 
 
 def test_a_waterfall_says_what_each_trick_gives(request_here, monkeypatch):
-    request = replace(request_here, peers="all")
-    text = drawn([TURBO], request, monkeypatch, "cuda-waterfall")
+    without = tuple(name for name in waterfall.names("cpu") if name not in ("huge_pages", "kernels"))
+    text = drawn([TURBO], replace(request_here, without=without), monkeypatch, "cuda-waterfall")
     rows = cells(text)
-    assert [row["contender"] for row in rows][:3] == ["plain engine", "+ huge_pages", "+ onednn"]
+    assert [row["contender"] for row in rows] == ["plain engine", "+ huge_pages", "+ kernels"]
     assert rows[0]["gives"] == rows[0]["in all"] == "x 1.00"
     assert "- + kernels: " in text
 
