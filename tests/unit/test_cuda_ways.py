@@ -246,7 +246,7 @@ def laid(x: Tensor, like: torch.dtype, device: torch.device) -> Tensor:
 @pytest.mark.parametrize(
     ("shape", "outputs"), [((1, 80, 5, 7), 48), ((2, 64, 8, 8), 72), ((3, 16, 1, 1), 16), ((1, 136, 3, 9), 200)]
 )
-@pytest.mark.parametrize("tile", range(5))
+@pytest.mark.parametrize("tile", range(2))
 def test_small_convolutions(
     small: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], outputs: int, tile: int
 ) -> None:
@@ -266,9 +266,9 @@ def test_which_maps_are_small(small: Any, device: torch.device) -> None:
     weight = laid(torch.randn(32, 64, 3, 3), torch.float16, device)
     counts = [
         len(small.small_conv_candidates(laid(torch.randn(shape), torch.float16, device), weight, None))
-        for shape in [(1, 64, 8, 8), (2, 64, 16, 16), (3, 64, 16, 16), (1, 64, 64, 64)]
+        for shape in [(1, 64, 8, 8), (2, 64, 8, 8), (1, 64, 16, 16), (1, 64, 64, 64)]
     ]
-    assert counts == [3, 5, 0, 0]
+    assert counts == [2, 2, 0, 0]
     x = laid(torch.randn(1, 64, 8, 8), torch.float16, device)
     assert not small.small_conv_candidates(x.contiguous(), weight, None), "other layouts are the library's"
     assert not small.small_conv_candidates(x.float(), weight.float(), None)
@@ -330,7 +330,7 @@ def gate() -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "channels", "outputs"), [((2, 37), 80, 48), ((1, 300), 64, 136), ((1200,), 128, 24)])
-@pytest.mark.parametrize("tile", range(3))
+@pytest.mark.parametrize("tile", range(2))
 def test_products_with_their_gate(
     gate: Any, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], channels: int, outputs: int, tile: int
 ) -> None:
@@ -364,14 +364,14 @@ def test_a_transformer_takes_one_kernel_for_product_and_gate(gate: Any, device: 
 @NO_CARD
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "side", "inputs"), [(1, 8, 1280), (2, 16, 1920)])
+@pytest.mark.parametrize(("batch", "side", "inputs"), [(1, 8, 1280), (2, 8, 2560)])
 def test_small_convolutions_on_a_card(small: Any, dtype: torch.dtype, batch: int, side: int, inputs: int) -> None:
     device = torch.device("cuda")
     x = laid(torch.randn(batch, inputs, side, side), dtype, device)
     weight = laid(torch.randn(1280, inputs, 3, 3) / (3 * inputs**0.5), dtype, device)
     wanted = F.conv2d(x.float().cpu(), weight.float().cpu(), padding=1)
     found = small.small_conv_candidates(x, weight, None)
-    assert len(found) == (3 if batch * side**2 == 64 else 5)
+    assert len(found) == 2
     assert {name: error(way(), wanted) < 0.01 for name, way in found.items()} == dict.fromkeys(found, True)
     assert all(torch.equal(way(), way()) for way in found.values()), "the order of sums is fixed"
 

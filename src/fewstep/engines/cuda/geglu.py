@@ -30,7 +30,7 @@ class GegluTile(NamedTuple):
     warps: int
 
 
-TILES = GegluTile(128, 128, 3, 8), GegluTile(128, 64, 4, 4), GegluTile(64, 64, 4, 4)
+TILES = GegluTile(128, 128, 3, 8), GegluTile(64, 64, 4, 4)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -72,7 +72,7 @@ def _applied(x, scale, shift, SILU: tl.constexpr):  # type: ignore[no-untyped-de
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["added_stride", "pixels"])
 def _norm_groups(  # type: ignore[no-untyped-def]
     x, added, weight, bias, out, added_stride, pixels, channels, eps,
     SILU: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
@@ -98,7 +98,7 @@ def _norm_groups(  # type: ignore[no-untyped-def]
         tl.store(out + at, y.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "rows"])
 def _piece_moments(  # type: ignore[no-untyped-def]
     x, out, pixels, channels, rows,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
@@ -115,7 +115,7 @@ def _piece_moments(  # type: ignore[no-untyped-def]
     tl.store(out + channels + c, deviations, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "rows"])
 def _add_with_moments(  # type: ignore[no-untyped-def]
     x, bias, residual, total, out, pixels, channels, rows,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -148,7 +148,7 @@ def _add_with_moments(  # type: ignore[no-untyped-def]
     tl.store(out + channels + c, deviations, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["added_stride", "pixels", "width", "rows", "pieces"])
 def _fold(  # type: ignore[no-untyped-def]
     moments, added, weight, bias, out, added_stride, pixels, channels, width, rows, pieces, eps,
     PIECES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -182,7 +182,7 @@ def _fold(  # type: ignore[no-untyped-def]
     tl.store(out + channels + c, shift, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _apply(  # type: ignore[no-untyped-def]
     x, folded, out, pixels, channels,
     SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -229,6 +229,9 @@ FEW_PIXELS = 1024
 LARGEST_GROUP = 1 << 17
 """Numbers of a picture's group above which the one kernel is no candidate: a multiprocessor reads them alone."""
 
+WHOLE_TILE = 8192
+"""Numbers that the one kernel reads at a time."""
+
 UNROLL = 2
 """Tiles that are read before the sums of the first are done."""
 
@@ -273,23 +276,22 @@ class GroupNorm:
         passes: Ways = {f"passes {size.rows}x{size.columns}": partial(self.in_passes, size) for size in sizes}
         if pixels * self.width * self.span > LARGEST_GROUP:
             return passes
-        whole: Ways = {f"whole {warps}": partial(self.at_once, warps) for warps in (8, 16)}
+        whole: Ways = {"whole": self.at_once}
         return {**whole, **passes} if pixels <= FEW_PIXELS else {**passes, **whole}
 
-    def at_once(self, warps: int) -> Tensor:
-        """One kernel, a program for a picture's adjacent groups, with tiles of 1024 numbers a warp."""
+    def at_once(self) -> Tensor:
+        """One kernel, a program for a picture's adjacent groups."""
         x, (batch, pixels, channels), norm = self.x, self.x.shape, self.norm
         out, columns = torch.empty_like(x), triton.next_power_of_2(self.span * self.width)
-        rows = min(triton.next_power_of_2(pixels), max(1, 1024 * warps // columns))
         _norm_groups[(triton.cdiv(norm.num_groups, self.span), batch)](
             *(x, self.added, norm.weight, norm.bias, out, self.added_stride, pixels, channels, norm.eps),
             SILU=self.silu,
             WIDTH=self.width,
             SPAN=self.span,
-            ROWS=rows,
+            ROWS=max(1, WHOLE_TILE // columns),
             COLUMNS=columns,
             UNROLL=UNROLL,
-            num_warps=warps,
+            num_warps=8,
         )
         return out
 
@@ -303,7 +305,7 @@ class GroupNorm:
         _fold[(norm.num_groups, batch)](
             *(moments.values, self.added, norm.weight, norm.bias, folded, self.added_stride),
             *(pixels, channels, self.width, moments.rows, pieces, norm.eps),
-            PIECES=min(triton.next_power_of_2(pieces), max(1, 4096 // columns)),
+            PIECES=max(1, 4096 // columns),
             COLUMNS=columns,
             num_warps=4,
         )
