@@ -71,9 +71,9 @@ class NoisyLatentFeatures:
         return view.new_zeros(len(view), 0)
 
     def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
-        low, high = self.levels
-        t = (low + (high - low) * part.rand(f"{purpose} t")).long().to(view.device)
-        eps = part.randn(f"{purpose} noise", *view.shape[1:]).to(view.device)
+        (low, high), part = self.levels, part.on(view.device)
+        t = (low + (high - low) * part.rand(f"{purpose} t")).long()
+        eps = part.randn(f"{purpose} noise", *view.shape[1:])
         x = self.process.noised(view, eps, t)
         return Seen(encoder_maps(self.unet, x, t.float(), told), told.context.mean(1))
 

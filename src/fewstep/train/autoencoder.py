@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
 from fewstep.models.autoencoder import AutoencoderKL
@@ -54,7 +55,7 @@ class AutoencoderTask:
     discriminator_width: int = 64
     decoder_only: bool = False
     rescale: bool = False
-    device: str = "cpu"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.fresh and self.decoder_only:
@@ -64,9 +65,10 @@ class AutoencoderTask:
         """See `fewstep.train.run.Task`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
-        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        device = choose_device(self.device)
+        parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
-            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(self.device))
+            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(device))
         source = Ahead(self.data)
         return Work(
             turns=Reconstruction(parts.autoencoder, source, self).turns(),
