@@ -108,6 +108,12 @@ class Head(nn.Module):
         self.out = spectral_norm(nn.Conv2d(width, 1, 1))
 
     def forward(self, maps: Tensor, condition: Tensor) -> Tensor:
+        if maps.device.type == "cpu":
+            return self._logits(maps, condition)
+        with torch.autocast(maps.device.type, enabled=False):  # that of cards spoils the products of spectral norms
+            return self._logits(maps.float(), condition.float())
+
+    def _logits(self, maps: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.first(self.norm(maps)), 0.2)
         h = h + F.leaky_relu(self.second(h), 0.2)
         asked = self.project(condition)[:, :, None, None]

@@ -243,7 +243,9 @@ def sample_sheet(parts: Parts, prompts: Sequence[str]) -> Image.Image:
     try:
         for network, _ in modes:
             network.eval()
-        return contact_sheet(Pipeline(parts).text_to_image(list(prompts), seed=0).images, 4)
+        on_card = parts.unet.conv_in.weight.is_cuda  # where other engines prepare for weights that stay
+        pipe = Pipeline(parts, EagerEngine(parts) if on_card else None)
+        return contact_sheet(pipe.text_to_image(list(prompts), seed=0).images, 4)
     finally:
         for network, training in modes:
             network.train(training)

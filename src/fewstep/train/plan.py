@@ -133,8 +133,9 @@ class Plan:
 class Part:
     """Rows `first` to `first + count` of the `whole` batch of a step: what one process computes at a time.
 
-    Random numbers are drawn for the whole batch, on the CPU, from the seed, the step and their purpose, and then cut. So
-    a batch has the same ones however it is shared out and whatever computes it, and a run that goes on has them again.
+    Random numbers are drawn for the whole batch, on the CPU, from the seed, the step and their purpose, and then cut.
+    So a batch has the same ones however it is shared out and whatever computes it, and a run that goes on has them
+    again.
     """
 
     seed: int

@@ -18,9 +18,9 @@ from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.train.ema import Ema
 from fewstep.train.journal import Journal
 from fewstep.train.memory import checkpoint_blocks
+from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan, mixed_seed
 from fewstep.train.process import computing_in
-from fewstep.train.norms import norms_in_half
 from fewstep.train.ranks import average, join_ranks, shard
 from fewstep.train.replay import Replay
 from fewstep.train.states import (
