@@ -16,7 +16,7 @@ from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.train.patches import PatchDiscriminator, adaptive_weight, hinge_loss
-from fewstep.train.plan import Part, Plan
+from fewstep.train.plan import Part, Plan, moved
 from fewstep.train.run import Work
 from fewstep.train.sources import Ahead, Source
 from fewstep.train.trainer import Trainer, Turn
@@ -101,7 +101,7 @@ class Reconstruction:
 
     def model_loss(self, part: Part) -> Mapping[str, Tensor]:
         """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
-        image = pictures_of(self.source, part).to(self.device)
+        image = moved(pictures_of(self.source, part), self.device)
         moments = self._moments(image)
         decoded = self.model.decode(drawn_latents(moments, part)).float()
         said = self._distances(decoded, image)
@@ -185,7 +185,7 @@ def divergence(moments: Tensor) -> Tensor:
 def drawn_latents(moments: Tensor, part: Part) -> Tensor:
     """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
     mean, log_variance = _mean_and_log_variance(moments)
-    return mean + (0.5 * log_variance).exp() * part.randn("latents", *mean.shape[1:]).to(mean.device)
+    return mean + (0.5 * log_variance).exp() * part.on(mean.device).randn("latents", *mean.shape[1:])
 
 
 def pictures_of(source: Source, part: Part) -> Tensor:

@@ -126,12 +126,10 @@ class Replay:
 
     def _record(self, part: Part, gradients: Callable[[], list[Tensor]]) -> Recorded:
         """A kind of step; the gradients stay as they were."""
-        before = [gradient.clone() for gradient in gradients()]
+        before = {id(gradient): gradient.clone() for gradient in gradients()}
         recorded = Recorded(self.backward, part, self.device)
-        after = gradients()
-        torch._foreach_zero_(after)
-        if before:
-            torch._foreach_copy_(after, before)
+        for gradient in gradients():  # those that were there are the same tensors now
+            gradient.copy_(before.get(id(gradient), torch.zeros_like(gradient)))
         return recorded
 
     def _key(self, part: Part) -> Hashable:
