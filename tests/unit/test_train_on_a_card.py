@@ -6,6 +6,7 @@ waits for a number fails, and a dispatch mode sees each tensor that is left on t
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +33,9 @@ from fewstep.train.replay import MOST, Replay, Tape
 from fewstep.train.run import Work
 from fewstep.train.sources import Blockworld, Examples, Walked
 from fewstep.train.trainer import Pupil, Trainer, Turn
+from fewstep.weights.fetch import ASSETS
+from fewstep.weights.load import load_parts
+from fewstep.weights.save import save_parts
 
 META = torch.device("meta")
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -168,6 +173,32 @@ def test_the_recipes_steps_leave_nothing_on_the_cpu(
     }[what]
     plan = settings(tmp_path)
     losses(task.prepare(plan), plan)
+
+
+def test_what_a_card_trained_is_packed_and_shipped(recipes: Any, tmp_path: Path) -> None:
+    import blocks_card
+
+    base, out, assets = load_parts("blocks-base", dtype=torch.float32), tmp_path / "out", tmp_path / "assets"
+    shutil.copytree(ASSETS, assets)
+    (out / "decoder").mkdir(parents=True)
+    recipes.save_weights(base.autoencoder, out / "decoder")
+    for name in ("blocks-base", "blocks-turbo"):
+        save_parts(base, out / name / "model", torch.float16)
+    save_parts(load_parts("blocks-small", dtype=torch.float32), out / "blocks-small" / "model", torch.float16)
+    shutil.copytree(ASSETS / "blocks-tiny", out / "blocks-tiny" / "tiny")
+    blocks_card.pack(out, tmp_path / "packed")
+    assert {path.stem for path in (tmp_path / "packed").iterdir()} == {"vae", "base", "small", "turbo", "tiny"}
+    blocks_card.ship(tmp_path / "packed", assets)
+    for path in ASSETS.rglob("*.safetensors"):
+        shipped = load_file(assets / path.relative_to(ASSETS))
+        same = "blocks-turbo" not in path.parts  # what was packed as turbo here is the base
+        assert not same or all(torch.equal(shipped[name], value) for name, value in load_file(path).items())
+    own = base.unet.state_dict()
+    vectors = load_file(assets / "blocks-turbo" / "vectors.safetensors")
+    assert vectors
+    assert all(torch.equal(value, own[name].half()) for name, value in vectors.items())
+    for path in ASSETS.rglob("training.json"):
+        assert (assets / path.relative_to(ASSETS)).read_bytes() == path.read_bytes()
 
 
 def test_what_is_left_on_the_cpu_is_seen() -> None:
