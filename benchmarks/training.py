@@ -1,12 +1,14 @@
 """Pictures a second of a training step, beside that of diffusers' text-to-image script, on blocks-base's UNet.
 
-    python -m benchmarks.training --hardware NAME [--runs 15] [--batch 32] [--threads 2]
+    python -m benchmarks.training --hardware NAME [--runs 15] [--batch 32] [--threads 2] [--device cuda]
 
 Both train the same 6.27 M parameters for pictures of 128 pixels, by turns in one process, with AdamW, clipped gradients
 and a moving average. Diffusers' step is that of its `train_text_to_image.py`, which encodes pictures and captions in
 each step, and once more from latents and text states that are there; each in float32 and bfloat16. Fewstep's is a
 `Trainer`'s with all that belongs to it, data included: files that `fewstep data` prepared and cached. How long it
-waited for them is told too. Writes `results/training_<hardware>_<date>.md`.
+waited for them is told too. On a card ours is timed as it is recorded (`plan.replayed`) and as it is not, and a step
+ends when the card has ended it; where diffusers is not installed, ours stand alone. Writes
+`results/training_<hardware>_<date>.md`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -29,6 +33,7 @@ from torch import Tensor
 import fewstep
 from fewstep.data.cache import latent_key, open_cache
 from fewstep.data.shards import open_shards
+from fewstep.engines.device import choose_device
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Part, Plan, Precision
 from fewstep.train.process import computing_in
@@ -36,10 +41,10 @@ from fewstep.train.sources import CachedLatents, Prepared
 from fewstep.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "diffusers", "transformers", "fewstep")
+PACKAGES = ("torch", "diffusers", "transformers")
 PICTURES = 600
-CPU = torch.device("cpu")
 CLIP, RATE = 1.0, 1e-4
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 Step = Callable[[int], None]
 
@@ -60,15 +65,18 @@ def prepared(folder: Path) -> CachedLatents:
     return CachedLatents(data=data, cache=open_cache(latents, data.shards(), key))
 
 
-def our_steps(source: CachedLatents, folder: Path, batch: int) -> dict[str, tuple[Step, Callable[[], float]]]:
+def our_steps(
+    source: CachedLatents, folder: Path, batch: int, device: torch.device
+) -> dict[str, tuple[Step, Callable[[], float]]]:
     """A step of ours by its name, and how many seconds it has waited for data."""
     found = {}
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    for precision in precisions:
-        plan = Plan(folder=folder / precision, steps=10**6, batch=batch, rate=RATE, clip=CLIP, precision=precision)
-        work = DiffusionTask(model="blocks-base", data=source).prepare(plan)
-        trainer = Trainer(work.turns, plan)
-        found[f"fewstep, cached latents, {precision}"] = (_advancing(trainer), work.waited)
+    for precision in PRECISIONS:
+        for replayed in (False, True) if device.type == "cuda" else (True,):
+            what = f"{precision}{', recorded' * (replayed and device.type == 'cuda')}"
+            plan = Plan(folder=folder / what, steps=10**6, batch=batch, rate=RATE, clip=CLIP, precision=precision)
+            plan = replace(plan, replayed=replayed)
+            work = DiffusionTask(model="blocks-base", data=source, device=str(device)).prepare(plan)
+            found[f"fewstep, cached latents, {what}"] = (_advancing(Trainer(work.turns, plan)), work.waited)
     return found
 
 
@@ -79,15 +87,26 @@ def _advancing(trainer: Trainer) -> Step:
 class TheirStep:
     """The body of the training loop of diffusers' `train_text_to_image.py`, on the saved blocks-base."""
 
-    def __init__(self, folder: Path, source: CachedLatents, batch: int, precision: Precision, *, cached: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: CachedLatents,
+        batch: int,
+        precision: Precision,
+        device: torch.device,
+        *,
+        cached: bool,
+    ) -> None:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from diffusers.training_utils import EMAModel
         from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-        self.source, self.precision, self.cached, self.batch = source, precision, cached, batch
+        self.source, self.precision, self.cached, self.batch, self.device = source, precision, cached, batch, device
         self.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).train()
-        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
+        self.unet.to(device)
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval().to(device)
         self.text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32).eval()
+        self.text.to(device)
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         self.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=RATE)
@@ -96,10 +115,10 @@ class TheirStep:
     def __call__(self, step: int) -> None:
         """One step: the example's, from pictures or from what is cached."""
         part = Part(seed=0, step=step, whole=self.batch, first=0, count=self.batch)
-        with computing_in(self.precision, CPU):
+        with computing_in(self.precision, self.device):
             latents, states = self._encoded(part)
             noise = torch.randn_like(latents)
-            t = torch.randint(0, 1000, (len(latents),))
+            t = torch.randint(0, 1000, (len(latents),), device=self.device)
             noisy = self.scheduler.add_noise(latents, noise, t)
             wanted = self.scheduler.get_velocity(latents, noise, t)
             output = self.unet(noisy, t, states, return_dict=False)[0]
@@ -116,17 +135,20 @@ class TheirStep:
         said = self.tokenizer(examples.captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
         latents = examples.latents
         if latents is None:
-            latents = self.vae.encode(examples.pictures).latent_dist.sample() * self.vae.config.scaling_factor
-        return latents, self.text(said).last_hidden_state
+            pictures = examples.pictures.to(self.device)
+            latents = self.vae.encode(pictures).latent_dist.sample() * self.vae.config.scaling_factor
+        return latents.to(self.device), self.text(said.to(self.device)).last_hidden_state
 
 
-def timed(steps: Mapping[str, Step], runs: int) -> dict[str, list[float]]:
-    """Seconds of each step, by turns, after two of each that do not count."""
+def timed(steps: Mapping[str, Step], runs: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step, by turns, after two of each that do not count; to the end of what a card computes."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(runs + 2):
         for name, step in steps.items():
             started = time.perf_counter()
             step(run)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if run >= 2:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -135,15 +157,17 @@ def timed(steps: Mapping[str, Step], runs: int) -> dict[str, list[float]]:
 def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], asked: argparse.Namespace) -> str:
     """The results file."""
     rates = {name: asked.batch / median(values) for name, values in seconds.items()}
-    best = max(rate for name, rate in rates.items() if name.startswith("diffusers"))
+    theirs = [rate for name, rate in rates.items() if name.startswith("diffusers")]
+    best = max(theirs or rates.values())
     lines = [
         "# Training throughput on blocks-base's UNet (6,272,708 parameters, 128 pixels)",
         "",
         f"{asked.hardware}, {asked.threads} threads, batch {asked.batch}, {datetime.date.today()}; "
-        + ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name))
+        + f", fewstep {fewstep.__version__}"
         + f". Medians of {asked.runs} steps, by turns in one process.",
         "",
-        "| step | pictures/s | slowest to fastest | of diffusers' best | waited for data |",
+        f"| step | pictures/s | slowest to fastest | of {'diffusers' if theirs else 'the'} best | waited for data |",
         "|---|---|---|---|---|",
     ]
     for name, values in seconds.items():
@@ -151,7 +175,20 @@ def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], aske
         wait = f"{waited[name]:.1%}" if name in waited else ""
         lines.append(f"| {name} | {rates[name]:.1f} | {low:.1f} to {high:.1f} | {rates[name] / best:.2f} | {wait} |")
     command = f"python -m benchmarks.training --hardware {asked.hardware} --runs {asked.runs} --batch {asked.batch}"
-    return "\n".join([*lines, "", f"Command: `{command} --threads {asked.threads}`.", ""])
+    command += f" --threads {asked.threads}{f' --device {asked.device}' if asked.device != 'cpu' else ''}"
+    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+
+
+def their_steps(source: CachedLatents, folder: Path, batch: int, device: torch.device) -> dict[str, Step]:
+    """Diffusers' steps by name; none where it is not installed."""
+    if find_spec("diffusers") is None:
+        return {}
+    kinds = {"pictures encoded in each step": False, "cached latents": True}
+    return {
+        f"diffusers, {what}, {precision}": TheirStep(folder, source, batch, precision, device, cached=cached)
+        for precision in PRECISIONS
+        for what, cached in kinds.items()
+    }
 
 
 def main() -> None:
@@ -161,20 +198,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
+    device = choose_device(asked.device)
     torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = prepared(folder)
         fewstep.load("blocks-base", device="cpu", dtype="float32").save(folder / "model")
-        ours = our_steps(source, folder, asked.batch)
-        steps: dict[str, Step] = {}
-        precisions: tuple[Precision, ...] = ("fp32", "bf16")
-        for precision in precisions:
-            for cached, what in ((False, "pictures encoded in each step"), (True, "cached latents")):
-                their = TheirStep(folder / "model", source, asked.batch, precision, cached=cached)
-                steps[f"diffusers, {what}, {precision}"] = their
-        seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, asked.runs)
+        ours = our_steps(source, folder, asked.batch, device)
+        steps = their_steps(source, folder / "model", asked.batch, device)
+        seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, asked.runs, device)
         waited = {name: wait() / sum(seconds[name]) for name, (_, wait) in ours.items()}
         path = RESULTS / f"training_{asked.hardware}_{datetime.date.today()}.md"
         path.write_text(report(seconds, waited, asked), encoding="utf-8")

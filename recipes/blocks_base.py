@@ -18,7 +18,7 @@ weights, smaller objects and another world had not learned directions in 116,000
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from blocks_data import (
     blank_words,
     block_tokenizer,
     caption_ids,
+    layout_on,
     permuted_pictures,
     read_once,
     scene_slots,
@@ -38,9 +39,11 @@ from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.data.blockworld import render, require_train, scenes
+from fewstep.data.blockworld import Scenes, render, require_train, scenes
+from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
 from fewstep.train.fold import fold_statistics
 from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps
@@ -48,6 +51,7 @@ from fewstep.train.plan import Part, Plan, mixed_seed
 from fewstep.train.process import Process
 from fewstep.train.run import Run, Work
 from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
@@ -97,36 +101,45 @@ def stages(out: Path) -> Sequence[Run]:
 class Autoencoder:
     """Reconstruction, by turns at `sizes`; the batch is for 64 pixels.
 
-    `start`: the stage to go on from. `decoder`: the decoder alone, from latents with a little noise such as a UNet
-    leaves. The latents of the first stage get mean 0 and variance 1, channel by channel.
+    `start`: the stage, or the model, to go on from. `decoder`: the decoder alone, from latents with a little noise such
+    as a UNet leaves. The latents of a first stage get mean 0 and variance 1, channel by channel. `edges`: the weight of
+    the differences between neighbouring pixels.
     """
 
-    start: Path | None = None
+    start: Path | str | None = None
     sizes: tuple[int, ...] = (SMALL,)
     decoder: bool = False
+    edges: float = 0.5
+    device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
         torch.manual_seed(plan.seed)
-        model = AutoencoderKL(AUTOENCODER).to(memory_format=torch.channels_last)
+        device = choose_device(self.device)
+        model = AutoencoderKL(AUTOENCODER).to(memory_format=layout_on(device))
         if self.start is not None:
-            model.load_state_dict(weights_of(self.start))
+            model.load_state_dict(autoencoder_weights(self.start))
+        model.to(device)
         if self.decoder:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
-        return Work(
-            turns={"model": Turn(network=model, loss=self._loss(model))}, finish=self._finish(model, plan.folder)
-        )
+        turn = Turn(network=model, loss=self._loss(model, device), kind=self._size)
+        return Work(turns={"model": turn}, finish=self._finish(model, plan.folder))
 
-    def _loss(self, model: AutoencoderKL) -> Loss:
-        weigh = AutoencoderLoss()
+    def _size(self, part: Part) -> int:
+        """Of the pictures of a step."""
+        return self.sizes[part.step % len(self.sizes)]
+
+    def _loss(self, model: AutoencoderKL, device: torch.device) -> Loss:
+        weigh = AutoencoderLoss(edges=self.edges)
 
         def loss(part: Part) -> Mapping[str, Tensor]:
-            size = self.sizes[part.step % len(self.sizes)]
-            image = permuted_pictures(smaller(part, SMALL / size), size)
-            moments = model.encode(image)
+            size = self._size(part)
+            part = smaller(part, SMALL / size).on(device)
+            image = permuted_pictures(part, size)
+            moments = model.encode(image).float()
             latents = noisy_means(moments.detach(), part) if self.decoder else sampled_latents(moments)
-            output = model.decode(latents)
+            output = model.decode(latents).float()
             terms = {"psnr": psnr(output, image)}
             if self.decoder:
                 return terms | {"loss": weigh.picture(output, image)}
@@ -152,6 +165,7 @@ class Text:
     """The slots alone: needs captions and no pictures."""
 
     captions: int = 12_000
+    device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
@@ -161,11 +175,12 @@ class Text:
         cache = LatentCache(
             latents=torch.zeros(len(drawn), 0), ids=caption_ids(drawn, 1, block_tokenizer()), slots=scene_slots(drawn)
         )
-        model = LatentDiffusion(resnets=1)
+        device = choose_device(self.device)
+        model = LatentDiffusion(resnets=1).to(device)
         model.unet.requires_grad_(False)
 
         def loss(part: Part) -> Mapping[str, Tensor]:
-            _, ids, slots = cache.rows(part, varied=0.8)
+            ids, slots = (value.to(device) for value in cache.words(part, varied=0.8)[1:])
             logits = model.slots(model.text(ids).last)
             told = [0, 1, 3, 4, 6]  # a size is not always said
             right = torch.stack([(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in told]).all(0)
@@ -178,36 +193,36 @@ class Text:
 class Diffusion:
     """Text tower and UNet together: the weighted error of the velocity, and the slots'.
 
-    `start`: the stage to go on from; a UNet with fewer residual blocks is grown. `sizes`: the share of the batch that
-    is of each picture size. `varied`: the share of varied captions after the first seventh of the run. `blank`: see
-    `blank_words`. `chunks` of latents, of each size, are encoded first where they are not there.
+    `start`: the stage, or the model, to go on from; a UNet with fewer residual blocks is grown. `sizes`: the share of
+    the batch that is of each picture size; or `turns`: the sizes of whole batches, one step after another. `varied`:
+    the share of varied captions after the first seventh of the run. `blank`: see `blank_words`. `chunks` of latents are
+    encoded first where they are not there: so many at 64 pixels, or `small_chunks`, and of larger pictures more.
     """
 
-    start: Path
-    autoencoder: Path
+    start: Path | str
+    autoencoder: Path | str
     resnets: int = 2
     sizes: Mapping[int, float] | None = None
+    turns: tuple[int, ...] = ()
     varied: float = 0.0
     blank: float = 0.0
     chunks: int = 10
+    small_chunks: int | None = None
+    device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
-        model, weights = LatentDiffusion(self.resnets), weights_of(self.start)
-        if self.start.name == "small_unet":
-            grow(model, weights)
-        else:
-            model.load_state_dict(weights)
-        autoencoder = AutoencoderKL(AUTOENCODER).eval().to(memory_format=torch.channels_last)
-        autoencoder.load_state_dict(weights_of(self.autoencoder))
-        losses: list[tuple[float, Loss]] = []
-        for size, share in (self.sizes or {SMALL: 1.0}).items():
-            folder = self.autoencoder.parent / f"latents-{self.autoencoder.name}-{size}"
-            write_latents(autoencoder, folder, self.chunks * size // SMALL, size)
-            losses.append((share, self._loss(model, read_once(folder))))
+        device = choose_device(self.device)
+        model = self._model().to(device)
+        autoencoder = AutoencoderKL(AUTOENCODER).eval().to(device, memory_format=layout_on(device))
+        autoencoder.load_state_dict(autoencoder_weights(self.autoencoder))
+        shares = self.sizes or dict.fromkeys(self.turns or (SMALL,), 1.0)
+        losses = {size: self._loss(model, self._cache(autoencoder, size, plan.folder.parent)) for size in shares}
 
         def loss(part: Part) -> Mapping[str, Tensor]:
-            parts = [(share, one(smaller(part, share))) for share, one in losses]
+            if self.turns:
+                return losses[self._size(part)](part)
+            parts = [(share, losses[size](smaller(part, share))) for size, share in shares.items()]
             return {name: torch.stack([share * terms[name] for share, terms in parts]).sum() for name in parts[0][1]}
 
         def finish(trainer: Trainer) -> None:
@@ -215,24 +230,55 @@ class Diffusion:
             if trainer.rank == 0:
                 save_parts(parts_of(model, autoencoder), plan.folder / "model", torch.float16)
 
-        return Work(turns={"model": Turn(network=model, loss=loss)}, finish=finish)
+        return Work(turns={"model": Turn(network=model, loss=loss, kind=self._size)}, finish=finish)
+
+    def _size(self, part: Part) -> int:
+        """Of the pictures of a step; 0 where each has pictures of all sizes."""
+        return self.turns[part.step % len(self.turns)] if self.turns else 0
+
+    def _model(self) -> LatentDiffusion:
+        """As the stage before left it; of a shipped model the slots, which are not shipped, are new."""
+        model = LatentDiffusion(self.resnets)
+        if is_model(self.start):
+            parts = load_parts(self.start, dtype=torch.float32)
+            model.text.load_state_dict(parts.text_encoders[0].state_dict())
+            model.unet.load_state_dict(parts.unet.state_dict())
+        elif Path(self.start).name == "small_unet":
+            grow(model, weights_of(Path(self.start)))
+        else:
+            model.load_state_dict(weights_of(Path(self.start)))
+        return model
+
+    def _cache(self, autoencoder: AutoencoderKL, size: int, out: Path) -> LatentCache:
+        folder = out / f"latents-{Path(self.autoencoder).name}-{size}"
+        chunks = self.chunks if size > SMALL or self.small_chunks is None else self.small_chunks
+        write_latents(autoencoder, folder, chunks * size // SMALL, size)
+        return read_once(folder)
 
     def _loss(self, model: LatentDiffusion, cache: LatentCache) -> Loss:
         process, empty = Process(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
+        device = model.unet.conv_in.weight.device
+        latents = cache.latents.to(device)
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            x0, ids, slots = cache.rows(part, self.varied * min(1.0, part.step / 500))
+        def words(part: Part) -> Mapping[str, Tensor]:
+            index, ids, slots = cache.words(part, self.varied * min(1.0, part.step / 500))
             dropped = part.rand("drop") < DROP
             ids[dropped], slots[dropped] = empty, -100
             blank_words(ids, slots, part.rand("blank", 2), self.blank)
+            return {"index": index, "ids": ids, "slots": slots}
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            part = part.on(device)
+            read = part.inputs(words)
+            x0 = latents[read["index"]]
             t = part.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
             eps = part.randn("noise", *x0.shape[1:])
-            states = model.text(ids).last
+            states = model.text(read["ids"]).last
             output = model.unet(process.noised(x0, eps, t), t.float(), states)
             weight = min_snr_weight(process.prediction, process.alpha_bar(t), GAMMA, floor=FLOOR)
             error = (weight * (output - process.target(x0, eps, t)).square()).mean()
-            read = slot_loss(model.slots(states), slots)
-            return {"loss": error + SLOT_WEIGHT * read, "error": error, "slots": read}
+            slots = slot_loss(model.slots(states), read["slots"])
+            return {"loss": error + SLOT_WEIGHT * slots, "error": error, "slots": slots}
 
         return loss
 
@@ -240,7 +286,7 @@ class Diffusion:
 def smaller(part: Part, share: float) -> Part:
     """A part of a batch of `share` of the size, shared out alike."""
     counts = [round(share * number) for number in (part.whole, part.first, part.count)]
-    return Part(seed=part.seed, step=part.step, whole=counts[0], first=counts[1], count=counts[2])
+    return replace(part, whole=counts[0], first=counts[1], count=counts[2])
 
 
 def noisy_means(moments: Tensor, part: Part) -> Tensor:
@@ -258,9 +304,22 @@ def psnr(output: Tensor, image: Tensor) -> Tensor:
 @torch.no_grad()
 def fold(model: AutoencoderKL) -> None:
     """Give the latents mean 0 and variance 1, channel by channel."""
-    drawn = scenes(4096, seed=mixed_seed("fold"))
+    device, drawn = next(model.parameters()).device, scenes(4096, seed=mixed_seed("fold"))
+    drawn = Scenes(**{name: value.to(device) for name, value in drawn.tensors().items()})
     means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
     fold_statistics(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+
+
+def autoencoder_weights(start: Path | str) -> dict[str, Tensor]:
+    """What a stage left, or those of a model's autoencoder."""
+    if not is_model(start):
+        return weights_of(Path(start))
+    return load_parts(start, dtype=torch.float32).autoencoder.state_dict()
+
+
+def is_model(start: Path | str) -> bool:
+    """Whether it is an embedded model's name or a model's folder, and not a stage's."""
+    return str(start) in CATALOGUE or (Path(start) / "model_index.json").is_file()
 
 
 def weights_of(stage: Path) -> dict[str, Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -17,13 +21,14 @@ from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
 from fewstep.train.plan import Part, mixed_seed
 from fewstep.train.ranks import join_ranks, meet_ranks
-from fewstep.train.sources import Blockworld, Examples
+from fewstep.train.sources import Examples
 
 SMALL, SIZE = 64, 128  # sides of the pictures of the first stages and of the last
 WINDOW = 24
 CHUNK = 8192
 UNKNOWN, FIRST_WORD = 3, 4  # ids of `word_tokenizer`
 VARIED = 5  # varied captions a scene, beside the canonical one
+ENCODED, CARD_ENCODED = 64, 512  # pictures encoded at once
 
 
 def block_tokenizer() -> Tokenizer:
@@ -32,16 +37,31 @@ def block_tokenizer() -> Tokenizer:
 
 
 def permuted_pictures(part: Part, size: int) -> Tensor:
-    """(count, 3, size, size) in [-1, 1], colour channels permuted in half of the batches.
+    """(count, 3, size, size) in [-1, 1] on the part's device, colour channels permuted in half of the batches.
 
-    The permutation keeps unseen pairs of colour and shape within the autoencoder's reach.
+    The permutation keeps unseen pairs of colour and shape within the autoencoder's reach. Scenes are drawn on the CPU
+    and rendered where the part is.
     """
-    pictures = Blockworld(size=size).examples(part).pictures
-    assert pictures is not None
+    read = dict(part.inputs(_permuted_scenes))
+    channels = read.pop("channels")
+    with torch.no_grad(), torch.autocast(part.device.type, enabled=False):
+        pictures = render(Scenes(**read), size).index_select(1, channels)
+    return pictures.contiguous(memory_format=layout_on(part.device))
+
+
+def layout_on(device: torch.device) -> torch.memory_format:
+    """How convolutions are fastest there: PyTorch's group norm knows channels last on a CPU alone."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
+def _permuted_scenes(part: Part) -> Mapping[str, Tensor]:
+    """The part's scenes by their fields, and the "channels" (3,)."""
+    drawn = scenes(part.whole, seed=mixed_seed(part.seed, part.step, "scenes"), single=0.35)
+    require_train(drawn)
     generator = part.generator("channels")
-    if torch.rand((), generator=generator) < 0.5:
-        pictures = pictures[:, torch.randperm(3, generator=generator)]
-    return pictures.contiguous(memory_format=torch.channels_last)
+    permuted = torch.rand((), generator=generator) < 0.5
+    channels = torch.randperm(3, generator=generator) if permuted else torch.arange(3)
+    return drawn[part.first : part.first + part.count].tensors() | {"channels": channels}
 
 
 def scene_slots(drawn: Scenes) -> Tensor:
@@ -61,8 +81,8 @@ def blank_words(ids: Tensor, slots: Tensor, chances: Tensor, share: float) -> No
     for chance, words, places in zip(chances.T, (COLOURS, SHAPES), ((0, 3), (1, 4)), strict=True):
         chosen = (chance < share)[:, None]
         named = torch.isin(ids, torch.tensor([FIRST_WORD + known.index(word) for word in words]))
-        ids[chosen & named] = UNKNOWN
-        slots[chosen & torch.isin(torch.arange(slots.shape[1]), torch.tensor(places))] = -100
+        ids.masked_fill_(chosen & named, UNKNOWN)
+        slots.masked_fill_(chosen & torch.isin(torch.arange(slots.shape[1]), torch.tensor(places)), -100)
 
 
 def caption_ids(drawn: Scenes, seed: int, tokenizer: Tokenizer) -> Tensor:
@@ -88,11 +108,11 @@ class LatentCache:
             raise InputError(f"{folder} holds no latents; a stage of blocks_base.py writes them")
         return cls(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in ("latents", "ids", "slots")})
 
-    def rows(self, part: Part, varied: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, ids (count, 24) int64 and slots of random scenes; a share `varied` of varied captions."""
+    def words(self, part: Part, varied: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices of random scenes, their ids (count, 24) int64 and slots; a share `varied` of varied captions."""
         index = part.randint("scene", len(self.latents))
         which = (1 + part.randint("caption", VARIED)) * (part.rand("varied") < varied)
-        return self.latents[index], self.ids[index, which].long(), self.slots[index]
+        return index, self.ids[index, which].long(), self.slots[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +124,9 @@ class Cached:
 
     def examples(self, part: Part) -> Examples:
         """See `fewstep.train.sources.Source`."""
-        latents, ids, _ = read_once(self.folder).rows(part, self.varied)
-        return Examples(captions=[said(row) for row in ids.tolist()], latents=latents)
+        cached = read_once(self.folder)
+        index, ids, _ = cached.words(part, self.varied)
+        return Examples(captions=[said(row) for row in ids.tolist()], latents=cached.latents[index])
 
 
 read_once = cache(LatentCache.read)
@@ -118,25 +139,53 @@ def said(ids: Sequence[int]) -> str:
 
 
 def write_latents(model: AutoencoderKL, folder: Path, chunks: int, size: int) -> None:
-    """Encode `chunks` chunks of scenes, each rank its share; those that are there stay."""
+    """Encode `chunks` chunks of scenes where the model is, each rank its share; those that are there stay.
+
+    Beside a card, which encodes a chunk in a tenth of the time, the captions are made by a process for each core.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rank, ranks = join_ranks()
-    for number in range(rank, chunks, ranks):
-        _write_chunk(model, folder / f"chunk-{number:03d}.pt", number, size)
+    paths = {number: folder / f"chunk-{number:03d}.pt" for number in range(rank, chunks, ranks)}
+    missing = {number: path for number, path in paths.items() if not path.exists()}
+    count = CHUNK * SMALL**2 // size**2
+    alone = next(model.parameters()).device.type == "cpu" or len(missing) < 8
+    cores = min(os.cpu_count() or 1, len(missing))
+    crew = nullcontext() if alone else ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,))
+    with crew as pool:
+        said = _captions(missing, count, pool)
+        for (number, path), (ids, slots) in zip(missing.items(), said, strict=True):
+            torch_save({"latents": _encoded(model, number, count, size), "ids": ids, "slots": slots}, path)
     meet_ranks()
 
 
-def _write_chunk(model: AutoencoderKL, path: Path, number: int, size: int) -> None:
-    """512 KiB of latents a channel: `CHUNK` scenes at 64 pixels, a quarter at 128."""
-    if path.exists():
-        return
-    count = CHUNK * SMALL**2 // size**2
-    drawn = scenes(count, seed=mixed_seed("latents", number), single=0.35)
+def _captions(numbers: Iterable[int], count: int, pool: Executor | None) -> Iterable[tuple[Tensor, Tensor]]:
+    """The caption ids and slots of each chunk of `count` scenes."""
+    job = partial(_chunk_captions, count=count)
+    return map(job, numbers) if pool is None else pool.map(job, numbers)
+
+
+def _chunk_captions(number: int, count: int) -> tuple[Tensor, Tensor]:
+    drawn = _chunk_scenes(number, count)
     require_train(drawn)
-    with torch.inference_mode():
-        means = [model.encode(render(drawn[i : i + 64], size)).chunk(2, dim=1)[0] for i in range(0, count, 64)]
-    ids = caption_ids(drawn, number, block_tokenizer())
-    chunk = {"latents": torch.cat(means).contiguous(), "ids": ids, "slots": scene_slots(drawn)}
+    return caption_ids(drawn, number, block_tokenizer()), scene_slots(drawn)
+
+
+def _chunk_scenes(number: int, count: int) -> Scenes:
+    return scenes(count, seed=mixed_seed("latents", number), single=0.35)
+
+
+@torch.inference_mode()
+def _encoded(model: AutoencoderKL, number: int, count: int, size: int) -> Tensor:
+    """The latents of a chunk: 512 KiB a channel, of `CHUNK` scenes at 64 pixels, a quarter at 128."""
+    device = next(model.parameters()).device
+    drawn = Scenes(**{name: value.to(device) for name, value in _chunk_scenes(number, count).tensors().items()})
+    step = ENCODED if device.type == "cpu" else CARD_ENCODED
+    means = [model.encode(render(drawn[i : i + step], size)).chunk(2, dim=1)[0] for i in range(0, count, step)]
+    return torch.cat(means).contiguous().cpu()
+
+
+def torch_save(values: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file that appears whole or not at all."""
     partial_path = path.with_suffix(".partial")
-    torch.save(chunk, partial_path)
+    torch.save(values, partial_path)
     partial_path.replace(path)

@@ -22,8 +22,10 @@ from blocks_base import noisy_means, psnr
 from blocks_data import Cached, read_once
 from torch import Tensor
 
+from fewstep.engines.device import choose_device
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.train.losses import AutoencoderLoss
+from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan
 from fewstep.train.run import Run, Work
 from fewstep.train.sources import Source
@@ -45,26 +47,39 @@ def stages(out: Path) -> Sequence[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """A tiny autoencoder beside that of `model`, from its latents alone."""
+    """A tiny autoencoder beside that of `model`, from its latents alone; `start`: another one to go on from."""
 
     data: Source
-    model: str = "blocks-base"
+    model: str | Path = "blocks-base"
+    start: str | Path | None = None
+    device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
         torch.manual_seed(plan.seed)
-        large, tiny = load_parts(self.model, dtype=torch.float32).autoencoder, TinyAutoencoder(WIDTH)
+        device = choose_device(self.device)
+        large = load_parts(self.model, dtype=torch.float32, device=device).autoencoder
+        tiny = TinyAutoencoder(WIDTH)
+        if self.start is not None:
+            tiny.load_state_dict(load_tiny(self.start, dtype=torch.float32).state_dict())
+        tiny.to(device)
+        norms_in_half(large, plan.precision)
         weigh = AutoencoderLoss()
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
+        def read(part: Part) -> Mapping[str, Tensor]:
             latents = self.data.examples(part).latents
             assert latents is not None
+            return {"latents": latents}
+
+        def loss(part: Part) -> Mapping[str, Tensor]:
+            part = part.on(device)
+            latents = part.inputs(read)["latents"]
             with torch.no_grad():
                 noisy = noisy_means(torch.cat([latents, latents], dim=1), part)
                 wanted = large.decode(noisy).float()
             output = tiny.decode(noisy)
-            read = (tiny.encode(wanted) - noisy).square().mean()
-            return {"loss": weigh.picture(output, wanted) + read, "latents": read, "psnr": psnr(output, wanted)}
+            error = (tiny.encode(wanted) - noisy).square().mean()
+            return {"loss": weigh.picture(output, wanted) + error, "latents": error, "psnr": psnr(output, wanted)}
 
         def finish(trainer: Trainer) -> None:
             averaged = trainer.averaged("model")
@@ -72,7 +87,7 @@ class Tiny:
                 tiny.load_state_dict(averaged)
                 save_tiny(tiny, plan.folder / "tiny")
 
-        return Work(turns={"model": Turn(network=tiny, loss=loss)}, finish=finish)
+        return Work(turns={"model": Turn(network=tiny, loss=loss, kind=lambda part: None)}, finish=finish)
 
 
 @torch.no_grad()

@@ -208,7 +208,7 @@ class _Latents:
 
 def test_the_task_chooses_its_features(tmp_path: Path) -> None:
     plan = Plan(folder=tmp_path, steps=1, batch=2, checkpointing=True)
-    task = TurboTask(model="blocks-base", data=_Latents(), features="block-clip")
+    task = TurboTask(model="blocks-base", data=_Latents(), features="block-clip", device="cpu")
     turns = task.prepare(plan).turns
     terms = turns["student"].loss(Part(seed=0, step=0, whole=2, first=0, count=2))
     terms["loss"].backward()

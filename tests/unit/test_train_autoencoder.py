@@ -51,7 +51,7 @@ def part_of(count: int = 4, *, step: int = 0, first: int = 0, whole: int = 4) ->
 
 
 def task(model: str | Path = "", **options: Any) -> AutoencoderTask:
-    return AutoencoderTask(**(SMALL | {"model": model, "data": Halves()} | options))
+    return AutoencoderTask(**(SMALL | {"model": model, "data": Halves(), "device": "cpu"} | options))
 
 
 def lesson(**options: Any) -> Reconstruction:

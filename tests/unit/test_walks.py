@@ -75,7 +75,11 @@ def test_walks_are_kept_whole_and_made_once(tmp_path: Path) -> None:
 
 def test_a_student_learns_the_end_of_its_teachers_walks(tmp_path: Path) -> None:
     task = WalkTask(
-        model="blocks-base", data=Blockworld(), walks=tmp_path / "walks", settings=WalkSettings(count=1, steps=4)
+        model="blocks-base",
+        data=Blockworld(),
+        walks=tmp_path / "walks",
+        settings=WalkSettings(count=1, steps=4),
+        device="cpu",
     )
     plan = Plan(folder=tmp_path / "run", steps=12, batch=16, rate=3e-4, warmup=2, log_steps=1, decay=0.0)
     work = task.prepare(plan)

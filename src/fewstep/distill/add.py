@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,27 +78,38 @@ class AdversarialDistillation:
     ) -> None:
         self.student, self.teacher, self.features, self.batch = student, teacher, features, batch
         self.settings, self.process = settings, teacher.process
-        self.discriminator = Discriminator(features.channels, features.condition + features.embedding)
+        self.device = next(student.parameters()).device
+        self.discriminator = Discriminator(features.channels, features.condition + features.embedding).to(self.device)
+        self._times = torch.tensor(settings.timesteps, device=self.device)
         self._evidence: dict[Part, _Evidence] = {}
 
-    def turns(self, *, discriminator_rate: float = 1.0) -> dict[str, Turn]:
-        """What a `Trainer` trains: the student, then, unless it has no say, the discriminator."""
-        turns = {"student": Turn(network=self.student, loss=self.student_loss)}
+    def turns(
+        self, *, discriminator_rate: float = 1.0, kind: Callable[[Part], Hashable] | None = None
+    ) -> dict[str, Turn]:
+        """What a `Trainer` trains: the student, then, unless it has no say, the discriminator; `kind` as in `Turn`."""
+        turns = {"student": Turn(network=self.student, loss=self.student_loss, kind=kind)}
         if self.settings.adversarial:
             turns["discriminator"] = Turn(
-                network=self.discriminator, loss=self.discriminator_loss, rate=discriminator_rate, betas=(0.0, 0.99)
+                network=self.discriminator,
+                loss=self.discriminator_loss,
+                rate=discriminator_rate,
+                betas=(0.0, 0.99),
+                kind=kind,
             )
         return turns
 
     def student_loss(self, part: Part) -> dict[str, Tensor]:
         """Adversarial loss plus lambda times the distance to the teacher."""
+        part = part.on(self.device)
         clean = self.batch(part)
         real, told = clean.x0, clean.told
         drawn = self.drawn(clean, part)
         view = self.features.view(drawn)
         fool = distance = astray = drawn.new_zeros(())
         if self.settings.adversarial:
-            self._evidence[part] = evidence = self._gathered(real, view, told, part)
+            evidence = self._gathered(real, view, told, part)
+            self._evidence = {other: old for other, old in self._evidence.items() if other.step == part.step}
+            self._evidence[part] = evidence
             fool = fooled(self.discriminator(self._seen(view, evidence, part, "student")))
         if self.settings.distill:
             distance = self.distance(drawn, told, part, view=view)
@@ -110,7 +121,8 @@ class AdversarialDistillation:
 
     def discriminator_loss(self, part: Part) -> dict[str, Tensor]:
         """Hinge losses of real and drawn latents, and gamma times R1 of the real ones."""
-        evidence = self._evidence.pop(part)
+        part = part.on(self.device)
+        evidence = self._evidence[part]
         with torch.no_grad():
             seen_real = self._seen(evidence.real, evidence, part, "real")
             seen_drawn = self._seen(evidence.drawn, evidence, part, "drawn")
@@ -130,20 +142,20 @@ class AdversarialDistillation:
 
         That is the noise that the teacher's walk began with, where it is known.
         """
-        t, alone = self._begun(part, clean.x0.device)
+        t, alone = self._begun(part)
         x = self._first(clean, t, alone, part)
         return self.process.x0(predicted(self.student, x, t, clean.told), x, t)
 
     def astray(self, drawn: Tensor, clean: Clean, part: Part) -> Tensor:
         """Mean squared distance to the ends of the teacher's walks, of what was drawn from their noise or points."""
-        _, alone = self._begun(part, drawn.device)
-        error = (drawn - _walks_of(clean).end.to(drawn.device)).square().mean((1, 2, 3))
+        _, alone = self._begun(part)
+        error = (drawn - _walks_of(clean).end).square().mean((1, 2, 3))
         return error.mean() if self.settings.walked else (error * alone).sum() / alone.sum().clamp(min=1)
 
     @torch.no_grad()
     def known(self, real: Tensor, part: Part) -> Tensor:
         """What is in views of real latents, (B, embedding); 0 where the student began from noise alone."""
-        _, alone = self._begun(part, real.device)
+        _, alone = self._begun(part)
         return self.features.embedded(real) * ~alone[:, None]
 
     def distance(self, drawn: Tensor, told: Conditioning, part: Part, *, view: Tensor | None = None) -> Tensor:
@@ -152,10 +164,10 @@ class AdversarialDistillation:
         `c(t) = sqrt(alpha_bar)`, the published "exponential" weight; no gradient through the teacher.
         `view`: the features' view of `drawn`, where it is known already.
         """
-        view = self.features.view(drawn) if view is None else view
+        part, view = part.on(self.device), self.features.view(drawn) if view is None else view
         low, high = self.settings.levels
-        t = (low + (high - low) * part.rand("teacher t")).long().to(drawn.device)
-        eps = part.randn("teacher noise", *drawn.shape[1:]).to(drawn.device)
+        t = (low + (high - low) * part.rand("teacher t")).long()
+        eps = part.randn("teacher noise", *drawn.shape[1:])
         with torch.no_grad():
             x0 = self.teacher.x0(self.process.noised(drawn, eps, t), t, told, self.settings.guidance)
             wanted = self.features.view(x0)
@@ -166,16 +178,16 @@ class AdversarialDistillation:
         """The latents with noise that the student starts from."""
         real = clean.x0
         if self.settings.walked:
-            places = torch.searchsorted(torch.tensor(self.settings.timesteps, device=t.device), t)
-            return _walks_of(clean).points.to(real.device)[torch.arange(len(t), device=t.device), places]
-        eps = part.randn("student noise", *real.shape[1:]).to(real.device)
-        noise = eps if clean.walked is None else clean.walked.points[:, -1].to(real.device)
+            places = torch.searchsorted(self._times, t)
+            return _walks_of(clean).points[torch.arange(len(t), device=t.device), places]
+        eps = part.on(self.device).randn("student noise", *real.shape[1:])
+        noise = eps if clean.walked is None else clean.walked.points[:, -1]
         return torch.where(alone[:, None, None, None], noise, self.process.noised(real, eps, t))
 
-    def _begun(self, part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _begun(self, part: Part) -> tuple[Tensor, Tensor]:
         """The time steps (B,) that the student begins at, and where that is noise alone."""
-        times = torch.tensor(self.settings.timesteps)
-        t = times[part.rows("student t", lambda count, g: _balanced(self.settings.shares, count, g))].to(device)
+        shares, part = self.settings.shares, part.on(self.device)
+        t = self._times[part.rows("student t", lambda count, generator: _balanced(shares, count, generator))]
         return t, t == self.settings.timesteps[-1]
 
     @torch.no_grad()
@@ -189,7 +201,7 @@ class AdversarialDistillation:
         return Seen(maps, torch.cat([words, evidence.known], dim=1))
 
     def _mismatched(self, evidence: _Evidence, part: Part) -> Tensor:
-        others = of_rows(evidence.told, torch.arange(len(evidence.real)).roll(1))
+        others = of_rows(evidence.told, torch.arange(len(evidence.real), device=self.device).roll(1))
         with torch.no_grad():
             seen = self._seen(evidence.real, evidence._replace(told=others), part, "mismatched")
         return hinge(self.discriminator(seen), -1.0)

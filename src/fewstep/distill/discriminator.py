@@ -71,9 +71,9 @@ class NoisyLatentFeatures:
         return view.new_zeros(len(view), 0)
 
     def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
-        low, high = self.levels
-        t = (low + (high - low) * part.rand(f"{purpose} t")).long().to(view.device)
-        eps = part.randn(f"{purpose} noise", *view.shape[1:]).to(view.device)
+        (low, high), part = self.levels, part.on(view.device)
+        t = (low + (high - low) * part.rand(f"{purpose} t")).long()
+        eps = part.randn(f"{purpose} noise", *view.shape[1:])
         x = self.process.noised(view, eps, t)
         return Seen(encoder_maps(self.unet, x, t.float(), told), told.context.mean(1))
 
@@ -108,6 +108,12 @@ class Head(nn.Module):
         self.out = spectral_norm(nn.Conv2d(width, 1, 1))
 
     def forward(self, maps: Tensor, condition: Tensor) -> Tensor:
+        if maps.device.type == "cpu":
+            return self._logits(maps, condition)
+        with torch.autocast(maps.device.type, enabled=False):  # that of cards spoils the products of spectral norms
+            return self._logits(maps.float(), condition.float())
+
+    def _logits(self, maps: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.first(self.norm(maps)), 0.2)
         h = h + F.leaky_relu(self.second(h), 0.2)
         asked = self.project(condition)[:, :, None, None]

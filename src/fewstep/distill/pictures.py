@@ -17,7 +17,7 @@ from fewstep.evaluate.block_clip import EMBEDDING
 from fewstep.evaluate.clip_score import BlockClip
 from fewstep.evaluate.trunk import CHANNELS, SIDE
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.train.plan import Part
+from fewstep.train.plan import CPU, Part
 
 OURS = "block-clip"
 LARGEST_SIDE = 224
@@ -86,7 +86,7 @@ def moved_and_cut(pictures: Tensor, part: Part, purpose: str) -> Tensor:
 
     Grey, 0, is what comes in and what the square is filled with; gradients pass to all else.
     """
-    side = pictures.shape[-1]
+    side, part = pictures.shape[-1], part.on(CPU)
     reach = int(side * MOVED)
     corners = (part.rand(f"{purpose} moved", 2) * (2 * reach + 1)).long().tolist()
     wide = F.pad(pictures, [reach] * 4)

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.engines.device import choose_device
 from fewstep.files import atomic_write
 from fewstep.models.config import UNetConfig
 from fewstep.models.unet import UNet
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
+from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan
 from fewstep.train.process import predicted
 from fewstep.train.run import Work
@@ -177,12 +179,12 @@ class SmallTask:
     own: float = 1.0
     output: float = 1.0
     features: float = 1.0
-    device: str = "cpu"
+    device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
-        device = torch.device(self.device)
+        device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:
             student, inherited = student_of(parts.unet)
@@ -190,10 +192,11 @@ class SmallTask:
             inherited = None
             student = load_parts(self.student, dtype=torch.float32, device=device).unet
         student.train().requires_grad_(True)
+        norms_in_half(parts.unet, plan.precision)
         source, small = Ahead(self.data), replace(parts, unet=student)
         noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
         return Work(
-            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy))},
+            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)},
             finish=lambda trainer: self._keep(small, trainer, student, inherited),
             sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,

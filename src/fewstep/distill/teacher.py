@@ -21,6 +21,6 @@ class Teacher:
         """The clean latents that it sees in x (B, 4, h, w) at steps t (B,); scale 1 is no guidance."""
         if guidance == 1 or self.empty is None:
             return self.process.x0(predicted(self.unet, x, t, told), x, t)
-        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64)))
+        words = stacked(told, of_rows(self.empty, torch.zeros(len(x), dtype=torch.int64, device=x.device)))
         with_words, without = predicted(self.unet, torch.cat([x, x]), torch.cat([t, t]), words).chunk(2)
         return self.process.x0(without + guidance * (with_words - without), x, t)

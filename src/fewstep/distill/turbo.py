@@ -12,9 +12,11 @@ from fewstep.distill.add import AddSettings, AdversarialDistillation
 from fewstep.distill.discriminator import Features, NoisyLatentFeatures
 from fewstep.distill.pictures import PictureFeatures, picture_network
 from fewstep.distill.teacher import Teacher
+from fewstep.engines.device import choose_device
 from fewstep.models.unet import UNet
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
 from fewstep.train.memory import checkpoint_blocks
+from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
 from fewstep.train.process import Process
 from fewstep.train.run import Work
@@ -41,20 +43,23 @@ class TurboTask:
     features: str | Path = "teacher"
     augment: bool = False
     discriminator_rate: float = 1.0
-    device: str = "cpu"
+    device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
-        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
         turbo = replace(turbo_edition(parts), unet=student)
         if plan.checkpointing:
             checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
+        norms_in_half(parts.unet, plan.precision)
         source = Ahead(self.data)
-        add = self.distillation(parts, student, NoisyLatents(parts, source, text_drop=0.0))
+        noisy = NoisyLatents(parts, source, text_drop=0.0)
+        add = self.distillation(parts, student, noisy)
+        kind = noisy.kind if self.features == "teacher" else None  # decoders look for overflow, which waits for a card
         return Work(
-            turns=add.turns(discriminator_rate=self.discriminator_rate),
+            turns=add.turns(discriminator_rate=self.discriminator_rate, kind=kind),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,
@@ -70,13 +75,13 @@ class TurboTask:
     def _features(self, parts: Parts, process: Process) -> Features:
         if self.features == "teacher":
             return NoisyLatentFeatures(parts.unet, process, self.settings.judged)
-        network = picture_network(self.features, torch.device(self.device))
+        network = picture_network(self.features, choose_device(self.device))
         return PictureFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 
     def _student(self, parts: Parts) -> UNet:
         if self.student is None:
             return copy.deepcopy(parts.unet).train().requires_grad_(True)
-        loaded = load_parts(self.student, dtype=torch.float32, device=torch.device(self.device))
+        loaded = load_parts(self.student, dtype=torch.float32, device=choose_device(self.device))
         return loaded.unet.train().requires_grad_(True)
 
 

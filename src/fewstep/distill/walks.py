@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fewstep.distill.teacher import Teacher
 from fewstep.distill.turbo import turbo_edition
+from fewstep.engines.device import choose_device
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.files import atomic_write
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.plan import Part, Plan, Precision, mixed_seed
+from fewstep.train.norms import norms_in_half
+from fewstep.train.plan import CPU, Part, Plan, Precision, mixed_seed
 from fewstep.train.process import computing_in, predicted
 from fewstep.train.ranks import join_ranks, meet_ranks
 from fewstep.train.run import Work
@@ -36,10 +38,12 @@ CAPTIONS = "captions"
 class WalkSettings:
     """How the teacher walks: `steps` of DDIM, evenly from the last time step, at `guidance`; `count` walks in all.
 
-    `kept`: the time steps whose latents are kept, the student's; each must be one that the walk comes by.
+    `kept`: the time steps whose latents are kept, the student's; each must be one that the walk comes by. `batch` of
+    them are made at a time, which divides the 256 of a file.
     """
 
     count: int = 8192
+    batch: int = BATCH
     steps: int = 8
     guidance: float = 3.5
     kept: tuple[int, ...] = (249, 499, 749, 999)
@@ -81,33 +85,35 @@ class WalkTask:
     data: Source
     walks: Path
     settings: WalkSettings
-    device: str = "cpu"
+    device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `fewstep.train.run.Task`."""
-        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
+        norms_in_half(parts.unet, plan.precision)
         making = NoisyLatents(parts, self.data, text_drop=0.0)
         empty = told_of(parts, making.engine, Examples(captions=[""]))
         teacher = Teacher(parts.unet, making.process, empty)
         walker = Walker(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
         source, student = Ahead(Walks(folder=self.walks)), parts.unet.train().requires_grad_(True)
-        batch, times = NoisyLatents(parts, source, text_drop=0.0), torch.tensor(self.settings.kept)
+        batch = NoisyLatents(parts, source, text_drop=0.0)
+        times = torch.tensor(self.settings.kept, device=batch.engine.device)
 
         def loss(part: Part) -> Mapping[str, Tensor]:
-            clean = batch.clean(part)
+            clean, part = batch.clean(part), part.on(times.device)
             assert clean.walked is not None
             chosen = part.randint("point", len(times))
-            t = times[chosen].to(clean.x0.device)
-            x = clean.walked.points[torch.arange(len(chosen)), chosen].to(clean.x0.device)
+            t = times[chosen]
+            x = clean.walked.points[torch.arange(len(chosen), device=times.device), chosen]
             x0 = batch.process.x0(predicted(student, x, t, clean.told), x, t)
-            error = (x0 - clean.walked.end.to(x0.device)).square().mean((1, 2, 3))
+            error = (x0 - clean.walked.end).square().mean((1, 2, 3))
             alone = chosen == len(times) - 1
             return {"loss": error.mean(), "from_noise": (error * alone).sum() / alone.sum().clamp(min=1)}
 
         turbo = turbo_edition(parts)
         return Work(
-            turns={"student": Turn(network=student, loss=loss)},
+            turns={"student": Turn(network=student, loss=loss, kind=batch.kind)},
             begin=lambda: walker.write(self.walks),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
@@ -152,14 +158,15 @@ class Walker:
 
     def _write_chunk(self, path: Path, number: int) -> None:
         captions, rows = list[str](), list[dict[str, Tensor]]()
-        for step in range(CHUNK // BATCH):
-            part = Part(seed=mixed_seed("walks", number), step=step, whole=BATCH, first=0, count=BATCH)
-            clean = self.batch.clean(part)
-            noise = part.randn("walk", *clean.x0.shape[1:]).to(clean.x0.device)
+        count = self.settings.batch
+        for step in range(CHUNK // count):
+            part = Part(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
+            clean, part = self.batch.clean(part), part.on(self.batch.engine.device)
+            noise = part.randn("walk", *clean.x0.shape[1:])
             with computing_in(self.precision, noise.device):
                 points, end = walk(self.teacher, noise, clean.told, self.settings)
             rows.append({"latents": clean.x0, "points": points, "end": end})
-            captions += clean.captions
+            captions += self.batch.source.examples(part.on(CPU)).captions
         tensors = {name: torch.cat([row[name] for row in rows]).half().cpu().contiguous() for name in rows[0]}
         with atomic_write(path) as file:
             file.write(save(tensors, metadata={CAPTIONS: json.dumps(captions)}))

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.train.patches import PatchDiscriminator, adaptive_weight, hinge_loss
-from fewstep.train.plan import Part, Plan
+from fewstep.train.plan import Part, Plan, moved
 from fewstep.train.run import Work
 from fewstep.train.sources import Ahead, Source
 from fewstep.train.trainer import Trainer, Turn
@@ -54,7 +55,7 @@ class AutoencoderTask:
     discriminator_width: int = 64
     decoder_only: bool = False
     rescale: bool = False
-    device: str = "cpu"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.fresh and self.decoder_only:
@@ -64,9 +65,10 @@ class AutoencoderTask:
         """See `fewstep.train.run.Task`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
-        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        device = choose_device(self.device)
+        parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
-            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(self.device))
+            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(device))
         source = Ahead(self.data)
         return Work(
             turns=Reconstruction(parts.autoencoder, source, self).turns(),
@@ -99,7 +101,7 @@ class Reconstruction:
 
     def model_loss(self, part: Part) -> Mapping[str, Tensor]:
         """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
-        image = pictures_of(self.source, part).to(self.device)
+        image = moved(pictures_of(self.source, part), self.device)
         moments = self._moments(image)
         decoded = self.model.decode(drawn_latents(moments, part)).float()
         said = self._distances(decoded, image)
@@ -183,7 +185,7 @@ def divergence(moments: Tensor) -> Tensor:
 def drawn_latents(moments: Tensor, part: Part) -> Tensor:
     """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
     mean, log_variance = _mean_and_log_variance(moments)
-    return mean + (0.5 * log_variance).exp() * part.randn("latents", *mean.shape[1:]).to(mean.device)
+    return mean + (0.5 * log_variance).exp() * part.on(mean.device).randn("latents", *mean.shape[1:])
 
 
 def pictures_of(source: Source, part: Part) -> Tensor:

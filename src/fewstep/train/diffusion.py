@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.adapters.inject import ATTENTION, eject, inject, trained_lora
 from fewstep.adapters.lora import networks as networks_of
 from fewstep.adapters.save import save_lora
+from fewstep.engines.device import choose_device
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.images import contact_sheet
@@ -32,6 +33,8 @@ from fewstep.weights.save import save_parts
 
 AESTHETIC = 6.0
 """The score that SDXL's refiner is told of every picture."""
+LARGE = 100_000_000
+"""Parameters of a UNet whose kernels are long enough for the host to keep up."""
 Weighting = Literal["uniform", "min_snr"]
 
 
@@ -43,7 +46,7 @@ class DiffusionTask:
     guidance. `weighting`: of squared errors over noise levels, "min_snr" with `gamma` and `floor` (see
     `min_snr_weight`). `offset_noise`: standard deviation of noise added to whole channels. `train_text`: train the
     text towers too. `lora_rank`: above 0, train a LoRA of that rank, beside the layers whose names end with
-    `lora_targets`, instead of the weights.
+    `lora_targets`, instead of the weights. `device`: the best one here unless it is named.
     """
 
     model: str | Path
@@ -57,19 +60,20 @@ class DiffusionTask:
     train_text: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ATTENTION
-    device: str = "cpu"
+    device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
         """See `Task`."""
         torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
-        parts = load_parts(self.model, dtype=torch.float32, device=torch.device(self.device))
+        device = choose_device(self.device)
+        parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
-            parts = replace(parts, unet=UNet(parts.unet.config).to(self.device))
+            parts = replace(parts, unet=UNet(parts.unet.config).to(device))
         source, trained = Ahead(self.data), trained_network(parts, self)
         noisy = NoisyLatents(parts, source, text_drop=self.text_drop, offset_noise=self.offset_noise)
         return Work(
-            turns={"model": Turn(network=trained, loss=denoising_loss(parts, noisy, self))},
+            turns={"model": Turn(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
             finish=lambda trainer: save_result(parts, trainer, trained),
             sample=(lambda trainer: sample_sheet(parts, self.sample_prompts)) if self.sample_prompts else None,
             waited=lambda: source.waited,
@@ -100,7 +104,6 @@ class Clean(NamedTuple):
 
     x0: Tensor
     told: Conditioning
-    captions: Sequence[str] = ()
     walked: Walked | None = None
 
 
@@ -114,25 +117,51 @@ class NoisyLatents:
         self.process = Process(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
 
     def __call__(self, part: Part, *, train_text: bool = False) -> Noisy:
+        part = part.on(self.engine.device)
         clean = self.clean(part, train_text=train_text)
         x0, told = clean.x0, clean.told
         t = part.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
-        t, eps = t.to(x0.device), self._noise(x0, part)
+        eps = self._noise(x0, part)
         return Noisy(self.process.noised(x0, eps, t), t, told, self.process.target(x0, eps, t))
 
     def clean(self, part: Part, *, train_text: bool = False) -> Clean:
         """The part's latents without noise, and what is told of them."""
+        part = part.on(self.engine.device)
+        read = part.inputs(self._read)
+        walked = Walked(points=read["points"], end=read["end"]) if "end" in read else None
+        words = Words.of(read)
+        told = conditioning_of(self.parts, self.engine, words, grad=train_text)
+        return Clean(self._latents(read, part), told, walked)
+
+    @property
+    def kind(self) -> Callable[[Part], Hashable] | None:
+        """See `Turn.kind`: steps are alike; of large networks, which keep a card busy anyway, none is recorded."""
+        large = sum(parameter.numel() for parameter in self.parts.unet.parameters()) > LARGE
+        return None if large else lambda part: None
+
+    def _read(self, part: Part) -> dict[str, Tensor]:
+        """What the source gives, tokens of captions for captions, some of them left out."""
         examples = self.source.examples(part)
         gone = (part.rand("drop") < self.text_drop).tolist()
         said = ["" if drop else caption for drop, caption in zip(gone, examples.captions, strict=True)]
-        told = told_of(self.parts, self.engine, replace(examples, captions=said), grad=train_text)
-        return Clean(latents_of(self.engine, examples, part), told, said, examples.walked)
+        found = words_of(self.parts, replace(examples, captions=said)).tensors()
+        kept = {"latents": examples.latents, "pictures": examples.pictures}
+        walked = {} if examples.walked is None else examples.walked._asdict()
+        return found | walked | {name: value for name, value in kept.items() if value is not None}
+
+    @torch.no_grad()
+    def _latents(self, read: Mapping[str, Tensor], part: Part) -> Tensor:
+        """Scaled latents (B, 4, h, w), sampled from the autoencoder's normal distributions."""
+        if "latents" in read:
+            return read["latents"]
+        mean, deviation = self.engine.encode(read["pictures"])
+        return mean + deviation * part.randn("latents", *mean.shape[1:])
 
     def _noise(self, x0: Tensor, part: Part) -> Tensor:
         eps = part.randn("noise", *x0.shape[1:])
         if self.offset_noise:
             eps = eps + self.offset_noise * part.randn("offset", x0.shape[1], 1, 1)
-        return eps.to(x0.device)
+        return eps
 
 
 def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
@@ -141,36 +170,61 @@ def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Lo
     def loss(part: Part) -> Mapping[str, Tensor]:
         x, t, told, target = noisy(part, train_text=task.train_text)
         error = (predicted(parts.unet, x, t, told).float() - target).square()
-        weight = torch.ones(())
+        weight = error.new_ones(())
         if task.weighting == "min_snr":
             alpha_bar = noisy.process.alpha_bar(t)
             weight = min_snr_weight(noisy.process.prediction, alpha_bar, task.gamma, floor=task.floor)
-        return {"loss": (weight.to(error.device) * error).mean(), "error": error.mean()}
+        return {"loss": (weight * error).mean(), "error": error.mean()}
 
     return loss
 
 
-@torch.no_grad()
-def latents_of(engine: EagerEngine, examples: Examples, part: Part) -> Tensor:
-    """Scaled latents (B, 4, h, w), sampled from the autoencoder's normal distributions."""
-    if examples.latents is not None:
-        return examples.latents.to(engine.device)
-    assert examples.pictures is not None, "a source gives pictures or latents"
-    mean, deviation = engine.encode(examples.pictures)
-    return mean + deviation * part.randn("latents", *mean.shape[1:]).to(mean.device)
+class Words(NamedTuple):
+    """What a UNet is to be told, before its text towers have read it: on the CPU, or where they are.
+
+    `ids`: of each tower (B, 1, window). `said` (B,) bool: where there is a caption, if that matters. `sizes`: SDXL's.
+    """
+
+    ids: tuple[Tensor, ...]
+    said: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor]) -> Words:
+        """From what `tensors` gave."""
+        ids = tuple(value for name, value in named.items() if name.startswith("ids"))
+        return cls(ids, named.get("said"), named.get("sizes"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        others = {"said": self.said, "sizes": self.sizes}
+        known = {name: value for name, value in others.items() if value is not None}
+        return {f"ids_{i}": ids for i, ids in enumerate(self.ids)} | known
+
+
+def words_of(parts: Parts, examples: Examples) -> Words:
+    """The tokens of captions and what else is told of examples, on the CPU."""
+    ids = tuple(tokenize(examples.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
+    zeros = parts.force_zeros_for_empty_prompt
+    said = torch.tensor([bool(caption) for caption in examples.captions]) if zeros else None
+    return Words(ids, said, size_numbers(parts, examples))
+
+
+def conditioning_of(parts: Parts, engine: EagerEngine, words: Words, *, grad: bool = False) -> Conditioning:
+    """What the text towers make of words; an empty caption of SDXL is all zeros where it was trained so."""
+    with torch.set_grad_enabled(grad):
+        context, pooled = engine.encode_text(words.ids)
+    if words.said is not None:
+        said = words.said.to(context.device)
+        context = context * said[:, None, None]
+        pooled = None if pooled is None else pooled * said[:, None]
+    sizes = None if words.sizes is None else words.sizes.to(context.device)
+    return Conditioning(context=context, pooled=pooled, sizes=sizes)
 
 
 def told_of(parts: Parts, engine: EagerEngine, examples: Examples, *, grad: bool = False) -> Conditioning:
-    """What the UNet is told of examples; an empty caption of SDXL is all zeros where it was trained so."""
-    ids = [tokenize(examples.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers]
-    with torch.set_grad_enabled(grad):
-        context, pooled = engine.encode_text(ids)
-    if parts.force_zeros_for_empty_prompt:
-        said = torch.tensor([bool(caption) for caption in examples.captions], device=context.device)
-        context = context * said[:, None, None]
-        pooled = None if pooled is None else pooled * said[:, None]
-    sizes = size_numbers(parts, examples)
-    return Conditioning(context=context, pooled=pooled, sizes=None if sizes is None else sizes.to(context.device))
+    """What the UNet is told of examples."""
+    return conditioning_of(parts, engine, words_of(parts, examples), grad=grad)
 
 
 def size_numbers(parts: Parts, examples: Examples) -> Tensor | None:
@@ -189,7 +243,9 @@ def sample_sheet(parts: Parts, prompts: Sequence[str]) -> Image.Image:
     try:
         for network, _ in modes:
             network.eval()
-        return contact_sheet(Pipeline(parts).text_to_image(list(prompts), seed=0).images, 4)
+        on_card = parts.unet.conv_in.weight.is_cuda  # where other engines prepare for weights that stay
+        pipe = Pipeline(parts, EagerEngine(parts) if on_card else None)
+        return contact_sheet(pipe.text_to_image(list(prompts), seed=0).images, 4)
     finally:
         for network, training in modes:
             network.train(training)

@@ -17,7 +17,7 @@ DONE = "done"
 LENGTH = ("plan.steps", "plan.seconds")
 FREE = {
     f"plan.{name}"
-    for name in ("folder", "save_seconds", "log_steps", "sample_steps", "keep", "tensorboard", "compiled")
+    for name in ("folder", "save_seconds", "log_steps", "sample_steps", "keep", "tensorboard", "compiled", "replayed")
 } | {"plan.checkpointing", "task.device", "task.sample_prompts"}
 """Settings that do not change what comes of a stage."""
 SHOWN = 4

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Sharing = Literal["replicate", "shard"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 SHARINGS: tuple[Sharing, ...] = ("replicate", "shard")
+CPU = torch.device("cpu")
 DECAY = Range(low=0, high=1, below=True, usual=0.999)
 RANGES = {
     "steps": AT_LEAST_1,
@@ -40,6 +41,13 @@ RANGES = {
 }
 
 
+class Inputs(Protocol):
+    """Stands between a part and what it draws, so that a step can be replayed."""
+
+    def read(self, part: Part, make: Callable[[Part], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """See `Part.inputs`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How long a run is and how it is optimised; raises `InputError` for what cannot be.
@@ -49,7 +57,8 @@ class Plan:
     over `warmup` steps to `rate`, stays, and falls as half a cosine to `floor` times `rate` over the last share `decay`
     of the run. `ema`: the decay of the moving average. Networks keep float32 weights; `precision` is what their
     forward passes compute in. `sharing`: every rank has all weights, or a part of them (FSDP2). `checkpointing`
-    computes the blocks' insides twice to save memory. Checkpoints are written
+    computes the blocks' insides twice to save memory. `replayed`: on a card, steps that allow it are recorded as CUDA
+    graphs, which spares small networks most of the host's time. Checkpoints are written
     every `save_seconds`, the `keep` last stay. `tensorboard`: write the log's numbers for TensorBoard too.
     """
 
@@ -71,6 +80,7 @@ class Plan:
     sharing: Sharing = "replicate"
     compiled: bool = False
     checkpointing: bool = False
+    replayed: bool = True
     save_seconds: float = 120.0
     log_steps: int = 50
     sample_steps: int = 0
@@ -123,8 +133,9 @@ class Plan:
 class Part:
     """Rows `first` to `first + count` of the `whole` batch of a step: what one process computes at a time.
 
-    Random numbers are drawn for the whole batch, from the seed, the step and their purpose, and then cut. So a batch
-    has the same ones however it is shared out, and a run that goes on has them again.
+    Random numbers are drawn for the whole batch, on the CPU, from the seed, the step and their purpose, and then cut.
+    So a batch has the same ones however it is shared out and whatever computes it, and a run that goes on has them
+    again.
     """
 
     seed: int
@@ -132,6 +143,22 @@ class Part:
     whole: int
     first: int
     count: int
+    device: torch.device = CPU
+    tape: Inputs | None = field(default=None, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> Part:
+        """The same part, whose random numbers and inputs come on `device`; they are drawn on the CPU all the same."""
+        return self if self.device == device else replace(self, device=device)
+
+    def inputs(self, make: Callable[[Part], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What `make` reads and draws on the CPU for a part, on this part's device.
+
+        `make` must be a function of the part alone. A step that is replayed (`fewstep.train.replay`) calls it anew for
+        each step, and nothing else of the loss.
+        """
+        if self.tape is not None:
+            return self.tape.read(self, make)
+        return {name: moved(value, self.device) for name, value in make(self.on(CPU)).items()}
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that is the same in all parts of a step."""
@@ -139,7 +166,11 @@ class Part:
 
     def rows(self, purpose: str, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """The part's rows of what `draw(whole, generator)` gives for the batch."""
-        return draw(self.whole, self.generator(purpose))[self.first : self.first + self.count]
+
+        def make(part: Part) -> Mapping[str, Tensor]:
+            return {purpose: draw(part.whole, part.generator(purpose))[part.first : part.first + part.count]}
+
+        return self.inputs(make)[purpose]
 
     def randn(self, purpose: str, *shape: int) -> Tensor:
         """(count, *shape) normal numbers."""
@@ -152,6 +183,13 @@ class Part:
     def randint(self, purpose: str, limit: int) -> Tensor:
         """(count,) integers in [0, limit)."""
         return self.rows(purpose, lambda count, generator: torch.randint(limit, (count,), generator=generator))
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`; from the CPU to a card without waiting for what the card still computes."""
+    if device.type != "cuda" or value.device.type != "cpu":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def mixed_seed(*parts: int | str) -> int:

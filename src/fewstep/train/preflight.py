@@ -33,7 +33,7 @@ def parameter_counts(trainer: Trainer) -> dict[str, tuple[int, int]]:
 def check_fits(run: Run, trainer: Trainer) -> None:
     """Raise `InputError` where weights, optimizer and average cannot be in memory, or a checkpoint not on the disk."""
     trained = sum(count for _, count in parameter_counts(trainer).values())
-    needed, free = trained * BYTES_PER_TRAINED, _free_memory()
+    needed, free = trained * BYTES_PER_TRAINED, _free_memory(_kind(trainer))
     if free is not None and needed > free:
         raise InputError(
             f"stage {run.name} needs {needed / 1e9:.1f} GB for weights, gradients and optimizer alone; "
@@ -67,13 +67,18 @@ def estimate(run: Run, trainer: Trainer) -> str:
 
 def assumed_watts(trainer: Trainer) -> float:
     """Of all the hardware: a card for each process, or one processor for all."""
-    kind = next(trainer.pupils[next(iter(trainer.pupils))].network.parameters()).device.type
+    kind = _kind(trainer)
     return WATTS.get(kind, WATTS["cuda"]) * (1 if kind == "cpu" else trainer.ranks)
 
 
-def _free_memory() -> int | None:
+def _kind(trainer: Trainer) -> str:
+    """Of the device that the networks are on."""
+    return next(iter(trainer.pupils.values())).device.type
+
+
+def _free_memory(kind: str) -> int | None:
     """Bytes that are free where training happens; None where nothing says so."""
-    if torch.cuda.is_available():
+    if kind == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

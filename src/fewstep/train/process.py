@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,8 +50,7 @@ class Process:
 
     def alpha_bar(self, t: Tensor) -> Tensor:
         """(B, 1, 1, 1)."""
-        table = torch.as_tensor(self.schedule.alpha_bar, dtype=torch.float32, device=t.device)
-        return table[t][:, None, None, None]
+        return _table(self.schedule, t.device)[t][:, None, None, None]
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The latents at t."""
@@ -69,3 +69,9 @@ class Process:
         if self.prediction == "v_prediction":
             return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * output
         return (x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+
+
+@lru_cache(maxsize=16)
+def _table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
+    """Every step's alpha_bar on a device: copied there once, since a step that is replayed cannot wait for it."""
+    return torch.as_tensor(schedule.alpha_bar, dtype=torch.float32, device=device)

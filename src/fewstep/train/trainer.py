@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,11 @@ from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.train.ema import Ema
 from fewstep.train.journal import Journal
 from fewstep.train.memory import checkpoint_blocks
+from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan, mixed_seed
 from fewstep.train.process import computing_in
 from fewstep.train.ranks import average, join_ranks, shard
+from fewstep.train.replay import Replay
 from fewstep.train.states import (
     State,
     check_finite,
@@ -45,7 +47,8 @@ class Turn:
     """A network's turn in each step: what is trained and the loss that it is trained by.
 
     Parameters of `network` without `requires_grad` stay as they are. `rate` is relative to the plan's, `betas` and
-    `weight_decay` are the plan's unless they are given.
+    `weight_decay` are the plan's unless they are given. `kind`: of what kind a part's step is, where steps of one kind
+    may be recorded and replayed on a card: the loss then reads of the host through `Part.inputs` alone.
     """
 
     network: nn.Module
@@ -53,6 +56,7 @@ class Turn:
     rate: float = 1.0
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
+    kind: Callable[[Part], Hashable] | None = None
 
 
 class Pupil:
@@ -61,6 +65,8 @@ class Pupil:
     def __init__(self, turn: Turn, plan: Plan) -> None:
         self.turn, self.network = turn, turn.network
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.device = next(self.network.parameters()).device
+        norms_in_half(self.network, plan.precision)
         if plan.checkpointing:
             checkpoint_blocks(self.network)
         if plan.sharing == "shard":
@@ -76,12 +82,20 @@ class Pupil:
             lr=plan.rate,
             betas=turn.betas or plan.betas,
             weight_decay=plan.weight_decay if turn.weight_decay is None else turn.weight_decay,
-            foreach=True,
+            **_quickest(self.device, plan),
         )
+        self.replay: Replay | None = None
 
     def gradients(self) -> list[Tensor]:
         """Of the last backward pass."""
         return [p.grad for p in self.parameters if p.grad is not None]
+
+    def forget(self) -> None:
+        """Begin a step without gradients; a recorded one writes to where they are."""
+        if self.replay is None:
+            self.optimizer.zero_grad()
+        elif gradients := self.gradients():
+            torch._foreach_zero_(gradients)
 
     def advance(self, rate: float, *, finite: bool) -> None:
         """Take a step with the present gradients, or leave it out where they are not finite."""
@@ -145,6 +159,8 @@ class Trainer:
         self.rank, self.ranks = join_ranks()
         plan.parts(0, self.rank, self.ranks)  # refuses a batch that cannot be shared out
         self.pupils = {name: Pupil(turn, plan) for name, turn in turns.items()}
+        for pupil in self.pupils.values():
+            pupil.replay = self._replay(pupil)
         self.step, self.clock, self.elapsed = 0, 0.0, 0.0
         self.saved: int | None = None
         """The step of the newest checkpoint."""
@@ -238,9 +254,9 @@ class Trainer:
 
     def _turn(self, pupil: Pupil, rate: float) -> dict[str, float]:
         """One network's part of a step, all others frozen; what its loss said."""
-        pupil.optimizer.zero_grad()
+        pupil.forget()
         with self._frozen_but(pupil):
-            said = [self._backward(pupil, part) for part in self.plan.parts(self.step, self.rank, self.ranks)]
+            said = [self._taken(pupil, part) for part in self.plan.parts(self.step, self.rank, self.ranks)]
         norm = self._agree(pupil)
         finite = bool(norm.isfinite())
         self.journal.skipped += not finite
@@ -256,9 +272,22 @@ class Trainer:
         means = {term: sum(float(terms[term]) for terms in said) / len(said) for term in said[0]}
         return means | {"norm": float(norm)}
 
+    def _replay(self, pupil: Pupil) -> Replay | None:
+        """What records a network's steps: on a card, where nothing in them changes but what its loss says."""
+        plan, kind = self.plan, pupil.turn.kind
+        steady = plan.precision != "fp16" and plan.sharing == "replicate"
+        steady = steady and not plan.compiled and not plan.checkpointing
+        if kind is None or not plan.replayed or not steady or pupil.device.type != "cuda":
+            return None
+        return Replay(lambda part: self._backward(pupil, part), kind, pupil.device)
+
+    def _taken(self, pupil: Pupil, part: Part) -> Mapping[str, Tensor]:
+        """The loss of a part, its gradients added to those there are; recorded before, or computed."""
+        return self._backward(pupil, part) if pupil.replay is None else pupil.replay(part, pupil.gradients)
+
     def _backward(self, pupil: Pupil, part: Part) -> dict[str, Tensor]:
         """The loss of a part, its gradients added to those there are."""
-        with computing_in(self.plan.precision, next(pupil.network.parameters()).device):
+        with computing_in(self.plan.precision, pupil.device):
             terms = pupil.turn.loss(part)
         if "loss" not in terms:
             raise InputError(f"a loss gave {', '.join(terms) or 'nothing'}; one of its scalars must be called loss")
@@ -297,6 +326,11 @@ class Trainer:
             pupil.restore(state[name])
         self.step, self.clock, self.journal.skipped = state["step"], state["clock"], state["skipped"]
         self.elapsed, self.saved, self.journal.begun = self.clock, self.step, self.step
+
+
+def _quickest(device: torch.device, plan: Plan) -> dict[str, bool]:
+    """How AdamW computes: all in one kernel on a card, where the weights are whole."""
+    return {"fused": True} if device.type == "cuda" and plan.sharing == "replicate" else {"foreach": True}
 
 
 class _Frozen:

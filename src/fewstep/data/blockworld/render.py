@@ -16,8 +16,18 @@ from fewstep.errors import InputError
 
 LIGHT = F.normalize(torch.tensor([-0.55, -0.62, 0.80]), dim=0)
 HALFWAY = F.normalize(LIGHT - VIEW, dim=0)
-CHUNK = 128
-"""Scenes drawn at once; more only costs cache."""
+CHUNK, CARD_CHUNK = 128, 1024
+"""Scenes drawn at once: more only costs cache, or a card's memory."""
+CPU = torch.device("cpu")
+
+
+class Look(NamedTuple):
+    """What pictures are drawn with, on one device: the radii of sizes, the colours, and two directions (3,)."""
+
+    radii: Tensor
+    rgb: Tensor
+    light: Tensor
+    halfway: Tensor
 
 
 class Layer(NamedTuple):
@@ -29,10 +39,11 @@ class Layer(NamedTuple):
 
 
 def render(scenes: Scenes, size: int) -> Tensor:
-    """(B, 3, size, size) float32 in [-1, 1]; `size` is at least 16 pixels, else `InputError`."""
+    """(B, 3, size, size) float32 in [-1, 1], where the scenes are; `size` is at least 16 pixels, else `InputError`."""
     if size < 16:
         raise InputError(f"size is {size}; a scene needs at least 16 pixels, and 64 to be read well")
-    chunks = [_drawn(scenes[i : i + CHUNK], size) for i in range(0, len(scenes), CHUNK)]
+    step = CHUNK if scenes.count.device == CPU else CARD_CHUNK
+    chunks = [_drawn(scenes[i : i + step], size) for i in range(0, len(scenes), step)]
     return torch.cat(chunks) if chunks else torch.zeros(0, 3, size, size)
 
 
@@ -47,17 +58,28 @@ def _drawn(scenes: Scenes, size: int) -> Tensor:
     return picture.clamp(0, 1) * 2 - 1
 
 
-@lru_cache(maxsize=4)
-def screen(size: int) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=8)
+def screen(size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """The pixels' centres in [-1, 1]: u to the right and v upwards, both (S, S)."""
     grid = (torch.arange(size) + 0.5) / size * 2 - 1
     v, u = torch.meshgrid(-grid, grid, indexing="ij")
-    return u, v
+    return u.to(device), v.to(device)
+
+
+@lru_cache(maxsize=4)
+def _look(device: torch.device) -> Look:
+    return Look(*(value.to(device) for value in (RADII, RGB, LIGHT, HALFWAY)))
+
+
+@lru_cache(maxsize=4)
+def _bank(size: int, device: torch.device) -> Tensor:
+    """The sprites on a device."""
+    return sprite_bank(size).to(device)
 
 
 def _stage(scenes: Scenes, size: int) -> Tensor:
     """(B, 3, S, S): a plain wash, a chequered floor, or a floor and a wall, nearly grey."""
-    u, v = screen(size)
+    u, v = screen(size, scenes.tone.device)
     tone = 0.62 + 0.30 * scenes.tone[:, :1]
     warmth = scenes.tone[:, 1:2] - 0.5
     colour = tone * torch.cat([1 + 0.05 * warmth, torch.ones_like(warmth), 1 - 0.10 * warmth], 1)
@@ -71,32 +93,34 @@ def _stage(scenes: Scenes, size: int) -> Tensor:
 
 def _shadows(scenes: Scenes, size: int) -> Tensor:
     """(B, S, S) in [0.5, 1]: soft, away from the light, under what stands on the ground."""
-    u, v = screen(size)
-    scale = RADII[scenes.size][..., None, None]
+    device = scenes.position.device
+    u, v = screen(size, device)
+    scale = _look(device).radii[scenes.size][..., None, None]
     position = scenes.position[..., None, None]
     x = (u - position[:, :, 0] - 0.30 * scale) / (1.15 * scale)
     y = ((v - position[:, :, 1]) / SIN - 0.25 * scale) / (1.15 * scale)
     dark = 0.5 * torch.exp(-0.9 * (x * x + y * y) ** 1.5)
-    grounded = (scenes.position[:, :, 2] == 0) & (torch.arange(2) < scenes.count[:, None])
+    grounded = (scenes.position[:, :, 2] == 0) & (torch.arange(2, device=device) < scenes.count[:, None])
     return (1 - dark * grounded[..., None, None]).prod(1)
 
 
 def _layer(scenes: Scenes, which: int, size: int) -> Layer:
     """Object `which`, absent where the scene has no such object."""
-    scale = RADII[scenes.size[:, which]][:, None, None]
+    look = _look(scenes.position.device)
+    scale = look.radii[scenes.size[:, which]][:, None, None]
     u0, v0, height = scenes.position[:, which, :, None, None].unbind(1)
     index = sprite_index(scenes.shape[:, which], scenes.rotation[:, which])
-    sprite = sampled(sprite_bank(size)[index], u0, v0 + height * COS, scale, size)
+    sprite = sampled(_bank(size, index.device)[index], u0, v0 + height * COS, scale, size)
     coverage = sprite[:, 4]
     whole = sprite / coverage.clamp(min=0.05)[:, None]
     present = (scenes.count > which)[:, None, None]
     depth = whole[:, 3] * scale + v0 / SIN * COS - height * SIN
-    return Layer(shaded(whole[:, :3], RGB[scenes.colour[:, which]]), coverage * present, depth)
+    return Layer(shaded(whole[:, :3], look.rgb[scenes.colour[:, which]]), coverage * present, depth)
 
 
 def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -> Tensor:
     """(B, 5, S, S): sprites with their foot at (u0, v0), at a scale; each of these () or (B, 1, 1)."""
-    u, v = screen(size)
+    u, v = screen(size, sprites.device)
     x = (u - u0) / scale / EXTENT
     y = (CENTRE - (v - v0) / scale) / EXTENT
     grid = torch.stack([x, y], -1).expand(len(sprites), size, size, 2)
@@ -105,10 +129,11 @@ def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -
 
 def shaded(normal: Tensor, rgb: Tensor) -> Tensor:
     """(B, 3, S, S): Blinn's shading (1977) of colours (B, 3); highlights go to white and keep the hue."""
+    look = _look(normal.device)
     normal = normal + 1e-6
     normal = normal / normal.square().sum(1, keepdim=True).sqrt()  # F.normalize takes three times as long
-    diffuse = torch.einsum("bchw,c->bhw", normal, LIGHT).clamp(min=0)
-    gloss = 0.30 * torch.einsum("bchw,c->bhw", normal, HALFWAY).clamp(min=0) ** 40
+    diffuse = torch.einsum("bchw,c->bhw", normal, look.light).clamp(min=0)
+    gloss = 0.30 * torch.einsum("bchw,c->bhw", normal, look.halfway).clamp(min=0) ** 40
     light = 0.31 + 0.10 * normal[:, 2] + 0.60 * diffuse
     body = rgb[:, :, None, None] * light[:, None]
     return body + gloss[:, None] * (1 - body)

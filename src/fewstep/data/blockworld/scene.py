@@ -67,4 +67,8 @@ class Scenes:
 
     def __getitem__(self, index: slice | Tensor) -> Scenes:
         """The scenes chosen by a slice, a tensor of indices or a boolean mask."""
-        return Scenes(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return Scenes(**{name: value[index] for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name; `Scenes(**tensors)` takes them back, from another device too."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -88,9 +88,16 @@ def _angles(shape: str) -> list[float]:
 
 def sprite_index(shape: Tensor, rotation: Tensor) -> Tensor:
     """Where the sprite of a shape and rotation, both long, is in the bank."""
+    first, counts = _places(shape.device)
+    return first[shape] + rotation % counts[shape]
+
+
+@lru_cache(maxsize=4)
+def _places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each shape the place of its first sprite in the bank, and how many there are."""
     counts = [len(_angles(name)) for name in SHAPES]
-    first = torch.tensor([sum(counts[:i]) for i in range(len(SHAPES))])
-    return first[shape] + rotation % torch.tensor(counts)[shape]
+    first = [sum(counts[:i]) for i in range(len(SHAPES))]
+    return torch.tensor(first, device=device), torch.tensor(counts, device=device)
 
 
 def sprite_poses() -> list[tuple[int, int]]:
