@@ -179,6 +179,8 @@ def test_norms_of_rows(kernels: Any, dtype: torch.dtype, channels: int) -> None:
     for more in (h, None):
         for found, wanted in zip(kernels.add_norm(x, more, layer), PLAIN.add_norm(x, more, layer), strict=True):
             assert close(found, wanted)
+    for offset in (h[0, 0], None):
+        assert close(kernels.row_norm(x, offset, layer), PLAIN.row_norm(x, offset, layer))
 
 
 def test_norms_of_many_short_rows(kernels: Any) -> None:

@@ -107,12 +107,13 @@ class Run:
     def result(self) -> Result:
         """The pictures; runs the steps first if nobody has. Raises InputError for a run that was left half-way."""
         self.launch()
-        images = self._recorded_images() or self._images()
+        unknown = self.model.parts.tokenizers[0].unknown(" ".join(dict.fromkeys(self.job.prompts)))
+        images = self._recorded_images() or self._images()  # the first waits
         return Result(
             **images,
             **self._counts,
             seeds=self.job.seeds,
-            unknown_words=self.model.parts.tokenizers[0].unknown(" ".join(dict.fromkeys(self.job.prompts))),
+            unknown_words=unknown,
             notes=self.notes,
             seconds=dict(self.seconds),
             settings=self.settings,

@@ -98,6 +98,7 @@ def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence
     return {
         "group_norm": lambda by: [by.group_norm(rows, group, rows[:, 0].contiguous())],
         "add_norm": lambda by: by.add_norm(rows, rows, layer),
+        "row_norm": lambda by: [by.row_norm(rows, rows[0, 0], layer)],
         "gated": lambda by: [by.gated(rows)],
         "added": lambda by: [by.added(rows, rows[0, 0], rows)],
         "added_moments": lambda by: _added_and_normed(by, tall, few),

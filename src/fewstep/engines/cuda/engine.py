@@ -84,7 +84,7 @@ class CudaEngine:
         self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
-        self._recordings, self._order = Recordings(), StreamOrder()
+        self._recordings, self._order = Recordings(refused=not tricks.graphs), StreamOrder()
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
@@ -140,7 +140,8 @@ class CudaEngine:
             if not self._recordings.wants(key):
                 return None
             try:
-                outputs = self._run(("whole", key), self._recordings.marked(function), *given)
+                with torch.inference_mode(False), torch.no_grad():
+                    outputs = self._graphs.run(("whole", key), self._recordings.marked(function), *given)
             except (NotRecordable, RuntimeError) as error:  # torch.OutOfMemoryError too
                 _log.debug("a run is not recorded as one graph: %s", error)
                 self._recordings.refuse(key)

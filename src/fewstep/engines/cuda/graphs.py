@@ -26,10 +26,13 @@ class Recorded(Protocol):
 
 
 class Captured:
-    """A CUDA graph of a function; its memory comes from `pool`, which graphs that never run at once may share."""
+    """A CUDA graph of a function of tensors, given on the card or the CPU and copied to the card.
+
+    Its memory comes from `pool`, which graphs that never run at once may share.
+    """
 
     def __init__(self, function: Function, given: Given, pool: Any) -> None:
-        self._inputs = [None if each is None else each.clone() for each in given]
+        self._inputs = [None if each is None else each.to("cuda", copy=True) for each in given]
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

@@ -24,10 +24,10 @@ MANY_ROWS = 1024
 
 @triton.jit
 def _row_norm(  # type: ignore[no-untyped-def]
-    x, h, weight, bias, total, out, rows, channels, eps,
+    x, h, offset, weight, bias, total, out, rows, channels, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The norms of ROWS rows of x + h, and the sums themselves in the format of x."""
+    """The norms of ROWS rows of x + h + offset, and the sums x + h themselves in the format of x."""
     first, c = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, COLUMNS)
     r, known = tl.arange(0, ROWS), c < channels
     there = (r < rows - first)[:, None] & known[None, :]
@@ -37,6 +37,8 @@ def _row_norm(  # type: ignore[no-untyped-def]
         added = (row + tl.load(h + at, mask=there, other=0).to(tl.float32)).to(x.dtype.element_ty)
         tl.store(total + at, added, mask=there)
         row = added.to(tl.float32)
+    if offset is not None:
+        row += tl.load(offset + c, mask=known, other=0).to(tl.float32)[None, :]
     mean = tl.sum(row, 1) / channels
     centred = tl.where(there, row - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, 1) / channels + eps)
@@ -121,13 +123,20 @@ class TritonOperations:
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """See `Operations`."""
+        return self._normed(x, h, None, norm)
+
+    def row_norm(self, x: Tensor, offset: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """See `Operations`."""
+        return self._normed(x, None, offset, norm)[1]
+
+    def _normed(self, x: Tensor, h: Tensor | None, offset: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         x, h = x.contiguous(), None if h is None else h.contiguous()
         channels, out = x.shape[-1], torch.empty_like(x)
         total = x if h is None else torch.empty_like(x)
         count, columns = x.numel() // channels, triton.next_power_of_2(channels)
         rows = max(1, TILE // columns) if count >= MANY_ROWS else 1
         _row_norm[(triton.cdiv(count, rows),)](
-            *(x, h, norm.weight, norm.bias, total, out, count, channels, norm.eps),
+            *(x, h, offset, norm.weight, norm.bias, total, out, count, channels, norm.eps),
             ROWS=rows,
             COLUMNS=columns,
             num_warps=4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.choices import Ways
 from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.linear import Product, attended, gated_product, product_of
+from fewstep.engines.cuda.linear import attended, gated_product, product_of
 from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -171,40 +171,43 @@ class CudaAttention(nn.Module):
         super().__init__()
         self.attention, self.means, self.part = (attention,), means, slice(0, 0)
         inner = [attention.to_q] if text else [attention.to_q, attention.to_k, attention.to_v]
-        self.enter, self.leave = product_of(means, *inner), _leave(attention.to_out, means)
+        self.enter, self.leave = product_of(means, *inner), product_of(means, _linear(attention.to_out[0]), bias=False)
 
-    def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
+    def add_to(self, total: Tensor, x: Tensor, told: Tensor | None = None) -> None:
+        """Add the attention of normed rows x, without its last bias, to `total` in place: both (B, N, C)."""
         rows = self.enter(x)
         q, k, v = rows.chunk(3, dim=2) if told is None else (rows, *told[..., self.part].chunk(2, dim=2))
-        return self.leave(attended(q, k, v, self.attention[0].heads, self.means))
+        self.leave.add_to(total, attended(q, k, v, self.attention[0].heads, self.means))
 
 
-def _leave(layers: nn.ModuleList, means: Means) -> Product:
-    layer = layers[0]
+def _linear(layer: nn.Module) -> nn.Linear:
     assert isinstance(layer, nn.Linear)
-    return product_of(means, layer)
+    return layer
 
 
 class CudaTransformerBlock(nn.Module):
-    """A transformer block; each residual is added where the next norm reads it."""
+    """A transformer block, whose products add to the residual rows in place.
+
+    Their biases are left out: `offsets` has the sums of those before each of the three norms, which add them.
+    """
 
     def __init__(self, block: TransformerBlock, means: Means) -> None:
         super().__init__()
-        self.block, self.means = (block,), means
+        self.block, self.means, self.offsets = (block,), means, list[Callable[[], Tensor | None]]()
         self.attn1 = CudaAttention(block.attn1, means, text=False)
         self.attn2 = CudaAttention(block.attn2, means, text=True)
-        gated, back = block.ff.net[0], block.ff.net[2]
+        gated, back = block.ff.net[0], _linear(block.ff.net[2])
         assert isinstance(gated, GEGLU)
-        assert isinstance(back, nn.Linear)
-        self.enter, self.leave = product_of(means, gated.proj), product_of(means, back)
+        self.enter, self.leave = product_of(means, gated.proj), product_of(means, back, bias=False)
+        self.biased = [_linear(block.attn1.to_out[0]), _linear(block.attn2.to_out[0]), back]
 
-    def forward(self, x: Tensor, h: Tensor | None, told: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows x + h (B, N, C) -> two that add up to the block's."""
-        block, operations = self.block[0], self.means.operations
-        x, normed = operations.add_norm(x, h, block.norm1)
-        x, normed = operations.add_norm(x, self.attn1(normed), block.norm2)
-        x, normed = operations.add_norm(x, self.attn2(normed, told), block.norm3)
-        return x, self.leave(gated_product(self.enter, normed, self.means))
+    def add_to(self, x: Tensor, told: Tensor) -> None:
+        """Add all that the block adds, but for its biases, to x (B, N, C) in place."""
+        norms = (self.block[0].norm1, self.block[0].norm2, self.block[0].norm3)
+        normed = (self.means.operations.row_norm(x, find(), n) for find, n in zip(self.offsets, norms, strict=True))
+        self.attn1.add_to(x, next(normed))
+        self.attn2.add_to(x, next(normed), told)
+        self.leave.add_to(x, gated_product(self.enter, next(normed), self.means))
 
 
 class CudaTransformer(nn.Module):
@@ -214,16 +217,39 @@ class CudaTransformer(nn.Module):
         super().__init__()
         self.layer, self.means = (layer,), means
         self.enter, self.leave = product_of(means, layer.proj_in), product_of(means, layer.proj_out, bias=False)
-        blocks = (block for block in layer.transformer_blocks if isinstance(block, TransformerBlock))
-        self.blocks = nn.ModuleList(CudaTransformerBlock(block, means) for block in blocks)
+        blocks = [block for block in layer.transformer_blocks if isinstance(block, TransformerBlock)]
+        self.chain = [CudaTransformerBlock(block, means) for block in blocks]
+        self.blocks, biased = nn.ModuleList(self.chain), list[nn.Linear]()
+        for each in self.chain:
+            for linear in each.biased:
+                each.offsets.append(_sum_of_biases(biased, means))
+                biased = [*biased, linear]
+        out = layer.proj_out
+        self.bias = means.derive(lambda: [*_biases([*biased, out]), out.weight], lambda: _bias_after(out, biased))
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        layer, operations, rows = self.layer[0], self.means.operations, pixels(x)
-        h, more = self.enter(operations.group_norm(rows, layer.norm, silu=False, moments=moments_of(x))), None
-        for block in self.blocks:
-            h, more = block(h, more, told)
-        h = self.leave(h if more is None else h + more)
-        return maps(operations.added(h, layer.proj_out.bias, rows), x)
+        operations, rows = self.means.operations, pixels(x)
+        h = self.enter(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
+        for block in self.chain:
+            block.add_to(h, told)
+        return maps(operations.added(self.leave(h), self.bias.value, rows), x)
+
+
+def _sum_of_biases(layers: Sequence[nn.Linear], means: Means) -> Callable[[], Tensor | None]:
+    if not layers:
+        return lambda: None
+    found = means.derive(lambda: _biases(layers), lambda: torch.stack(_biases(layers)).float().sum(0))
+    return lambda: found.value
+
+
+def _bias_after(last: nn.Linear | nn.Conv2d, layers: Sequence[nn.Linear]) -> Tensor:
+    """The bias of `last` with what it makes of the biases of the layers before, in float32 inside."""
+    before = torch.stack(_biases(layers)).float().sum(0)
+    return (torch.stack(_biases([last]))[0].float() + last.weight.flatten(1).float() @ before).to(last.weight.dtype)
+
+
+def _biases(layers: Sequence[nn.Linear | nn.Conv2d]) -> list[Tensor]:
+    return [layer.bias for layer in layers if layer.bias is not None]
 
 
 class Told:
@@ -247,7 +273,7 @@ class CudaPixelAttention(nn.Module):
         super().__init__()
         self.attention, self.means = (attention,), means
         self.enter = product_of(means, attention.to_q, attention.to_k, attention.to_v)
-        self.leave = _leave(attention.to_out, means)
+        self.leave = product_of(means, _linear(attention.to_out[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         rows, operations = pixels(x), self.means.operations

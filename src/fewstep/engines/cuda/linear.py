@@ -57,6 +57,10 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """Add the product, without a bias, to `total` (..., O) in place, in the product's own kernel."""
+        total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.T)
+
 
 def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
     """The weight of a single layer as it is, those of several as one that is kept."""

@@ -41,6 +41,9 @@ class Operations(Protocol):
     def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """`x + h`, or x alone, and its norm: rows (B, N, C)."""
 
+    def row_norm(self, x: Tensor, offset: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """`norm(x + offset)` for rows x (B, N, C) and offset (C,) in any format."""
+
     def gated(self, rows: Tensor) -> Tensor:
         """The first half of the channels times the GELU of the second: (..., 2C) -> (..., C)."""
 
@@ -78,6 +81,11 @@ class PlainOperations:
         """See `Operations`."""
         x = x if h is None else x + h
         return x, norm(x)
+
+    def row_norm(self, x: Tensor, offset: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        """See `Operations`."""
+        out: Tensor = norm(x if offset is None else x + offset.to(x.dtype))
+        return out
 
     def gated(self, rows: Tensor) -> Tensor:
         """See `Operations`."""

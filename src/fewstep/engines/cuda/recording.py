@@ -14,17 +14,19 @@ MOST_KEYS = 256
 
 
 class Recordings:
-    """Decides what is recorded: a key at its second use, unless it was refused.
+    """Decides what is recorded: a key at its second use, unless it, or all, was refused.
 
     `running` is True while a recorded function calls the engine. The engine's lock guards it.
     """
 
-    def __init__(self) -> None:
-        self.running = False
+    def __init__(self, *, refused: bool = False) -> None:
+        self.running, self._refused = False, refused
         self._uses: dict[Hashable, bool] = {}  # False once refused
 
     def wants(self, key: Hashable) -> bool:
         """Whether this use of `key` is to be recorded or replayed."""
+        if self._refused:
+            return False
         if key in self._uses:
             return self._uses[key]
         while len(self._uses) >= MOST_KEYS:
@@ -52,7 +54,8 @@ class Recordings:
 def on_the_host(outputs: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
     """Begin to copy `outputs` to the CPU; the function that waits until they are there, and gives them."""
     if not outputs[0].is_cuda:
-        return lambda: outputs
+        kept = [out.clone() for out in outputs]
+        return lambda: kept
     copies = [torch.empty(out.shape, dtype=out.dtype, pin_memory=True) for out in outputs]
     for copy, out in zip(copies, outputs, strict=True):
         copy.copy_(out, non_blocking=True)
