@@ -295,6 +295,22 @@ def test_a_convolution_of_the_engine_takes_the_kernel_for_small_maps(small: Any,
     assert torch.allclose(fast(x) - fast.bare(x), conv.bias[:, None, None].expand_as(fast(x)), atol=1e-2)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_outputs_are_padded_and_cut(small: Any, device: torch.device, bias: bool) -> None:
+    from fewstep.engines.cuda.kernels import TritonOperations
+
+    conv = nn.Conv2d(20, 3, 3, padding=1, bias=bias).to(device).requires_grad_(False)
+    fast, x = (
+        CudaConv(conv, Means(operations=TritonOperations(), choices=Last())),
+        laid(torch.randn(2, 20, 5, 7), torch.float32, device),
+    )
+    for _ in range(2):
+        assert fast(x).shape == (2, 3, 5, 7)
+        assert torch.allclose(fast(x), conv(x), atol=1e-5)
+        conv.weight.mul_(2)
+        fast.means.refresh()
+
+
 def test_doubling_takes_the_kernel_for_small_maps(small: Any, device: torch.device) -> None:
     conv = nn.Conv2d(32, 48, 3, padding=1).to(device, torch.float16).requires_grad_(False)
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)

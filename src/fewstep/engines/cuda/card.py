@@ -92,7 +92,7 @@ def _failed(found: Operations, plain: Operations, device: torch.device) -> Itera
 
 def _examples(device: torch.device) -> dict[str, Callable[[Operations], Sequence[Tensor]]]:
     """A call of each operation, by its name."""
-    rows = torch.linspace(-3, 3, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
+    rows = torch.linspace(-3000, 3000, 2 * 50 * 96, device=device).sin().view(2, 50, 96).half()
     tall, few = rows.view(1, 1200, 8), nn.GroupNorm(2, 8, device=device).half()  # more pixels than a small map has
     group, layer = nn.GroupNorm(8, 96, device=device).half(), nn.LayerNorm(96, device=device).half()
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -21,6 +22,9 @@ from fewstep.nn.convolution import Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 
+PADDED_OUTPUTS = 16, 64
+"""Outputs that are tried for convolutions with fewer than the first."""
+
 
 class CudaConv(nn.Module):
     """A convolution, with norm and SiLU before it in few kernels."""
@@ -30,6 +34,8 @@ class CudaConv(nn.Module):
         self.conv, self.means = (conv,), means  # in a tuple, so as not to be a submodule
         sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         self.is_3x3 = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
+        few = self.is_3x3 and conv.out_channels < min(PADDED_OUTPUTS)
+        self.padded = [_Padded(conv, outputs, means) for outputs in PADDED_OUTPUTS if few]
 
     @property
     def weight(self) -> Tensor:
@@ -38,26 +44,47 @@ class CudaConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv[0]
-        return self._fastest(x, conv.bias, lambda: conv.forward(x))
+        padded: Ways = {f"padded {each.outputs}": partial(each, x) for each in self.padded}
+        return self._fastest(x, conv.bias, lambda: conv.forward(x), padded)
 
     def bare(self, x: Tensor) -> Tensor:
         """The convolution without its bias: whoever comes next adds it."""
         conv = self.conv[0]
-        return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding))
+        return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding), {})
 
-    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor]) -> Tensor:
-        """The library's convolution, or for small maps a kernel's where that is faster."""
+    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor], more: Ways) -> Tensor:
+        """The library's convolution, one of `more`, or for small maps a kernel's, whichever is the fastest."""
         if not self.is_3x3 or isinstance(self.means.operations, PlainOperations):
             return library()
         from fewstep.engines.cuda.small_conv import small_conv_candidates
 
-        ways: Ways = {"library": library, **small_conv_candidates(x, self.weight, bias)}
+        ways: Ways = {"library": library, **more, **small_conv_candidates(x, self.weight, bias)}
         key = f"conv {tuple(x.shape)} {len(self.weight)} {bias is not None} {x.dtype}"
         return self.means.choices.run(key, ways)
 
     def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """The convolution of `silu(norm(x))`."""
         return self.forward(maps(self.means.operations.group_norm(pixels(x), norm, moments=moments_of(x)), x))
+
+
+class _Padded:
+    """A convolution with zeros for more outputs, which are cut off: libraries' fast kernels want some to compute."""
+
+    def __init__(self, conv: nn.Conv2d, outputs: int, means: Means) -> None:
+        self.outputs, self.used, more = outputs, conv.out_channels, outputs - conv.out_channels
+        self.weight = means.derive(
+            lambda: [conv.weight],
+            lambda: F.pad(conv.weight, (0,) * 7 + (more,)).contiguous(memory_format=torch.channels_last),
+        )
+        self.bias = (
+            None
+            if conv.bias is None
+            else means.derive(lambda: _biases([conv]), lambda: F.pad(_biases([conv])[0], (0, more)))
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.value
+        return F.conv2d(x, self.weight.value, bias, padding=1)[:, : self.used]
 
 
 class Doubled(nn.Module):

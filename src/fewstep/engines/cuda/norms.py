@@ -217,8 +217,10 @@ class Passes:
 
 FINE = Passes(rows=16, columns=32, applied_rows=64, programs=1056)
 EVEN = Passes(rows=64, columns=64, applied_rows=64, programs=528)
-WIDE = Passes(rows=32, columns=128, applied_rows=32, programs=528)
-"""The fastest of those that were measured on an H200: for maps of less than some megabytes, and two for larger ones."""
+ADDED = Passes(rows=32, columns=64, applied_rows=64, programs=528)
+"""The fastest of those that were measured on an H200: for maps of less than some megabytes, for larger ones, and where
+a residual is added.
+"""
 
 SMALL_MAP = 1 << 21
 """Numbers of a batch below which `FINE` stands first among the candidates."""
@@ -272,7 +274,7 @@ class GroupNorm:
     def candidates(self) -> Ways:
         """Functions that compute it, by name; the first is a good one for the size."""
         _, pixels, _ = self.x.shape
-        sizes = (FINE, EVEN, WIDE) if self.x.numel() <= SMALL_MAP else (WIDE, EVEN, FINE)
+        sizes = (FINE, EVEN) if self.x.numel() <= SMALL_MAP else (EVEN, FINE)
         passes: Ways = {f"passes {size.rows}x{size.columns}": partial(self.in_passes, size) for size in sizes}
         if pixels * self.width * self.span > LARGEST_GROUP:
             return passes
@@ -334,13 +336,13 @@ def moments_by(x: Tensor, size: Passes) -> Moments:
 
 def added_with_moments(x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Moments]:
     """`x + bias + residual` for x and residual (B, N, C) contiguous and bias (C,), and its moments."""
-    out, size = torch.empty_like(x), EVEN if x.shape[2] % WIDE.columns else WIDE
-    moments, grid = _pieces(x, size)
+    out = torch.empty_like(x)
+    moments, grid = _pieces(x, ADDED)
     _add_with_moments[grid](
         *(x, bias, residual, out, moments.values, *x.shape[1:], moments.rows),
-        ROWS=size.rows,
-        COLUMNS=size.columns,
-        num_warps=size.warps,
+        ROWS=ADDED.rows,
+        COLUMNS=ADDED.columns,
+        num_warps=ADDED.warps,
     )
     return out, moments
 
