@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,13 +301,18 @@ def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["blocks-base", "blocks-turbo"])
 def test_pictures_alone_and_in_a_batch_on_a_card(name: str) -> None:
-    pipe = fewstep.load(name, device="cuda", dtype="float16")
+    """In float32 the same; in half precision other kernels for another shape round otherwise, and edges move a little."""
     prompts = [*PROMPTS, "a green cone to the left of a yellow cube", "a small blue sphere"]
-    together = [pipe.text_to_image(prompts, seed=[0, 1, 2, 3]) for _ in range(2)]
-    alone = [pipe.text_to_image(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-    pictures = tuple(result.images[0] for result in alone)
-    differences = [off(replace(alone[0], images=pictures), each) for each in together]
-    assert max(differences) <= 1
+    for dtype, largest, spread in (("float32", 1, 0.5), ("float16", 16, 1.0)):
+        pipe = fewstep.load(name, device="cuda", dtype=dtype)
+        for _ in range(2):  # not recorded, recorded
+            together = pipe.text_to_image(prompts, seed=[0, 1, 2, 3]).images
+            alone = [pipe.text_to_image(prompt, seed=seed).images[0] for seed, prompt in enumerate(prompts)]
+            apart = np.asarray(
+                [np.asarray(a, np.int16) - np.asarray(b, np.int16) for a, b in zip(alone, together, strict=True)]
+            )
+            assert np.abs(apart).max() <= largest
+            assert np.sqrt(np.square(apart.astype(float)).mean()) <= spread
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
