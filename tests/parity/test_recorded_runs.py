@@ -301,7 +301,7 @@ def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["blocks-base", "blocks-turbo"])
 def test_pictures_alone_and_in_a_batch_on_a_card(name: str) -> None:
-    """In float32 the same; in half precision other kernels for another shape round otherwise, and edges move a little."""
+    """In float32 the same; in half precision the kernels for another shape round otherwise, and edges move a little."""
     prompts = [*PROMPTS, "a green cone to the left of a yellow cube", "a small blue sphere"]
     for dtype, largest, spread in (("float32", 1, 0.5), ("float16", 16, 1.0)):
         pipe = fewstep.load(name, device="cuda", dtype=dtype)
