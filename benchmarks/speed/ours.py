@@ -108,7 +108,7 @@ def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
 
 
 def _pictures(pipe: Pipeline, task: Task) -> Run:
-    """A prompt in, PIL pictures out, as a user draws; batches as `fewstep batch` does, the next begun before one ends."""
+    """A prompt in, PIL pictures out; batches as `fewstep batch` draws them, the next begun before one ends."""
     options: dict[str, Any] = {"steps": task.steps, "guidance_scale": task.guidance, "sampler": task.sampler}
     options |= {"width": task.size, "height": task.size, "images_per_prompt": task.batch}
     numbers, under_way, most = count(), deque[Any](), 1 if task.batch > 1 else 0
