@@ -104,8 +104,8 @@ def to_numpy(images: Tensor) -> NDArray[np.float32]:
 
 def to_uint8(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3) on the same device, rounded as diffusers does; finite or not."""
-    unit = (images.detach().float() * 0.5 + 0.5).clamp(0, 1)
-    return (unit.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+    unit = (images.detach() * 0.5 + 0.5).clamp(0, 1)
+    return (unit.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -147,12 +147,13 @@ class Run:
         if output == "latent":
             self._finite.raise_first()
             return {"latents": latents.cpu()}
-        with engine_threads(self.model.engine), self._timed("decode"):
-            pixels = self.model.engine.decode(latents)
-            self._finite.check("the decoder", pixels)
-            pictures = (to_uint8(pixels) if output == "pil" else pixels).cpu()
-        self._finite.raise_first()
-        drawn = {"images": tuple(pil_of_uint8(pictures))} if output == "pil" else {"array": to_numpy(pictures)}
+        with engine_threads(self.model.engine):
+            with self._timed("decode"):
+                pixels = self.model.engine.decode(latents)
+                self._finite.check("the decoder", pixels)
+                pictures = (to_uint8(pixels) if output == "pil" else pixels).cpu()
+            self._finite.raise_first()
+            drawn = {"images": tuple(pil_of_uint8(pictures))} if output == "pil" else {"array": to_numpy(pictures)}
         return {**drawn, "latents": latents.cpu()}
 
     def _levels(self, strength: float) -> tuple[float, ...]:
