@@ -1,4 +1,4 @@
-"""The results files: one table of contenders, or one of tricks."""
+"""The results files: one table of contenders, or one of optimizations."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def comparison(found: Sequence[Found], absent: Mapping[str, str], task: Task, fa
 
 
 def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts: Facts) -> str:
-    """fewstep with one trick more in each row; `told`: what each is."""
+    """fewstep with one more optimization in each row; `told`: what each is."""
     good = [one for one in found if one.problem is None]
     heads = [
-        "trick",
+        "optimization",
         "s",
         "least to most",
         "gives",
@@ -88,8 +88,10 @@ def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts
                 told.get(name, ""),
             ]
         )
-    lines = [*_opening(task, facts, "one trick after the other"), *table(heads, rows), ""]
-    lines += ["Every row has the tricks of those above it too. Error: the largest difference from the first row's"]
+    lines = [*_opening(task, facts, "one optimization after the other"), *table(heads, rows), ""]
+    lines += [
+        "Every row has the optimizations of those above it too. Error: the largest difference from the first row's"
+    ]
     lines[-1] += " result, as a share of its largest value."
     lines += [f"- {one.contender.name}: not run. {one.problem}" for one in found if one.problem]
     return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cpu import build, compiled
 from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import fast_linear
-from fewstep.engines.cpu.means import Means
+from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.cpu.scratch import LARGE, Outputs
-from fewstep.engines.cpu.tricks import Tricks
 
 
 @pytest.fixture(scope="module")
@@ -343,10 +343,12 @@ def test_a_kernel_takes_no_tensor_that_it_would_read_or_write_beside(kernels: Ke
 
 def test_a_choice_made_for_one_width_does_not_take_another_to_the_kernel(kernels: Kernels, tmp_path: Path) -> None:
     """What was measured for a layer is remembered by the shape of its weight, and says nothing of x."""
-    means = Means(choices=Choices(tmp_path / "choices.json"), kernels=kernels, tricks=Tricks(), budget=0)
+    ctx = LayerContext(
+        autotuner=Autotuner(tmp_path / "autotune.json"), kernels=kernels, optimizations=Optimizations(), budget=0
+    )
     weight = torch.randn(4 * kernels.wide, 2 * kernels.wide)
     for _ in range(2):
-        fast_linear(torch.randn(1, 5, 2 * kernels.wide), weight, None, means)
-    means.choices.known = dict.fromkeys(means.choices.known, "kernel")
+        fast_linear(torch.randn(1, 5, 2 * kernels.wide), weight, None, ctx)
+    ctx.autotuner.known = dict.fromkeys(ctx.autotuner.known, "kernel")
     with pytest.raises((ValueError, RuntimeError)):
-        fast_linear(torch.randn(1, 5, 4 * kernels.wide), weight, None, means)
+        fast_linear(torch.randn(1, 5, 4 * kernels.wide), weight, None, ctx)

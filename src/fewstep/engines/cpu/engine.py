@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, of_this_machine
+from fewstep.engines.autotune import Autotuner, of_this_machine
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.build import kernels
 from fewstep.engines.cpu.compiled import pixels_first
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.convolution import (
     FastConv,
     FastDownsample,
@@ -25,8 +26,7 @@ from fewstep.engines.cpu.convolution import (
 )
 from fewstep.engines.cpu.limits import cap_threads, memory_errors, threads_for
 from fewstep.engines.cpu.linear import FastLinear
-from fewstep.engines.cpu.means import Means
-from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.cpu.widened import FastEmbedding, Widened
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding
@@ -61,18 +61,18 @@ class CpuEngine:
         parts: Parts,
         *,
         strict: bool = False,
-        tricks: Tricks | None = None,
+        optimizations: Optimizations | None = None,
         budget: int = BUDGET,
-        choices: Choices | None = None,
+        autotuner: Autotuner | None = None,
     ) -> None:
         assert runs(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
         self.threads = threads_for(sum(weight.numel() for weight in parts.unet.parameters()))
         onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        tricks = replace(tricks or Tricks(), **({} if onednn else {"onednn": False}))
-        built = kernels() if tricks.kernels else None
-        chosen = choices or of_this_machine(self.threads)
-        means = Means(choices=chosen, kernels=built, tricks=tricks, budget=budget, strict=strict)
-        self.parts, self._fast = parts, EagerEngine(rebuilt_parts(parts, swaps(means)))
+        optimizations = replace(optimizations or Optimizations(), **({} if onednn else {"onednn": False}))
+        built = kernels() if optimizations.kernels else None
+        chosen = autotuner or of_this_machine(self.threads)
+        ctx = LayerContext(autotuner=chosen, kernels=built, optimizations=optimizations, budget=budget, strict=strict)
+        self.parts, self._fast = parts, EagerEngine(rebuilt_parts(parts, swaps(ctx)))
         self._fast.dtype = torch.float32  # of what goes through the networks
         self.device, self.dtype = self._fast.device, self._fast.dtype
         self._embeddings = Embeddings()
@@ -117,25 +117,25 @@ def runs(parts: Parts) -> bool:
     return all(each.device.type == "cpu" and each.dtype in STORED for each in weights)
 
 
-def swaps(means: Means) -> Swaps:
+def swaps(ctx: LayerContext) -> Swaps:
     """The fast layers, in the places of those that have some."""
     return Swaps(
         layers={
-            nn.Conv2d: partial(_fast_conv, means=means),
+            nn.Conv2d: partial(_fast_conv, ctx=ctx),
             nn.Embedding: FastEmbedding,
-            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+            **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
-        doubled=partial(FastConv, means=means, doubled=True),
+        doubled=partial(FastConv, ctx=ctx, doubled=True),
         parameters=Widened,
     )
 
 
-def _fast_conv(conv: nn.Conv2d, means: Means) -> nn.Module | None:
+def _fast_conv(conv: nn.Conv2d, ctx: LayerContext) -> nn.Module | None:
     if (conv.stride, conv.groups) == ((1, 1), 1):
         if (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
-            return FastConv(conv, means)
+            return FastConv(conv, ctx)
         if (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
-            return FastPointwise(conv, means)
+            return FastPointwise(conv, ctx)
     return None
 
 

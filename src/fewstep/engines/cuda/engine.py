@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
 from fewstep.engines.cuda.clock import of_this_card
-from fewstep.engines.cuda.derived import Means
+from fewstep.engines.cuda.context import CudaLayerContext
 from fewstep.engines.cuda.graphs import Called, Graphs
 from fewstep.engines.cuda.graphs import Function as GraphFunction
 from fewstep.engines.cuda.layers import (
@@ -34,8 +34,8 @@ from fewstep.engines.cuda.layers import (
 )
 from fewstep.engines.cuda.memory import in_pieces, tiled
 from fewstep.engines.cuda.operations import PlainOperations
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 from fewstep.engines.cuda.recording import Recordings, on_the_host
-from fewstep.engines.cuda.tricks import CudaTricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding, Function, NotRecordable
 from fewstep.engines.kept import Embeddings, WeightsWatch
@@ -65,26 +65,26 @@ class CudaEngine:
         self,
         parts: Parts,
         *,
-        tricks: CudaTricks | None = None,
+        optimizations: CudaOptimizations | None = None,
         graphs: Graphs | None = None,
-        choices: Choices | None = None,
+        autotuner: Autotuner | None = None,
     ) -> None:
         weight = parts.unet.conv_in.weight
         self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
         _lay_out(parts)
-        tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
-        found = operations(self.device, chosen) if tricks.kernels else PlainOperations()
-        self._means = Means(operations=found, choices=chosen, tricks=tricks)
+        optimizations, chosen = optimizations or CudaOptimizations(), autotuner or of_this_card(self.device)
+        found = operations(self.device, chosen) if optimizations.kernels else PlainOperations()
+        self._ctx = CudaLayerContext(operations=found, autotuner=chosen, optimizations=optimizations)
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
-        self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
+        self._graphs = Graphs(None if optimizations.graphs else Called) if graphs is None else graphs
         vae = _sturdy(parts.autoencoder)
-        self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._means))
+        self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._ctx))
         self._vae_dtype = next(vae.parameters()).dtype
-        self._told = _merge(self._fast.unet, self._means)
+        self._told = _merge(self._fast.unet, self._ctx)
         self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
-        self._recordings, self._order = Recordings(refused=not tricks.graphs), StreamOrder()
+        self._recordings, self._order = Recordings(refused=not optimizations.graphs), StreamOrder()
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
@@ -210,7 +210,7 @@ class CudaEngine:
         if moved:
             self._graphs.clear()
         if changed or moved:
-            self._means.refresh()
+            self._ctx.refresh()
             self._texts, self._embeddings = [], Embeddings()
 
     def _forget(self) -> None:
@@ -226,15 +226,15 @@ class CudaEngine:
         return out
 
 
-def swaps(means: Means) -> Swaps:
+def swaps(ctx: CudaLayerContext) -> Swaps:
     """The fast layers, in the places of those that have some."""
     return Swaps(
         layers={
             Downsample: lambda layer: layer,
             TinyBlock: CudaTinyBlock,
-            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+            **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
-        doubled=partial(Doubled, means=means),
+        doubled=partial(Doubled, ctx=ctx),
     )
 
 
@@ -248,11 +248,11 @@ _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
-def _merge(unet: UNet, means: Means) -> Told:
+def _merge(unet: UNet, ctx: CudaLayerContext) -> Told:
     """One product for what all residual blocks add for the time, and one for what all attentions read of the text."""
     blocks = [each for each in unet.modules() if isinstance(each, CudaResBlock)]
-    unet.embedding = Times(unet, blocks, means)  # type: ignore[method-assign]
-    return Told([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], means)
+    unet.embedding = Times(unet, blocks, ctx)  # type: ignore[method-assign]
+    return Told([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], ctx)
 
 
 def _sturdy(vae: AutoencoderKL) -> AutoencoderKL:

@@ -12,7 +12,7 @@ MOST = 24
 """Graphs that are kept; the one that was not used for the longest goes first."""
 
 WARM_UPS = 3
-"""Runs before the capture: libraries choose their algorithms, Triton compiles, ways are measured."""
+"""Runs before the capture: libraries choose their algorithms, Triton compiles, the autotuner measures."""
 
 Given = Sequence[Tensor | None]
 Function = Callable[..., Sequence[Tensor | None]]

@@ -16,11 +16,11 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.engines.choices import Ways
-from fewstep.engines.cuda.derived import Means, Weights
+from fewstep.engines.autotune import Candidates
+from fewstep.engines.cuda.context import CudaLayerContext, Weights
 from fewstep.engines.cuda.operations import PlainOperations
 
-WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
+ATTENTION_BACKENDS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, can_use_cudnn_attention),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
@@ -40,9 +40,9 @@ class Product:
     `weights` and `biases` are those of the layers; there is no bias where `biases` is None.
     """
 
-    def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
-        self._weight = _one(means, weights)
-        self._bias = None if biases is None else _one(means, biases)
+    def __init__(self, ctx: CudaLayerContext, weights: Weights, biases: Weights | None = None) -> None:
+        self._weight = _one(ctx, weights)
+        self._bias = None if biases is None else _one(ctx, biases)
 
     @property
     def weight(self) -> Tensor:
@@ -62,11 +62,11 @@ class Product:
         total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.T)
 
 
-def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
+def _one(ctx: CudaLayerContext, weights: Weights) -> Callable[[], Tensor]:
     """The weight of a single layer as it is, those of several as one that is kept."""
     if len(weights()) == 1:
         return lambda: joined(weights())
-    kept = means.derive(weights, lambda: joined(weights()))
+    kept = ctx.pack(weights, lambda: joined(weights()))
     return lambda: kept.value
 
 
@@ -76,32 +76,32 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def product_of(means: Means, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> Product:
+def product_of(ctx: CudaLayerContext, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> Product:
     """The product with the weights of `layers`: linear ones, or convolutions of single pixels."""
     biased = bias and layers[0].bias is not None
 
     def biases() -> list[Tensor]:
         return [layer.bias for layer in layers if layer.bias is not None]
 
-    return Product(means, lambda: [layer.weight for layer in layers], biases if biased else None)
+    return Product(ctx, lambda: [layer.weight for layer in layers], biases if biased else None)
 
 
-def gated_product(product: Product, rows: Tensor, means: Means) -> Tensor:
+def gated_product(product: Product, rows: Tensor, ctx: CudaLayerContext) -> Tensor:
     """The first half of a product's outputs times the GELU of the second: rows (B, N, C) -> (B, N, outputs / 2)."""
 
     def apart() -> Tensor:
-        return means.operations.gated(product(rows))
+        return ctx.operations.gated(product(rows))
 
-    if isinstance(means.operations, PlainOperations):
+    if isinstance(ctx.operations, PlainOperations):
         return apart()
     from fewstep.engines.cuda.geglu import geglu_candidates
 
     weight = product.weight
-    ways: Ways = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
-    return means.choices.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", ways)
+    candidates: Candidates = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
+    return ctx.autotuner.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", candidates)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causal: bool = False) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: CudaLayerContext, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
     q, k, v = (torch.unflatten(rows, 2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     fused = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
@@ -113,14 +113,14 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causa
 
         return run
 
-    ways: Ways = {}
-    if q.is_cuda and means.tricks.attention:
+    candidates: Candidates = {}
+    if q.is_cuda and ctx.optimizations.attention:
         given = SDPAParams(q, k, v, None, 0.0, causal, False)
-        ways = {name: by(backend) for name, (backend, takes) in WAYS.items() if takes(given)}
+        candidates = {name: by(backend) for name, (backend, takes) in ATTENTION_BACKENDS.items() if takes(given)}
         if not causal and (heads == 1 or q.shape[-1] > WIDEST_FUSED):
-            ways["products"] = lambda: _as_rows(product_attention(q, k, v))
-    ways = ways or {"any": lambda: _as_rows(fused())}
-    return means.choices.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", ways)
+            candidates["products"] = lambda: _as_rows(product_attention(q, k, v))
+    candidates = candidates or {"any": lambda: _as_rows(fused())}
+    return ctx.autotuner.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", candidates)
 
 
 def _as_rows(heads: Tensor) -> Tensor:
