@@ -14,7 +14,8 @@ machine's own products, convolutions and copies reach, the error against diffuse
 to the first picture from the start of the process, versions and the command. A peer that is not installed is listed
 with the command that installs it.
 
-`--waterfall` adds fewstep's optimizations one by one; `--without` turns some off. `--suite` measures all rows of a table.
+`--waterfall` adds fewstep's optimizations one by one; `--without` turns some off. `--suite` measures all rows of a
+table.
 
 On a card no folder is needed: weights are made there in a second, and only those who read folders have one written.
 The suites "cuda", "cuda-peers" and "cuda-waterfall" measure the rows of a model in one process, beside their targets,

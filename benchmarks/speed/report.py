@@ -89,10 +89,8 @@ def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts
             ]
         )
     lines = [*_opening(task, facts, "one optimization after the other"), *table(heads, rows), ""]
-    lines += [
-        "Every row has the optimizations of those above it too. Error: the largest difference from the first row's"
-    ]
-    lines[-1] += " result, as a share of its largest value."
+    lines += ["Every row has the optimizations of those above it too. Error: the largest difference from the first"]
+    lines[-1] += " row's result, as a share of its largest value."
     lines += [f"- {one.contender.name}: not run. {one.problem}" for one in found if one.problem]
     return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])
 

@@ -107,9 +107,7 @@ def parser(
     option("results", "where the results go", type=Path)
     found.set_defaults(peers=None)
     known = sorted({*optimizations("cpu"), *optimizations("cuda")})
-    found.add_argument(
-        "--without", action="append", default=[], choices=known, help="turn off an optimization of fewstep's engine"
-    )
+    found.add_argument("--without", action="append", default=[], choices=known, help="turn off an optimization")
     found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
     found.add_argument("--commit", default="", help="of a suite for cards: what is measured, where git does not say")
     found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")

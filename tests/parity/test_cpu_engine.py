@@ -21,7 +21,7 @@ from fewstep.engines.cpu.engine import CpuEngine
 from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
-from fewstep.engines.rebuilt import rebuilt
+from fewstep.engines.replace_layers import replace_layers
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -115,7 +115,7 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
 
 def fast_copy(network: nn.Module) -> nn.Module:
     ctx = LayerContext(autotuner=Last(), kernels=engine.kernels(), optimizations=Optimizations(), budget=engine.BUDGET)
-    return rebuilt(network.eval().requires_grad_(False), engine.swaps(ctx))
+    return replace_layers(network.eval().requires_grad_(False), engine.layer_map(ctx))
 
 
 @pytest.mark.slow

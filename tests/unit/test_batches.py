@@ -28,7 +28,7 @@ def drawn(pipe: fewstep.Pipeline, batch: int) -> tuple[torch.Tensor, list[np.nda
 
 
 class Fixed(Autotuner):
-    """Runs the first candidate each time, a library's, or the last one, the kernel's: whichever a machine may choose."""
+    """Runs the first candidate each time, a library's, or the last one, the kernel's."""
 
     def __init__(self, candidate: int) -> None:
         super().__init__()

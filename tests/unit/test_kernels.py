@@ -21,7 +21,7 @@ from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import fast_linear
 from fewstep.engines.cpu.optimizations import Optimizations
-from fewstep.engines.cpu.scratch import LARGE, Outputs
+from fewstep.engines.cpu.scratch import LARGE, BufferPool
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_number(kernels: Kernels) -> None:
 
 
 def test_memory_is_used_again_only_when_nothing_lies_on_it() -> None:
-    outputs = Outputs()
+    outputs = BufferPool()
     first = outputs.empty(LARGE // 4).fill_(1)
     view, address = first[5:7], first.data_ptr()
     del first

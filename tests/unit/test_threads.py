@@ -14,9 +14,9 @@ import torch
 
 from fewstep.engines import kept
 from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import PromptCache, VersionedCache
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.optimizations import Optimizations
-from fewstep.engines.kept import Embeddings, Kept
 
 PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple torus")
 
@@ -32,7 +32,7 @@ def hurried() -> Iterator[None]:
 
 def test_a_kept_result_belongs_to_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread that replaces what is kept, while this one compares, does not give it the other's result."""
-    one, two, weight, cache = torch.zeros(2), torch.ones(2), torch.zeros(1), Kept[str]()
+    one, two, weight, cache = torch.zeros(2), torch.ones(2), torch.zeros(1), VersionedCache[str]()
     cache.get((weight,), lambda: "one", one)
     same = kept._same
 
@@ -55,7 +55,7 @@ class Slow(dict[Any, Any]):
 
 def test_more_texts_than_are_kept_in_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "PROMPTS", 1)
-    texts, embeddings = [torch.full((1, 1, 4), i) for i in range(3)], Embeddings()
+    texts, embeddings = [torch.full((1, 1, 4), i) for i in range(3)], PromptCache()
     embeddings._known = Slow()
 
     def read(number: int) -> int:

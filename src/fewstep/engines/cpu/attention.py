@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
+from fewstep.engines.cache import VersionedCache
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.convolution import normed
 from fewstep.engines.cpu.linear import fast_linear, gated_linear
-from fewstep.engines.kept import Kept
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 
@@ -37,7 +37,7 @@ class FastAttention(nn.Module):
     def __init__(self, attention: Attention, ctx: LayerContext) -> None:
         super().__init__()
         self.attention, self.ctx = (attention,), ctx
-        self._merged, self._told = Kept[Tensor](), Kept[tuple[Tensor, ...]]()
+        self._merged, self._told = VersionedCache[Tensor](), VersionedCache[tuple[Tensor, ...]]()
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         layer, ctx = self.attention[0], self.ctx

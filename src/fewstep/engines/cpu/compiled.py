@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.engines.cpu.scratch import Outputs, scratch
+from fewstep.engines.cpu.scratch import BufferPool, scratch
 
 SCHEMES = ("winograd", "strict", "upsampled")
 """As convolution.c counts them; what they are says winograd.py."""
@@ -44,7 +44,7 @@ class Kernels:
     """
 
     def __init__(self, library: CDLL) -> None:
-        self._library, self._parallel, self._outputs = library, _openmp(), Outputs()
+        self._library, self._parallel, self._pool = library, _openmp(), BufferPool()
         library.convolution_scratch.argtypes = [c_void_p, c_int, c_int, c_long]
         library.convolve.argtypes = [
             c_void_p,
@@ -100,7 +100,7 @@ class Kernels:
         _check(same, "a residual of the output's shape and format", x, weight, residual)
         added = residual if residual is None else pixels_first(residual)
         over = added if besides.get("over") else None
-        out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
+        out = self._pool.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
         sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, rectified)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
@@ -122,7 +122,7 @@ class Kernels:
         _check_conv(x, weight, bias, {})
         _check(len(weight) % self.wide == 0, f"a multiple of {self.wide} filters", weight)
         x, (batch, channels, height, width) = pixels_first(x), x.shape
-        out, threads = self._outputs.empty(batch, height, width, len(weight)), torch.get_num_threads()
+        out, threads = self._pool.empty(batch, height, width, len(weight)), torch.get_num_threads()
         turned = weight.float().permute(2, 3, 1, 0).contiguous()
         given = x, turned, bias.float().contiguous(), out
         self._library.convolve_few(
@@ -165,7 +165,7 @@ class Kernels:
         )
         _check_numbers(x, weight, bias, residual)
         rows, weight, around = _apart(x.reshape(-1, depth)), weight.contiguous(), [_floats(bias), _floats(residual)]
-        out, threads = self._outputs.empty(*x.shape[:-1], outputs), torch.get_num_threads()
+        out, threads = self._pool.empty(*x.shape[:-1], outputs), torch.get_num_threads()
         self._library.linear(
             *(rows.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
             *(each if each is None else each.data_ptr() for each in (*around, out)),
@@ -184,7 +184,7 @@ class Kernels:
         _check_numbers(q, k, v, None)
         (batch, queries, channels), keys = q.shape, k.shape[1]
         q, k, v = (_rows(each) for each in (q, k, v))
-        out, threads = self._outputs.empty(batch, queries, channels), torch.get_num_threads()
+        out, threads = self._pool.empty(batch, queries, channels), torch.get_num_threads()
         strides = q.stride(1), k.stride(1), v.stride(1)
         shape = (c_long * 8)(batch, queries, keys, heads, channels // heads, *strides)
         space = scratch("kernels", (self._library.attention_scratch(shape, threads),))

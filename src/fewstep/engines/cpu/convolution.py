@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
+from fewstep.engines.cache import VersionedCache
 from fewstep.engines.cpu.compiled import Besides, Kernels
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import by_picture, fast_linear, floats
@@ -23,7 +24,6 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
-from fewstep.engines.kept import Kept
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
@@ -59,13 +59,13 @@ class Around:
 
 
 class FastConv(nn.Module):
-    """A 3x3 convolution of stride 1, of a map that is doubled before if `doubled`, with all that is around it."""
+    """A 3x3 convolution of stride 1, of a map that is doubled before if `upsample`, with all that is around it."""
 
-    def __init__(self, conv: nn.Conv2d, ctx: LayerContext, *, doubled: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, ctx: LayerContext, *, upsample: bool = False) -> None:
         super().__init__()
-        self.conv, self.ctx, self.doubled = (conv,), ctx, doubled  # in a tuple, so as not to be a submodule
-        self.scheme = UPSAMPLED if doubled else STRICT if ctx.strict else WINOGRAD
-        self._transformed = Kept[Tensor]()
+        self.conv, self.ctx, self.upsample = (conv,), ctx, upsample  # in a tuple, so as not to be a submodule
+        self.scheme = UPSAMPLED if upsample else STRICT if ctx.strict else WINOGRAD
+        self._transformed = VersionedCache[Tensor]()
 
     @property
     def weight(self) -> Tensor:
@@ -89,7 +89,7 @@ class FastConv(nn.Module):
         around, ctx = Around(norm, added, residual, over, rectified), self.ctx
         if norm is not None and not ctx.optimizations.fused_norms:
             x, around = F.silu(normed(norm, x), inplace=True), replace(around, norm=None)
-        if not (ctx.optimizations.upsampled if self.doubled else ctx.optimizations.fewer_products):
+        if not (ctx.optimizations.upsampled if self.upsample else ctx.optimizations.fewer_products):
             return self._direct(x, around)
         if ctx.kernels is not None and ctx.kernels.takes(self.weight):
             return self._compiled(ctx.kernels, x, around)
@@ -99,7 +99,7 @@ class FastConv(nn.Module):
         candidates["fewer products"] = lambda: self._plain(products_by_torch, x, around)
         if ctx.optimizations.onednn:
             candidates["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, around)
-        taps = "doubled" if self.doubled else "strict" if ctx.strict else "plain"
+        taps = "doubled" if self.upsample else "strict" if ctx.strict else "plain"
         return ctx.autotuner.run(f"conv {taps} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", candidates)
 
     def _direct(self, x: Tensor, around: Around) -> Tensor:
@@ -108,7 +108,7 @@ class FastConv(nn.Module):
             assert around.norm is None
             return around.finished(kernels.conv3x3_few(x, self.weight, bias))
         h = x if around.norm is None else F.silu(normed(around.norm, x), inplace=True)
-        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.upsample else h
         weight, bias = self.weight.float(), floats(bias)
         return around.finished(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.ctx))
 
@@ -124,7 +124,7 @@ class FastConv(nn.Module):
         pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, around.added
         affine = None if around.norm is None else affine_of(kernels.sums(x), pixels, around.norm)
         whole = bias if added is None else added if bias is None else bias + added
-        scheme = "upsampled" if self.doubled else _scheme(x, self.ctx)
+        scheme = "upsampled" if self.upsample else _scheme(x, self.ctx)
         besides = Besides(affine=affine, residual=around.residual, over=around.over, rectified=around.rectified)
         return kernels.conv3x3(x, self.weight, whole, scheme, **besides)
 
@@ -199,7 +199,7 @@ class FastUpsample(nn.Module):
 
     def __init__(self, layer: Upsample, ctx: LayerContext) -> None:
         super().__init__()
-        self.doubling, self.conv = FastConv(layer.conv, ctx, doubled=True), FastConv(layer.conv, ctx)
+        self.doubling, self.conv = FastConv(layer.conv, ctx, upsample=True), FastConv(layer.conv, ctx)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
@@ -252,7 +252,7 @@ class FastResBlock(nn.Module):
         super().__init__()
         self.block, self.ctx = (block,), ctx
         self.conv1, self.conv2 = FastConv(block.conv1, ctx), FastConv(block.conv2, ctx)
-        self._times = Kept[Tensor]()
+        self._times = VersionedCache[Tensor]()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         block = self.block[0]

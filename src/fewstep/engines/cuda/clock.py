@@ -28,7 +28,7 @@ ATTEMPTS = 3
 """Measurements until one is valid; the last one counts in any case."""
 
 TOLERANCE = 0.05
-"""Relative error between results of candidates: several times the rounding of bfloat16, far less than a wrong kernel."""
+"""Relative error between results of candidates: several times bfloat16's rounding, far below a wrong kernel's."""
 
 
 class DeviceClock:

@@ -1,4 +1,4 @@
-"""What all layers of a CUDA engine share, and tensors packed from weights at fixed addresses, where graphs read them."""
+"""What the layers of a CUDA engine share, and tensors packed from weights at fixed addresses, read by graphs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import weights_version
 from fewstep.engines.cuda.operations import Operations
 from fewstep.engines.cuda.optimizations import CudaOptimizations
-from fewstep.engines.kept import state_of
 
 Weights = Callable[[], Sequence[Tensor]]
 
@@ -34,7 +34,7 @@ class PackedWeight:
 
     def refresh(self) -> None:
         """Recompute it if the pointer or version of a weight has changed."""
-        state = state_of(*self._weights())
+        state = weights_version(*self._weights())
         if state == self._state:
             return
         with torch.inference_mode(False), torch.no_grad():

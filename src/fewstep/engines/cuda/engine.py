@@ -1,4 +1,4 @@
-"""The engine itself: a model's networks in few kernels, each network one CUDA graph."""
+"""The engine for NVIDIA cards: a model's networks in few kernels, each network one CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import PromptCache, WeightsWatch
 from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
 from fewstep.engines.cuda.clock import of_this_card
 from fewstep.engines.cuda.context import CudaLayerContext
@@ -38,8 +39,7 @@ from fewstep.engines.cuda.optimizations import CudaOptimizations
 from fewstep.engines.cuda.recording import Recordings, on_the_host
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding, Function, NotRecordable
-from fewstep.engines.kept import Embeddings, WeightsWatch
-from fewstep.engines.rebuilt import Swaps, rebuilt_parts
+from fewstep.engines.replace_layers import LayerMap, replace_model_layers
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -78,16 +78,16 @@ class CudaEngine:
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
         self._graphs = Graphs(None if optimizations.graphs else Called) if graphs is None else graphs
         vae = _sturdy(parts.autoencoder)
-        self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._ctx))
+        self._fast = replace_model_layers(replace(parts, autoencoder=vae), layer_map(self._ctx))
         self._vae_dtype = next(vae.parameters()).dtype
         self._told = _merge(self._fast.unet, self._ctx)
-        self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
+        self._plain, self._prompts = EagerEngine(self._fast), PromptCache()
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
         self._recordings, self._order = Recordings(refused=not optimizations.graphs), StreamOrder()
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
-        """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
+        """See `Engine`. The embeddings of the last prompts are cached until a tower's weight changes."""
 
         def make() -> Embedding:
             context, pooled = self._run("text", lambda *rows: self._plain.encode_text(rows), *ids)
@@ -97,7 +97,7 @@ class CudaEngine:
         with self._ready():
             if self._recordings.running:
                 return self._plain.encode_text(ids)
-            return self._embeddings.get(ids, (), make)
+            return self._prompts.get(ids, (), make)
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
@@ -211,7 +211,7 @@ class CudaEngine:
             self._graphs.clear()
         if changed or moved:
             self._ctx.refresh()
-            self._texts, self._embeddings = [], Embeddings()
+            self._texts, self._prompts = [], PromptCache()
 
     def _forget(self) -> None:
         """Give back the memory of all graphs."""
@@ -226,15 +226,15 @@ class CudaEngine:
         return out
 
 
-def swaps(ctx: CudaLayerContext) -> Swaps:
-    """The fast layers, in the places of those that have some."""
-    return Swaps(
+def layer_map(ctx: CudaLayerContext) -> LayerMap:
+    """Which layers are replaced by which fast ones."""
+    return LayerMap(
         layers={
             Downsample: lambda layer: layer,
             TinyBlock: CudaTinyBlock,
             **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
-        doubled=partial(Doubled, ctx=ctx),
+        upsample_conv=partial(Doubled, ctx=ctx),
     )
 
 
