@@ -20,8 +20,8 @@ from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda import clock
 from fewstep.engines.cuda.clock import DeviceClock
 from fewstep.engines.cuda.context import CudaLayerContext
-from fewstep.engines.cuda.layers import CudaConv, Doubled
-from fewstep.engines.cuda.linear import gated_product, product_attention, product_of
+from fewstep.engines.cuda.layers import CudaConv, UpsampleConv
+from fewstep.engines.cuda.linear import fused_geglu, fused_linear, matmul_attention
 from fewstep.engines.cuda.operations import PlainOperations
 from fewstep.engines.cuda.optimizations import CudaOptimizations
 
@@ -201,8 +201,8 @@ def test_the_clock_of_a_card_tells_kernels_from_launches() -> None:
 def test_attention_by_products(batch: int, heads: int, queries: int, keys: int, width: int, most_scores: int) -> None:
     q, k, v = (torch.randn(batch, heads, count, width) for count in (queries, keys, keys))
     wanted = F.scaled_dot_product_attention(q, k, v)
-    assert torch.allclose(product_attention(q, k, v, most_scores=most_scores), wanted, atol=1e-5)
-    half = product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), most_scores=most_scores)
+    assert torch.allclose(matmul_attention(q, k, v, most_scores=most_scores), wanted, atol=1e-5)
+    half = matmul_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), most_scores=most_scores)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - wanted).norm() / wanted.norm()) < 0.02
 
@@ -211,13 +211,13 @@ def test_attention_by_products_of_slices_of_one_product() -> None:
     rows = torch.randn(2, 30, 3 * 64)
     q, k, v = (part[:, None] for part in rows.chunk(3, dim=2))
     wanted = F.scaled_dot_product_attention(q, k, v)
-    assert torch.allclose(product_attention(q, k, v, most_scores=400), wanted, atol=1e-5)
+    assert torch.allclose(matmul_attention(q, k, v, most_scores=400), wanted, atol=1e-5)
 
 
 def test_attention_by_products_never_takes_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     largest, softmax = [], Tensor.softmax
     monkeypatch.setattr(Tensor, "softmax", lambda rows, dim: largest.append(rows.numel()) or softmax(rows, dim))
-    product_attention(*torch.randn(3, 1, 1, 128, 8), most_scores=1000)
+    matmul_attention(*torch.randn(3, 1, 1, 128, 8), most_scores=1000)
     assert max(largest) <= 1000
     assert sum(largest) == 128 * 128
 
@@ -321,7 +321,7 @@ def test_doubling_takes_the_kernel_for_small_maps(small: Any, device: torch.devi
     x, optimizations = laid(torch.randn(1, 32, 3, 4), torch.float16, device), CudaOptimizations(upsampled=False)
     ctx = CudaLayerContext(operations=TritonOperations(), autotuner=Last(), optimizations=optimizations)
     wanted = F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, conv.bias, padding=1)
-    assert torch.allclose(Doubled(conv, ctx)(x), wanted, atol=1e-2)
+    assert torch.allclose(UpsampleConv(conv, ctx)(x), wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("option", [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "dilation": 2}])
@@ -371,7 +371,7 @@ def test_a_transformer_takes_one_kernel_for_product_and_gate(gate: Any, device: 
     found = []
     for operations in (TritonOperations(), PLAIN):
         ctx = CudaLayerContext(operations=operations, autotuner=autotuner)
-        found.append(gated_product(product_of(ctx, layer), rows, ctx))
+        found.append(fused_geglu(fused_linear(ctx, layer), rows, ctx))
     assert torch.allclose(*found, atol=1e-2)
     assert not gate.geglu_candidates(rows.float(), layer.weight.float(), None)
 
@@ -400,7 +400,7 @@ def test_small_convolutions_on_a_card(small: Any, dtype: torch.dtype, batch: int
 def test_wide_attention_and_gates_on_a_card(gate: Any, dtype: torch.dtype) -> None:
     q, k, v = torch.randn(3, 2, 1, 1024, 512).to("cuda", dtype)
     wanted = F.scaled_dot_product_attention(q.float().cpu(), k.float().cpu(), v.float().cpu())
-    assert error(product_attention(q, k, v, most_scores=1 << 20), wanted) < 0.01
+    assert error(matmul_attention(q, k, v, most_scores=1 << 20), wanted) < 0.01
     x, weight = torch.randn(500, 640).to("cuda", dtype), (torch.randn(2 * 2560, 640) / 25).to("cuda", dtype)
     wanted = PLAIN.gated(F.linear(x.float().cpu(), weight.float().cpu()))
     found = gate.geglu_candidates(x, weight, None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.engines import kept
+from fewstep.engines import cache as cache_module
 from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cache import PromptCache, VersionedCache
 from fewstep.engines.cpu.context import LayerContext
@@ -34,14 +34,14 @@ def test_a_kept_result_belongs_to_its_value(monkeypatch: pytest.MonkeyPatch) -> 
     """Another thread that replaces what is kept, while this one compares, does not give it the other's result."""
     one, two, weight, cache = torch.zeros(2), torch.ones(2), torch.zeros(1), VersionedCache[str]()
     cache.get((weight,), lambda: "one", one)
-    same = kept._same
+    same = cache_module._same
 
     def interrupted(*values: Any) -> bool:
-        monkeypatch.setattr(kept, "_same", same)
+        monkeypatch.setattr(cache_module, "_same", same)
         cache.get((weight,), lambda: "two", two)
         return same(*values)
 
-    monkeypatch.setattr(kept, "_same", interrupted)
+    monkeypatch.setattr(cache_module, "_same", interrupted)
     assert cache.get((weight,), lambda: pytest.fail("it was kept"), one) == "one"
 
 
@@ -54,7 +54,7 @@ class Slow(dict[Any, Any]):
 
 
 def test_more_texts_than_are_kept_in_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "PROMPTS", 1)
+    monkeypatch.setattr(cache_module, "PROMPTS", 1)
     texts, embeddings = [torch.full((1, 1, 4), i) for i in range(3)], PromptCache()
     embeddings._known = Slow()
 

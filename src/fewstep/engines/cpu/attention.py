@@ -15,7 +15,7 @@ from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: LayerContext) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: LayerContext) -> Tensor:
     """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
 
     def plain() -> Tensor:
@@ -52,7 +52,7 @@ class FastAttention(nn.Module):
             source = x if context is None else context
             q = fast_linear(x, layer.to_q.weight, None, ctx)
             k, v = (fast_linear(source, each.weight, None, ctx) for each in (layer.to_k, layer.to_v))
-        return _out(layer.to_out, attended(q, k, v, layer.heads, ctx), ctx, residual)
+        return _out(layer.to_out, attention(q, k, v, layer.heads, ctx), ctx, residual)
 
     def _keys_and_values(self, context: Tensor) -> tuple[Tensor, ...]:
         layers = self.attention[0].to_k, self.attention[0].to_v
@@ -74,7 +74,7 @@ class FastPixelAttention(nn.Module):
         layer, ctx = self.attention[0], self.ctx
         rows = _rows(normed(layer.group_norm, x))
         q, k, v = (fast_linear(rows, each.weight, each.bias, ctx) for each in (layer.to_q, layer.to_k, layer.to_v))
-        return _map(_out(layer.to_out, attended(q, k, v, 1, ctx), ctx, _rows(x)), x)
+        return _map(_out(layer.to_out, attention(q, k, v, 1, ctx), ctx, _rows(x)), x)
 
 
 class FastTransformerBlock(nn.Module):
@@ -107,11 +107,11 @@ class FastTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         (layer,), ctx = self.layer, self.ctx
-        enter, leave = layer.proj_in, layer.proj_out
-        rows = fast_linear(_rows(normed(layer.norm, x)), enter.weight.flatten(1), enter.bias, ctx)
+        proj_in, proj_out = layer.proj_in, layer.proj_out
+        rows = fast_linear(_rows(normed(layer.norm, x)), proj_in.weight.flatten(1), proj_in.bias, ctx)
         for block in self.blocks:
             rows = block(rows, context)
-        return _map(fast_linear(rows, leave.weight.flatten(1), leave.bias, ctx, residual=_rows(x)), x)
+        return _map(fast_linear(rows, proj_out.weight.flatten(1), proj_out.bias, ctx, residual=_rows(x)), x)
 
 
 def _out(layers: nn.ModuleList, x: Tensor, ctx: LayerContext, residual: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from ctypes import CDLL, Array, c_int, c_long, c_void_p
 from pathlib import Path
-from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +18,6 @@ CHUNK = 2 << 20
 """Floats of a convolution's transformed input at a time: a third of a last-level cache."""
 PIXELS = 512
 """Summed at a time in float32, before float64 takes over."""
-
-
-class Besides(TypedDict, total=False):
-    """What a convolution does besides.
-
-    `affine`: scale and shift, each with B * C numbers, and a SiLU on the way in. `residual` is added, and if `over` the
-    result takes its place in memory; then `rectified` asks for ReLU. Of the rows and columns each `every`th is kept,
-    from number `first` on.
-    """
-
-    affine: tuple[Tensor, Tensor] | None
-    residual: Tensor | None
-    over: bool
-    rectified: bool
-    every: int
-    first: int
 
 
 class Kernels:
@@ -62,9 +45,14 @@ class Kernels:
         library.sums.argtypes = [c_void_p, c_void_p, *[c_long] * 4, c_int, c_void_p]
         library.linear_scratch.argtypes = [c_long, c_int, c_int]
         library.linear.argtypes = [c_void_p, c_void_p, c_int, *[c_void_p] * 4, c_int, c_int, c_void_p, c_void_p]
-        library.few_scratch.argtypes = [c_long, c_long, c_int]
-        library.convolve_few.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
-        sizes = library.convolution_scratch, library.few_scratch, library.attention_scratch, library.linear_scratch
+        library.conv_small_cin_scratch.argtypes = [c_long, c_long, c_int]
+        library.conv_small_cin.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
+        sizes = (
+            library.convolution_scratch,
+            library.conv_small_cin_scratch,
+            library.attention_scratch,
+            library.linear_scratch,
+        )
         for function in (*sizes, library.wide, library.lanes):
             function.restype = c_long
         self.wide: int = library.wide()
@@ -80,29 +68,46 @@ class Kernels:
         weight: Tensor,
         bias: Tensor | None,
         scheme: str,
-        **besides: Unpack[Besides],
+        *,
+        affine: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+        inplace: bool = False,
+        relu: bool = False,
+        every: int = 1,
+        first: int = 0,
     ) -> Tensor:
-        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O)."""
-        _check_conv(x, weight, bias, besides)
-        affine, residual = besides.get("affine"), besides.get("residual")
-        rectified, every, first = besides.get("rectified", False), besides.get("every", 1), besides.get("first", 0)
+        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
+
+        `affine`: scale and shift, each with B * C numbers, applied with a SiLU to the input. `residual` is added, and
+        if `inplace` the result is written into its memory; then `relu` applies ReLU. Of the output's rows and columns
+        each `every`th is kept, from number `first` on.
+        """
+        _check_conv(x, weight, bias, affine, residual)
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             if residual is not None:
-                besides["residual"] = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
-            wider = self.conv3x3(x, weight, bias, scheme, **besides)
-            return pixels_first(wider[:, :-missing])
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
+                residual = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+            wider = self.conv3x3(
+                *(x, weight, bias, scheme),
+                affine=affine,
+                residual=residual,
+                inplace=inplace,
+                relu=relu,
+                every=every,
+                first=first,
+            )
+            return to_channels_last(wider[:, :-missing])
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
         size = [len(range(first, side * scale, every)) for side in (height, width)]
         _check(self.takes(weight) and every in (1, 2) and first in (0, 1), "channels of whole vectors", x, weight)
         same = residual is None or (residual.shape == (batch, len(weight), *size) and residual.dtype == x.dtype)
         _check(same, "a residual of the output's shape and format", x, weight, residual)
-        added = residual if residual is None else pixels_first(residual)
-        over = added if besides.get("over") else None
-        out = self._pool.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
+        added = residual if residual is None else to_channels_last(residual)
+        reused = added if inplace else None
+        out = self._pool.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if reused is None else reused
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
-        sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, rectified)
+        sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, relu)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
         weight = weight.contiguous()
@@ -117,19 +122,19 @@ class Kernels:
         )
         return out
 
-    def conv3x3_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def conv3x3_small_cin(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same by the definition, for maps of a few channels: the first convolution of a network."""
-        _check_conv(x, weight, bias, {})
+        _check_conv(x, weight, bias)
         _check(len(weight) % self.wide == 0, f"a multiple of {self.wide} filters", weight)
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
         out, threads = self._pool.empty(batch, height, width, len(weight)), torch.get_num_threads()
         turned = weight.float().permute(2, 3, 1, 0).contiguous()
         given = x, turned, bias.float().contiguous(), out
-        self._library.convolve_few(
+        self._library.conv_small_cin(
             *(each.data_ptr() for each in given),
             (c_long * 5)(batch, height, width, channels, len(weight)),
             threads,
-            scratch("kernels", (self._library.few_scratch(width, channels, threads),)).data_ptr(),
+            scratch("kernels", (self._library.conv_small_cin_scratch(width, channels, threads),)).data_ptr(),
             self._parallel,
         )
         return out.permute(0, 3, 1, 2)
@@ -196,7 +201,7 @@ class Kernels:
         """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
         _check(x.dim() == 4 and x.numel() > 0 and x.shape[1] % self._lanes == 0, "x (B, C, H, W)", x)
         _check_numbers(x, None)
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
         parts = scratch("sums", (batch, -(-height * width // PIXELS), 2, channels))
         sizes = batch, height * width, channels, PIXELS
         self._library.sums(x.data_ptr(), parts.data_ptr(), *sizes, torch.get_num_threads(), self._parallel)
@@ -230,19 +235,25 @@ def _check_numbers(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> 
         raise ValueError(f"a kernel was given a weight of {weight.dtype}; it reads float32 and float16")
 
 
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, besides: Besides) -> None:
+def _check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> None:
     """ValueError unless all that a convolution reads and writes has the size that its kernel trusts."""
     fits = x.dim() == weight.dim() == 4 and x.numel() > 0 and weight.shape[1:] == (x.shape[1], 3, 3)
     _check(fits, "x (B, C, H, W), weight (O, C, 3, 3)", x, weight)
     outputs = ((len(weight),), (len(x), len(weight)))
     _check(bias is None or bias.shape in outputs, "a bias (O) or (B, O)", x, weight, bias)
-    for each in besides.get("affine") or ():
+    for each in affine or ():
         _check(each.numel() == len(x) * x.shape[1], "a scale and a shift (B, C)", x, each)
-    _check_numbers(x, weight, bias, *(besides.get("affine") or ()), besides.get("residual"))
+    _check_numbers(x, weight, bias, *(affine or ()), residual)
 
 
-def pixels_first(x: Tensor) -> Tensor:
-    """x (B, C, H, W) with its channels side by side in memory."""
+def to_channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) in channels-last memory format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

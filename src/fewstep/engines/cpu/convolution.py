@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
 from fewstep.engines.cache import VersionedCache
-from fewstep.engines.cpu.compiled import Besides, Kernels
+from fewstep.engines.cpu.compiled import Kernels
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import by_picture, fast_linear, floats
 from fewstep.engines.cpu.winograd import (
@@ -39,27 +39,26 @@ FEWEST_PIXELS = 128
 
 
 @dataclass(frozen=True)
-class Around:
-    """What a convolution does besides: norm and SiLU before; an addition for each channel, a residual, ReLU after.
+class ConvEpilogue:
+    """What is fused after a convolution: `added` (B, O) for each channel, a residual, ReLU.
 
-    `over`: nobody else needs the residual, and the result may take its place in memory.
+    `inplace`: nobody else needs the residual, and the result may be written into its memory.
     """
 
-    norm: nn.GroupNorm | None = None
     added: Tensor | None = None
     residual: Tensor | None = None
-    over: bool = False
-    rectified: bool = False
+    inplace: bool = False
+    relu: bool = False
 
-    def finished(self, out: Tensor) -> Tensor:
-        """The output of the bare convolution with what comes after it, in place."""
+    def apply(self, out: Tensor) -> Tensor:
+        """Apply it to the output of the bare convolution, in place."""
         out = out if self.added is None else out.add_(self.added[:, :, None, None])
         out = out if self.residual is None else out.add_(self.residual)
-        return out.relu_() if self.rectified else out
+        return out.relu_() if self.relu else out
 
 
 class FastConv(nn.Module):
-    """A 3x3 convolution of stride 1, of a map that is doubled before if `upsample`, with all that is around it."""
+    """A 3x3 convolution of stride 1, after 2x upsampling if `upsample`, with fused norm, SiLU and epilogue."""
 
     def __init__(self, conv: nn.Conv2d, ctx: LayerContext, *, upsample: bool = False) -> None:
         super().__init__()
@@ -82,51 +81,58 @@ class FastConv(nn.Module):
         *,
         added: Tensor | None = None,
         residual: Tensor | None = None,
-        over: bool = False,
-        rectified: bool = False,
+        inplace: bool = False,
+        relu: bool = False,
     ) -> Tensor:
-        """The convolution of `silu(norm(x))`, or of x, plus `added` (B, O) and the residual: see `Around`."""
-        around, ctx = Around(norm, added, residual, over, rectified), self.ctx
+        """The convolution of `silu(norm(x))`, or of x without a norm, and its epilogue: see `ConvEpilogue`."""
+        epilogue, ctx = ConvEpilogue(added, residual, inplace, relu), self.ctx
         if norm is not None and not ctx.optimizations.fused_norms:
-            x, around = F.silu(normed(norm, x), inplace=True), replace(around, norm=None)
+            x, norm = F.silu(normed(norm, x), inplace=True), None
         if not (ctx.optimizations.upsampled if self.upsample else ctx.optimizations.fewer_products):
-            return self._direct(x, around)
+            return self._direct(x, norm, epilogue)
         if ctx.kernels is not None and ctx.kernels.takes(self.weight):
-            return self._compiled(ctx.kernels, x, around)
+            return self._compiled(ctx.kernels, x, norm, epilogue)
         if min(self.weight.shape[:2]) < FEWEST_CHANNELS:
-            return self._direct(x, around)
-        candidates: Candidates = {"direct": lambda: self._direct(x, around)}
-        candidates["fewer products"] = lambda: self._plain(products_by_torch, x, around)
+            return self._direct(x, norm, epilogue)
+        candidates: Candidates = {"direct": lambda: self._direct(x, norm, epilogue)}
+        candidates["fewer products"] = lambda: self._plain(products_by_torch, x, norm, epilogue)
         if ctx.optimizations.onednn:
-            candidates["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, around)
-        taps = "doubled" if self.upsample else "strict" if ctx.strict else "plain"
-        return ctx.autotuner.run(f"conv {taps} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", candidates)
+            candidates["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, norm, epilogue)
+        scheme = "doubled" if self.upsample else "strict" if ctx.strict else "plain"
+        return ctx.autotuner.run(
+            f"conv {scheme} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", candidates
+        )
 
-    def _direct(self, x: Tensor, around: Around) -> Tensor:
+    def _direct(self, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         kernels, bias, (outputs, channels) = self.ctx.kernels, self.conv[0].bias, self.weight.shape[:2]
         if kernels is not None and channels <= FEW_CHANNELS and outputs % kernels.wide == 0 and bias is not None:
-            assert around.norm is None
-            return around.finished(kernels.conv3x3_few(x, self.weight, bias))
-        h = x if around.norm is None else F.silu(normed(around.norm, x), inplace=True)
+            assert norm is None
+            return epilogue.apply(kernels.conv3x3_small_cin(x, self.weight, bias))
+        h = x if norm is None else F.silu(normed(norm, x), inplace=True)
         h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.upsample else h
         weight, bias = self.weight.float(), floats(bias)
-        return around.finished(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.ctx))
+        return epilogue.apply(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.ctx))
 
-    def _plain(self, products: Products, x: Tensor, around: Around) -> Tensor:
+    def _plain(self, products: Products, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, in tensor operations."""
-        enter, bias = None if around.norm is None else normed_silu(x, around.norm), floats(self.conv[0].bias)
-        more = around.residual
-        out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=enter, residual=more)
-        return replace(around, residual=None).finished(out)
+        activate, bias = None if norm is None else normed_silu(x, norm), floats(self.conv[0].bias)
+        more = epilogue.residual
+        out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=activate, residual=more)
+        return replace(epilogue, residual=None).apply(out)
 
-    def _compiled(self, kernels: Kernels, x: Tensor, around: Around) -> Tensor:
+    def _compiled(self, kernels: Kernels, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, by the kernels, which were faster than the definition at all shapes of the family."""
-        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, around.added
-        affine = None if around.norm is None else affine_of(kernels.sums(x), pixels, around.norm)
+        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, epilogue.added
+        affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
         whole = bias if added is None else added if bias is None else bias + added
         scheme = "upsampled" if self.upsample else _scheme(x, self.ctx)
-        besides = Besides(affine=affine, residual=around.residual, over=around.over, rectified=around.rectified)
-        return kernels.conv3x3(x, self.weight, whole, scheme, **besides)
+        return kernels.conv3x3(
+            *(x, self.weight, whole, scheme),
+            affine=affine,
+            residual=epilogue.residual,
+            inplace=epilogue.inplace,
+            relu=epilogue.relu,
+        )
 
     def _weight(self) -> Tensor:
         """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
@@ -136,7 +142,7 @@ class FastConv(nn.Module):
             with torch.inference_mode(False):
                 return transformed_weight(weight.float(), self.scheme)
 
-        size = 4 * weight.numel() // 9 * len(self.scheme.taps) ** 2
+        size = 4 * weight.numel() // 9 * len(self.scheme.filter_transform) ** 2
         return self._transformed.get((weight,), make) if ctx.reserve(self, size) else make()
 
 
@@ -195,15 +201,15 @@ class FastPointwise(nn.Module):
 
 
 class FastUpsample(nn.Module):
-    """Doubling and its convolution without the enlarged map, where the size is exactly doubled."""
+    """2x upsampling and its convolution without the enlarged map, where the size is exactly doubled."""
 
     def __init__(self, layer: Upsample, ctx: LayerContext) -> None:
         super().__init__()
-        self.doubling, self.conv = FastConv(layer.conv, ctx, upsample=True), FastConv(layer.conv, ctx)
+        self.fused, self.conv = FastConv(layer.conv, ctx, upsample=True), FastConv(layer.conv, ctx)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.doubling.after(None, x)
+            return self.fused.after(None, x)
         return self.conv.after(None, F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -241,8 +247,8 @@ class FastTinyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = self.convs
-        h = second.after(None, first.after(None, x, rectified=True), rectified=True)
-        return third.after(None, h, residual=x, rectified=True)
+        h = second.after(None, first.after(None, x, relu=True), relu=True)
+        return third.after(None, h, residual=x, relu=True)
 
 
 class FastResBlock(nn.Module):
@@ -258,7 +264,7 @@ class FastResBlock(nn.Module):
         block = self.block[0]
         h = self.conv1.after(block.norm1, x, added=None if emb is None else self._time(emb))
         residual = self._shortcut(x)
-        return self.conv2.after(block.norm2, h, residual=residual, over=residual is not x)
+        return self.conv2.after(block.norm2, h, residual=residual, inplace=residual is not x)
 
     def _time(self, emb: Tensor) -> Tensor | None:
         """What the first convolution adds for the time: models of one step need it once."""

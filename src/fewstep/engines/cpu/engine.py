@@ -15,7 +15,7 @@ from fewstep.engines.autotune import Autotuner, of_this_machine
 from fewstep.engines.cache import PromptCache
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.build import kernels
-from fewstep.engines.cpu.compiled import pixels_first
+from fewstep.engines.cpu.compiled import to_channels_last
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.convolution import (
     FastConv,
@@ -87,17 +87,17 @@ class CpuEngine:
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.predict(pixels_first(x), t, conditioning)
+            return engine.predict(to_channels_last(x), t, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.decode(pixels_first(latents))
+            return engine.decode(to_channels_last(latents))
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.encode(pixels_first(image))
+            return engine.encode(to_channels_last(image))
 
     @contextmanager
     def _ready(self) -> Iterator[EagerEngine]:

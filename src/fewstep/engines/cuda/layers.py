@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
 from fewstep.engines.cuda.context import CudaLayerContext
-from fewstep.engines.cuda.linear import attended, gated_product, product_of
+from fewstep.engines.cuda.linear import attention, fused_geglu, fused_linear
 from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -68,7 +68,7 @@ class CudaConv(nn.Module):
 
 
 class _Padded:
-    """A convolution with zeros for more outputs, which are cut off: libraries' fast kernels want some to compute."""
+    """A convolution padded with zero filters to more outputs, which are cut off: fast kernels want that many."""
 
     def __init__(self, conv: nn.Conv2d, outputs: int, ctx: CudaLayerContext) -> None:
         self.outputs, self.used, more = outputs, conv.out_channels, outputs - conv.out_channels
@@ -87,13 +87,13 @@ class _Padded:
         return F.conv2d(x, self.weight.value, bias, padding=1)[:, : self.used]
 
 
-class Doubled(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution as four 2x2 ones of the small map: 4/9 of the products."""
+class UpsampleConv(nn.Module):
+    """Nearest-neighbour 2x upsampling and a 3x3 convolution, as four 2x2 ones of the small map: 4/9 of the products."""
 
     def __init__(self, conv: nn.Conv2d, ctx: CudaLayerContext) -> None:
         super().__init__()
         self.conv, self.ctx, self.whole = (conv,), ctx, CudaConv(conv, ctx)
-        self.folded = ctx.pack(lambda: [conv.weight], lambda: _four_filters(conv.weight))
+        self.phase_filters = ctx.pack(lambda: [conv.weight], lambda: _four_filters(conv.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv[0]
@@ -103,51 +103,52 @@ class Doubled(nn.Module):
 
         if not self.ctx.optimizations.upsampled:
             return plain()
-        candidates: Candidates = {"folded": lambda: self._folded(x)} | ({"plain": plain} if x.is_cuda else {})
+        candidates: Candidates = {"folded": lambda: self._phases(x)} | ({"plain": plain} if x.is_cuda else {})
         return self.ctx.autotuner.run(f"doubled {tuple(x.shape)} {len(conv.weight)} {x.dtype}", candidates)
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """The four phases as one convolution of 4 * O channels, each a pixel later, then interleaved with the bias."""
-        phases = F.conv2d(x, self.folded.value, padding=1)
+    def _phases(self, x: Tensor) -> Tensor:
+        """Runs the four phase convolutions as one with 4 * O channels, then interleaves them and adds the bias."""
+        phases = F.conv2d(x, self.phase_filters.value, padding=1)
         return self.ctx.operations.weave(phases, self.conv[0].bias)
 
 
 def _four_filters(weight: Tensor) -> Tensor:
-    """Filters (4 * O, C, 2, 2) for the four pixels that one becomes: taps that would read the same pixel are added."""
+    """Filters (4 * O, C, 2, 2) for the four phases: taps that would read the same pixel of the small map are added."""
     filters = [each for row in _halves(weight.float(), 2) for each in _halves(row, 3)]
     return torch.cat(filters).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three taps along `dim` as two, for the first pixel of a doubled one and for the second."""
+    """Three taps along `dim` as two, for the even output pixels and for the odd ones."""
     first, middle, last = torch.split(weight, 1, dim)
     return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 class CudaUpsample(nn.Module):
-    """Doubling with its convolution, where the size is exactly doubled."""
+    """2x upsampling and its convolution, fused where the size is exactly doubled."""
 
     def __init__(self, layer: Upsample, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.doubled, self.conv = Doubled(layer.conv, ctx), CudaConv(layer.conv, ctx)
+        self.upsample, self.conv = UpsampleConv(layer.conv, ctx), CudaConv(layer.conv, ctx)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.doubled(x)  # type: ignore[no-any-return]
+            return self.upsample(x)  # type: ignore[no-any-return]
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # type: ignore[no-any-return]
 
 
 class CudaResBlock(nn.Module):
-    """A residual block; its first bias and the time come with the second norm, its second bias with the residual.
+    """A residual block in few kernels.
 
-    `emb` is what `Times` makes: every block takes its `part` of it.
+    conv1's bias and the time embedding are added inside norm2's kernel; conv2's bias inside the residual add. `emb` is
+    the output of `FusedTimeProjections`: every block reads the channels `part` of it.
     """
 
     def __init__(self, block: ResBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
         self.block, self.ctx, self.part = (block,), ctx, slice(0, 0)
         self.conv1, self.conv2 = CudaConv(block.conv1, ctx), CudaConv(block.conv2, ctx)
-        self.shortcut = product_of(ctx, block.conv_shortcut) if block.conv_shortcut else None
+        self.shortcut = fused_linear(ctx, block.conv_shortcut) if block.conv_shortcut else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         block, operations, rows = self.block[0], self.ctx.operations, pixels(x)
@@ -160,16 +161,16 @@ class CudaResBlock(nn.Module):
         return with_moments(maps(out, x), moments)
 
 
-class Times:
-    """What all residual blocks of a UNet add for the time step, in one product: emb (B, E) -> (B, sum of channels).
+class FusedTimeProjections:
+    """The time projections of all residual blocks of a UNet as one linear layer: emb (B, E) -> (B, sum of channels).
 
-    The biases of the first convolutions are in it.
+    It includes the biases of the blocks' first convolutions.
     """
 
     def __init__(self, unet: UNet, blocks: list[CudaResBlock], ctx: CudaLayerContext) -> None:
         self.unet = unet
         layers = [block.block[0] for block in blocks]
-        self.product = product_of(ctx, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
+        self.linear = fused_linear(ctx, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
         both = [(layer.time_emb_proj, layer.conv1) for layer in layers]
 
         def biases() -> list[Tensor]:
@@ -182,7 +183,7 @@ class Times:
 
     def __call__(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         emb = UNet.embedding(self.unet, t, dtype, pooled, sizes)
-        return self.product(F.silu(emb)) + self.bias.value
+        return self.linear(F.silu(emb)) + self.bias.value
 
 
 def _sum(projection: nn.Linear | None, conv: nn.Conv2d) -> Tensor:
@@ -192,19 +193,22 @@ def _sum(projection: nn.Linear | None, conv: nn.Conv2d) -> Tensor:
 
 
 class CudaAttention(nn.Module):
-    """Attention of a UNet: to itself with one product for all three, or to the `part` of keys and values of a text."""
+    """Attention of a UNet: self-attention with fused q, k, v, or cross attention to `part` of a text's k and v."""
 
     def __init__(self, attention: Attention, ctx: CudaLayerContext, *, text: bool) -> None:
         super().__init__()
         self.attention, self.ctx, self.part = (attention,), ctx, slice(0, 0)
         inner = [attention.to_q] if text else [attention.to_q, attention.to_k, attention.to_v]
-        self.enter, self.leave = product_of(ctx, *inner), product_of(ctx, _linear(attention.to_out[0]), bias=False)
+        self.project_in, self.project_out = (
+            fused_linear(ctx, *inner),
+            fused_linear(ctx, _linear(attention.to_out[0]), bias=False),
+        )
 
-    def add_to(self, total: Tensor, x: Tensor, told: Tensor | None = None) -> None:
+    def add_to(self, total: Tensor, x: Tensor, text_kv: Tensor | None = None) -> None:
         """Add the attention of normed rows x, without its last bias, to `total` in place: both (B, N, C)."""
-        rows = self.enter(x)
-        q, k, v = rows.chunk(3, dim=2) if told is None else (rows, *told[..., self.part].chunk(2, dim=2))
-        self.leave.add_to(total, attended(q, k, v, self.attention[0].heads, self.ctx))
+        rows = self.project_in(x)
+        q, k, v = rows.chunk(3, dim=2) if text_kv is None else (rows, *text_kv[..., self.part].chunk(2, dim=2))
+        self.project_out.add_to(total, attention(q, k, v, self.attention[0].heads, self.ctx))
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -225,25 +229,25 @@ class CudaTransformerBlock(nn.Module):
         self.attn2 = CudaAttention(block.attn2, ctx, text=True)
         gated, back = block.ff.net[0], _linear(block.ff.net[2])
         assert isinstance(gated, GEGLU)
-        self.enter, self.leave = product_of(ctx, gated.proj), product_of(ctx, back, bias=False)
+        self.ff_in, self.ff_out = fused_linear(ctx, gated.proj), fused_linear(ctx, back, bias=False)
         self.biased = [_linear(block.attn1.to_out[0]), _linear(block.attn2.to_out[0]), back]
 
-    def add_to(self, x: Tensor, told: Tensor) -> None:
+    def add_to(self, x: Tensor, text_kv: Tensor) -> None:
         """Add all that the block adds, but for its biases, to x (B, N, C) in place."""
         norms = (self.block[0].norm1, self.block[0].norm2, self.block[0].norm3)
         normed = (self.ctx.operations.row_norm(x, find(), n) for find, n in zip(self.offsets, norms, strict=True))
         self.attn1.add_to(x, next(normed))
-        self.attn2.add_to(x, next(normed), told)
-        self.leave.add_to(x, gated_product(self.enter, next(normed), self.ctx))
+        self.attn2.add_to(x, next(normed), text_kv)
+        self.ff_out.add_to(x, fused_geglu(self.ff_in, next(normed), self.ctx))
 
 
 class CudaTransformer(nn.Module):
-    """A spatial transformer over channels-last maps; the context is what `Told` makes."""
+    """A spatial transformer over channels-last maps; the context is the output of `CrossAttentionKV`."""
 
     def __init__(self, layer: SpatialTransformer, ctx: CudaLayerContext) -> None:
         super().__init__()
         self.layer, self.ctx = (layer,), ctx
-        self.enter, self.leave = product_of(ctx, layer.proj_in), product_of(ctx, layer.proj_out, bias=False)
+        self.proj_in, self.proj_out = fused_linear(ctx, layer.proj_in), fused_linear(ctx, layer.proj_out, bias=False)
         blocks = [block for block in layer.transformer_blocks if isinstance(block, TransformerBlock)]
         self.chain = [CudaTransformerBlock(block, ctx) for block in blocks]
         self.blocks, biased = nn.ModuleList(self.chain), list[nn.Linear]()
@@ -254,12 +258,12 @@ class CudaTransformer(nn.Module):
         out = layer.proj_out
         self.bias = ctx.pack(lambda: [*_biases([*biased, out]), out.weight], lambda: _bias_after(out, biased))
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
         operations, rows = self.ctx.operations, pixels(x)
-        h = self.enter(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
+        h = self.proj_in(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
         for block in self.chain:
-            block.add_to(h, told)
-        return maps(operations.added(self.leave(h), self.bias.value, rows), x)
+            block.add_to(h, text_kv)
+        return maps(operations.added(self.proj_out(h), self.bias.value, rows), x)
 
 
 def _sum_of_biases(layers: Sequence[nn.Linear], ctx: CudaLayerContext) -> Callable[[], Tensor | None]:
@@ -279,52 +283,52 @@ def _biases(layers: Sequence[nn.Linear | nn.Conv2d]) -> list[Tensor]:
     return [layer.bias for layer in layers if layer.bias is not None]
 
 
-class Told:
-    """Keys and values of a text for all of a UNet's layers, in one product: context (B, M, D) -> (B, M, their sum)."""
+class CrossAttentionKV:
+    """Keys and values of a text for all cross attentions, as one linear layer: context (B, M, D) -> (B, M, sum)."""
 
     def __init__(self, layers: list[CudaAttention], ctx: CudaLayerContext) -> None:
         inner = [each for layer in layers for each in (layer.attention[0].to_k, layer.attention[0].to_v)]
-        self.product = product_of(ctx, *inner)
+        self.linear = fused_linear(ctx, *inner)
         ends = accumulate((2 * layer.attention[0].to_k.out_features for layer in layers), initial=0)
         for layer, (start, stop) in zip(layers, pairwise(ends), strict=True):
             layer.part = slice(start, stop)
 
     def __call__(self, context: Tensor) -> Tensor:
-        return self.product(context)
+        return self.linear(context)
 
 
 class CudaPixelAttention(nn.Module):
-    """The autoencoder's attention, one product for queries, keys and values."""
+    """The autoencoder's attention, queries, keys and values by one linear layer."""
 
     def __init__(self, attention: PixelAttention, ctx: CudaLayerContext) -> None:
         super().__init__()
         self.attention, self.ctx = (attention,), ctx
-        self.enter = product_of(ctx, attention.to_q, attention.to_k, attention.to_v)
-        self.leave = product_of(ctx, _linear(attention.to_out[0]))
+        self.qkv = fused_linear(ctx, attention.to_q, attention.to_k, attention.to_v)
+        self.out = fused_linear(ctx, _linear(attention.to_out[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         rows, operations = pixels(x), self.ctx.operations
         normed = operations.group_norm(rows, self.attention[0].group_norm, silu=False, moments=moments_of(x))
-        q, k, v = self.enter(normed).chunk(3, dim=2)
-        out, moments = operations.added_moments(self.leave(attended(q, k, v, 1, self.ctx)), None, rows)
+        q, k, v = self.qkv(normed).chunk(3, dim=2)
+        out, moments = operations.added_moments(self.out(attention(q, k, v, 1, self.ctx)), None, rows)
         return with_moments(maps(out, x), moments)
 
 
 class CudaTextLayer(nn.Module):
-    """A layer of a text tower: one product for queries, keys and values, the additions with the norms."""
+    """A layer of a text tower: queries, keys and values by one linear layer, additions fused with the norms."""
 
     def __init__(self, layer: TextLayer, ctx: CudaLayerContext) -> None:
         super().__init__()
         attention = layer.self_attn
         self.layer, self.ctx = (layer,), ctx
-        self.enter = product_of(ctx, attention.q_proj, attention.k_proj, attention.v_proj)
-        self.leave = product_of(ctx, attention.out_proj)
+        self.qkv = fused_linear(ctx, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = fused_linear(ctx, attention.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         layer, operations = self.layer[0], self.ctx.operations
         heads, causal = layer.self_attn.heads, layer.self_attn.causal
-        q, k, v = self.enter(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
-        h = self.leave(attended(q, k, v, heads, self.ctx, causal=causal))
+        q, k, v = self.qkv(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
+        h = self.out(attention(q, k, v, heads, self.ctx, causal=causal))
         x, normed = operations.add_norm(x, h, layer.layer_norm2)
         out: Tensor = x + layer.mlp(normed)
         return out

@@ -28,14 +28,14 @@ ATTENTION_BACKENDS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] =
 """Implementations of attention, and whether they take a shape; the fastest is found for each."""
 
 WIDEST_FUSED = 256
-"""Channels of a head above which the fast fused kernels take none; `product_attention` is tried there."""
+"""Channels of a head above which the fast fused kernels take none; `matmul_attention` is tried there."""
 
 MOST_SCORES = 1 << 25
-"""Scores of a piece of `product_attention`: 64 MB in half precision, 128 MB in float32."""
+"""Scores of a piece of `matmul_attention`: 64 MB in half precision, 128 MB in float32."""
 
 
-class Product:
-    """One product with the weights of several linear layers, one below the other: x (..., C) -> (..., sum of outputs).
+class FusedLinear:
+    """Several linear layers as one, their weights concatenated: x (..., C) -> (..., sum of outputs).
 
     `weights` and `biases` are those of the layers; there is no bias where `biases` is None.
     """
@@ -58,7 +58,7 @@ class Product:
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
-        """Add the product, without a bias, to `total` (..., O) in place, in the product's own kernel."""
+        """Add the layer's output, without its bias, to `total` (..., O) in place, inside the matrix product."""
         total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.T)
 
 
@@ -76,32 +76,32 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def product_of(ctx: CudaLayerContext, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> Product:
-    """The product with the weights of `layers`: linear ones, or convolutions of single pixels."""
+def fused_linear(ctx: CudaLayerContext, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> FusedLinear:
+    """The layers fused into one: linear ones, or 1x1 convolutions."""
     biased = bias and layers[0].bias is not None
 
     def biases() -> list[Tensor]:
         return [layer.bias for layer in layers if layer.bias is not None]
 
-    return Product(ctx, lambda: [layer.weight for layer in layers], biases if biased else None)
+    return FusedLinear(ctx, lambda: [layer.weight for layer in layers], biases if biased else None)
 
 
-def gated_product(product: Product, rows: Tensor, ctx: CudaLayerContext) -> Tensor:
-    """The first half of a product's outputs times the GELU of the second: rows (B, N, C) -> (B, N, outputs / 2)."""
+def fused_geglu(linear: FusedLinear, rows: Tensor, ctx: CudaLayerContext) -> Tensor:
+    """GEGLU: half of a layer's outputs times the GELU of the other half: rows (B, N, C) -> (B, N, outputs / 2)."""
 
     def apart() -> Tensor:
-        return ctx.operations.gated(product(rows))
+        return ctx.operations.gated(linear(rows))
 
     if isinstance(ctx.operations, PlainOperations):
         return apart()
     from fewstep.engines.cuda.geglu import geglu_candidates
 
-    weight = product.weight
-    candidates: Candidates = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
+    weight = linear.weight
+    candidates: Candidates = {"apart": apart, **geglu_candidates(rows, weight, linear.bias)}
     return ctx.autotuner.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", candidates)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: CudaLayerContext, *, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: CudaLayerContext, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
     q, k, v = (torch.unflatten(rows, 2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     fused = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
@@ -118,7 +118,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: CudaLayerContext,
         given = SDPAParams(q, k, v, None, 0.0, causal, False)
         candidates = {name: by(backend) for name, (backend, takes) in ATTENTION_BACKENDS.items() if takes(given)}
         if not causal and (heads == 1 or q.shape[-1] > WIDEST_FUSED):
-            candidates["products"] = lambda: _as_rows(product_attention(q, k, v))
+            candidates["products"] = lambda: _as_rows(matmul_attention(q, k, v))
     candidates = candidates or {"any": lambda: _as_rows(fused())}
     return ctx.autotuner.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", candidates)
 
@@ -128,7 +128,7 @@ def _as_rows(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def product_attention(q: Tensor, k: Tensor, v: Tensor, *, most_scores: int = MOST_SCORES) -> Tensor:
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, *, most_scores: int = MOST_SCORES) -> Tensor:
     """Attention as two batched products and a softmax: q (B, heads, N, D), k and v (B, heads, M, D) -> like q.
 
     Queries are computed in pieces with at most `most_scores` scores each, or one query a piece. The softmax is in

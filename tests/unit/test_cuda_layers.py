@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda.context import CudaLayerContext, PackedWeight
 from fewstep.engines.cuda.graphs import Given, Graphs
-from fewstep.engines.cuda.layers import Doubled
+from fewstep.engines.cuda.layers import UpsampleConv
 from fewstep.engines.cuda.memory import tiled
 from fewstep.engines.cuda.operations import PlainOperations
 
@@ -57,7 +57,7 @@ def test_what_is_made_of_weights_stays_where_it_is() -> None:
 def test_doubling_in_four_small_convolutions(size: tuple[int, int], bias: bool) -> None:
     conv = nn.Conv2d(6, 5, 3, padding=1, bias=bias).requires_grad_(False)
     x = torch.randn(2, 6, *size)
-    fast = Doubled(conv, CudaLayerContext(operations=PlainOperations(), autotuner=Autotuner()))
+    fast = UpsampleConv(conv, CudaLayerContext(operations=PlainOperations(), autotuner=Autotuner()))
     assert torch.allclose(fast(x), conv(F.interpolate(x, scale_factor=2.0)), atol=1e-5)
 
 
