@@ -50,7 +50,7 @@ def measure(request: Request) -> Path:
     )
     if request.waterfall:
         found = measured(waterfall.rows(request.without, request.device), task, request.runs, request.turns)
-        text = report.waterfall(found, waterfall.told(request.device), task, facts)
+        text = report.waterfall(found, waterfall.descriptions(request.device), task, facts)
     else:
         wanted = chosen(request.peers, task, request.without)
         absent = {each.name: install for each in wanted if (install := each.missing())}

@@ -47,7 +47,7 @@ def _absent(device: str) -> set[str]:
     return set(SWITCHES) - set(names(device))
 
 
-def told(device: str = "cpu") -> dict[str, str]:
+def descriptions(device: str = "cpu") -> dict[str, str]:
     """What the optimization of each row is: the line below its field."""
     (record,) = ast.parse(inspect.getsource(optimizations_of(device))).body
     assert isinstance(record, ast.ClassDef)

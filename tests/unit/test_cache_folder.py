@@ -135,7 +135,7 @@ def test_without_it_choices_are_forgotten_and_kernels_are_built_for_the_process_
     assert folder is not None
     monkeypatch.setattr(autotune, "digest", lambda *_: "known")
     (folder / "cpu-known.json").write_text('{"key": "two"}')
-    made = autotune.of_this_machine.__wrapped__
+    made = autotune.cpu_autotuner.__wrapped__
     assert made(1).known == {"key": "two"}
     folder.chmod(0o777)
     with caplog.at_level(logging.DEBUG):

@@ -266,8 +266,8 @@ def test_the_waterfall_says_what_each_optimization_gives(task):
 
 
 def test_every_optimization_is_described():
-    assert {f"+ {each.name}" for each in fields(Optimizations)} < waterfall.told().keys()
-    assert all(waterfall.told().values())
+    assert {f"+ {each.name}" for each in fields(Optimizations)} < waterfall.descriptions().keys()
+    assert all(waterfall.descriptions().values())
 
 
 # what is asked for
@@ -294,7 +294,7 @@ def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
 def test_optimizations_belong_to_a_device(capsys):
     rows = waterfall.rows(device="cuda")
     assert [row.name for row in rows] == ["plain engine", *(f"+ {each.name}" for each in fields(CudaOptimizations))]
-    assert all(waterfall.told("cuda")[row.name] for row in rows)
+    assert all(waterfall.descriptions("cuda")[row.name] for row in rows)
     with pytest.raises(SystemExit, match="graphs: no optimization of the engine for cpu; there are huge_pages, onednn"):
         main(["--without", "graphs", "--size", "64"])
 
@@ -343,10 +343,10 @@ def test_a_suite_goes_on_after_a_failure_and_says_so(rows, capsys):
         return request.place()
 
     assert suite.run_suite(rows, measure, resume=False, keep=True) == 1
-    told = capsys.readouterr().err
-    assert "failed: SystemExit: error: no" in told
-    assert f"done: {rows[1].place()}" in told
-    assert "1 of 2 rows are done" in told
+    answer = capsys.readouterr().err
+    assert "failed: SystemExit: error: no" in answer
+    assert f"done: {rows[1].place()}" in answer
+    assert "1 of 2 rows are done" in answer
 
 
 def test_a_suite_goes_on_where_it_was_left(rows):

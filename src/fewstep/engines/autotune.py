@@ -149,13 +149,13 @@ class Autotuner:
 
 
 @made_once
-def of_this_machine(threads: int) -> Autotuner:
+def cpu_autotuner(threads: int) -> Autotuner:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())
-    return Autotuner(kept_file(f"cpu-{digest(*machine, threads)}.json"))
+    return Autotuner(cache_file(f"cpu-{digest(*machine, threads)}.json"))
 
 
-def kept_file(name: str) -> Path | None:
+def cache_file(name: str) -> Path | None:
     """Path of a cache file; None without a folder of the user's own."""
     folder = cache_folder()
     return None if folder is None else folder / name

@@ -1,4 +1,4 @@
-"""Attention as a CPU computes it fastest, and the transformer around it."""
+"""Attention and transformer blocks for CPUs."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: LayerContext) ->
 class FastAttention(nn.Module):
     """Attention that computes a text's keys and values once for each prompt.
 
-    Without kernels queries, keys and values are one product; the kernels gain nothing by it, and save the memory.
+    Without kernels queries, keys and values are one fused projection; the kernels gain nothing by it, and save memory.
     """
 
     def __init__(self, attention: Attention, ctx: LayerContext) -> None:
         super().__init__()
         self.attention, self.ctx = (attention,), ctx
-        self._merged, self._told = VersionedCache[Tensor](), VersionedCache[tuple[Tensor, ...]]()
+        self._merged, self._text_kv = VersionedCache[Tensor](), VersionedCache[tuple[Tensor, ...]]()
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         layer, ctx = self.attention[0], self.ctx
         merges = ctx.optimizations.merged_projections
         if merges and context is not None:
-            q, (k, v) = fast_linear(x, layer.to_q.weight, None, ctx), self._keys_and_values(context)
+            q, (k, v) = fast_linear(x, layer.to_q.weight, None, ctx), self._text_kv_of(context)
         elif merges and ctx.kernels is None:
             weights = layer.to_q.weight, layer.to_k.weight, layer.to_v.weight
             merged = self._merged.get(weights, lambda: torch.cat([weight.detach() for weight in weights]))
@@ -54,13 +54,13 @@ class FastAttention(nn.Module):
             k, v = (fast_linear(source, each.weight, None, ctx) for each in (layer.to_k, layer.to_v))
         return _out(layer.to_out, attention(q, k, v, layer.heads, ctx), ctx, residual)
 
-    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, ...]:
+    def _text_kv_of(self, context: Tensor) -> tuple[Tensor, ...]:
         layers = self.attention[0].to_k, self.attention[0].to_v
 
         def make() -> tuple[Tensor, ...]:
             return tuple(fast_linear(context, layer.weight, None, self.ctx) for layer in layers)
 
-        return self._told.get(tuple(layer.weight for layer in layers), make, context)
+        return self._text_kv.get(tuple(layer.weight for layer in layers), make, context)
 
 
 class FastPixelAttention(nn.Module):
@@ -78,7 +78,7 @@ class FastPixelAttention(nn.Module):
 
 
 class FastTransformerBlock(nn.Module):
-    """A transformer block whose additions happen inside its linear layers, as the gate of its feed-forward does."""
+    """A transformer block with residual additions and the feed-forward's gate fused into its linear layers."""
 
     def __init__(self, block: TransformerBlock, ctx: LayerContext) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Convolutions as a CPU computes them fastest, with the norms, activations and additions around them."""
+"""Convolutions for CPUs, with fused norm, SiLU, residual and ReLU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FEWEST_CHANNELS = 32
 """Convolutions with fewer channels on either side stay plain: the transforms would cost more than the products."""
 
 FEW_CHANNELS = 9
-"""Into the first convolution of a network: latents, or with a mask and masked latents."""
+"""Input channels of a network's first convolution, at most: latents, or with a mask and masked latents."""
 
 FEWEST_PIXELS = 128
 """With fewer, tiles of 2x2 are the faster ones: transforming the filters for larger ones would be most of the work."""
@@ -214,7 +214,7 @@ class FastUpsample(nn.Module):
 
 
 class FastDownsample(nn.Module):
-    """Halving: directly, or with fewer products at all pixels, every second of which is kept."""
+    """2x downsampling: directly, or by minimal filtering at all pixels, every second of which is kept."""
 
     def __init__(self, layer: Downsample, ctx: LayerContext) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class FastDownsample(nn.Module):
 
 
 class FastTinyBlock(nn.Module):
-    """A block of the tiny autoencoder, ReLU and residual inside its convolutions."""
+    """A block of the tiny autoencoder, with ReLU and residual fused into its convolutions."""
 
     def __init__(self, block: TinyBlock, ctx: LayerContext) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class FastTinyBlock(nn.Module):
 
 
 class FastResBlock(nn.Module):
-    """A residual block whose norms and additions happen inside its convolutions."""
+    """A residual block with norms and additions fused into its convolutions."""
 
     def __init__(self, block: ResBlock, ctx: LayerContext) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class FastResBlock(nn.Module):
         return self.conv2.after(block.norm2, h, residual=residual, inplace=residual is not x)
 
     def _time(self, emb: Tensor) -> Tensor | None:
-        """What the first convolution adds for the time: models of one step need it once."""
+        """The time embedding, which conv1's epilogue adds; cached, since models of one step need it once."""
         layer = self.block[0].time_emb_proj
         if layer is None:
             return None

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.autotune import Autotuner, of_this_machine
+from fewstep.engines.autotune import Autotuner, cpu_autotuner
 from fewstep.engines.cache import PromptCache
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.build import kernels
@@ -70,7 +70,7 @@ class CpuEngine:
         onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         optimizations = replace(optimizations or Optimizations(), **({} if onednn else {"onednn": False}))
         built = kernels() if optimizations.kernels else None
-        chosen = autotuner or of_this_machine(self.threads)
+        chosen = autotuner or cpu_autotuner(self.threads)
         ctx = LayerContext(autotuner=chosen, kernels=built, optimizations=optimizations, budget=budget, strict=strict)
         self.parts, self._fast = parts, EagerEngine(replace_model_layers(parts, layer_map(ctx)))
         self._fast.dtype = torch.float32  # of what goes through the networks

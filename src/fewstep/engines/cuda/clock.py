@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from fewstep.engines.autotune import Autotuner, digest, kept_file
+from fewstep.engines.autotune import Autotuner, cache_file, digest
 from fewstep.locks import made_once
 
 LAUNCHES = 10
@@ -79,13 +79,13 @@ def _enclosed(candidate: Callable[[], object], launches: int, sleep: float) -> t
 
 
 @made_once
-def of_this_card(device: torch.device) -> Autotuner:
+def cuda_autotuner(device: torch.device) -> Autotuner:
     """The autotuner for this card, its driver and these versions of PyTorch, cuDNN and Triton."""
     if device.type != "cuda":
         return Autotuner()
     cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     card = torch.cuda.get_device_name(device), _driver(), torch.__version__, cudnn, _triton()
-    return Autotuner(kept_file(f"cuda-{digest(*card)}.json"), DeviceClock(device), tolerance=TOLERANCE)
+    return Autotuner(cache_file(f"cuda-{digest(*card)}.json"), DeviceClock(device), tolerance=TOLERANCE)
 
 
 def _driver() -> str:

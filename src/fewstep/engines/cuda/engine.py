@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cache import PromptCache, WeightsWatch
 from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
-from fewstep.engines.cuda.clock import of_this_card
+from fewstep.engines.cuda.clock import cuda_autotuner
 from fewstep.engines.cuda.context import CudaLayerContext
 from fewstep.engines.cuda.graphs import EagerCall, Graphs
 from fewstep.engines.cuda.graphs import Function as GraphFunction
@@ -72,7 +72,7 @@ class CudaEngine:
         weight = parts.unet.conv_in.weight
         self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
         to_channels_last_(parts)
-        optimizations, chosen = optimizations or CudaOptimizations(), autotuner or of_this_card(self.device)
+        optimizations, chosen = optimizations or CudaOptimizations(), autotuner or cuda_autotuner(self.device)
         found = operations(self.device, chosen) if optimizations.kernels else PlainOperations()
         self._ctx = CudaLayerContext(operations=found, autotuner=chosen, optimizations=optimizations)
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time

@@ -1,4 +1,4 @@
-"""Blocks of the networks in few kernels, each with the parameters of the block in whose place it stands."""
+"""Layers of the networks in few kernels; each reads the parameters of the layer that it replaces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class CudaConv(nn.Module):
         return self._fastest(x, conv.bias, lambda: conv.forward(x), padded)
 
     def bare(self, x: Tensor) -> Tensor:
-        """The convolution without its bias: whoever comes next adds it."""
+        """The convolution without its bias, which the next kernel adds."""
         conv = self.conv[0]
         return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding), {})
 
@@ -217,7 +217,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
 
 
 class CudaTransformerBlock(nn.Module):
-    """A transformer block, whose products add to the residual rows in place.
+    """A transformer block, whose matrix products add to the residual rows in place.
 
     Their biases are left out: `offsets` has the sums of those before each of the three norms, which add them.
     """
