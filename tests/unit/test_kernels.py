@@ -289,8 +289,8 @@ def test_convolutions_in_strips(kernels: Kernels, channels: int, outputs: int) -
     bias, scale, shift = torch.randn(2, outputs), torch.rand(2, channels) + 0.5, torch.randn(2, channels)
     entered = F.silu(x * scale[:, :, None, None] + shift[:, :, None, None]).double()
     wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
-    around = {"affine": (scale, shift), "residual": wanted.float(), "relu": True}
-    assert error(kernels.conv3x3(x, weight, bias, "winograd", **around), 2 * wanted.relu()) < 1e-5
+    options = {"affine": (scale, shift), "residual": wanted.float(), "relu": True}
+    assert error(kernels.conv3x3(x, weight, bias, "winograd", **options), 2 * wanted.relu()) < 1e-5
 
 
 def many(*shape: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import CDLL, Array, c_int, c_long, c_void_p
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,22 @@ CHUNK = 2 << 20
 """Floats of a convolution's transformed input at a time: a third of a last-level cache."""
 PIXELS = 512
 """Summed at a time in float32, before float64 takes over."""
+
+
+class ConvOptions(TypedDict, total=False):
+    """What the convolution kernel fuses: see `ConvEpilogue` of convolution.py, and the norm before it.
+
+    `affine`: scale and shift, each with B * C numbers, applied with a SiLU to the input. `residual` is added, and if
+    `inplace` the result is written into its memory; then `relu` applies ReLU. Of the output's rows and columns each
+    `every`th is kept, from number `first` on.
+    """
+
+    affine: tuple[Tensor, Tensor] | None
+    residual: Tensor | None
+    inplace: bool
+    relu: bool
+    every: int
+    first: int
 
 
 class Kernels:
@@ -68,34 +85,17 @@ class Kernels:
         weight: Tensor,
         bias: Tensor | None,
         scheme: str,
-        *,
-        affine: tuple[Tensor, Tensor] | None = None,
-        residual: Tensor | None = None,
-        inplace: bool = False,
-        relu: bool = False,
-        every: int = 1,
-        first: int = 0,
+        **options: Unpack[ConvOptions],
     ) -> Tensor:
-        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O).
-
-        `affine`: scale and shift, each with B * C numbers, applied with a SiLU to the input. `residual` is added, and
-        if `inplace` the result is written into its memory; then `relu` applies ReLU. Of the output's rows and columns
-        each `every`th is kept, from number `first` on.
-        """
+        """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O)."""
+        affine, residual = options.get("affine"), options.get("residual")
         _check_conv(x, weight, bias, affine, residual)
+        relu, every, first = options.get("relu", False), options.get("every", 1), options.get("first", 0)
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             if residual is not None:
-                residual = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
-            wider = self.conv3x3(
-                *(x, weight, bias, scheme),
-                affine=affine,
-                residual=residual,
-                inplace=inplace,
-                relu=relu,
-                every=every,
-                first=first,
-            )
+                options["residual"] = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+            wider = self.conv3x3(x, weight, bias, scheme, **options)
             return to_channels_last(wider[:, :-missing])
         x, (batch, channels, height, width) = to_channels_last(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
@@ -104,7 +104,7 @@ class Kernels:
         same = residual is None or (residual.shape == (batch, len(weight), *size) and residual.dtype == x.dtype)
         _check(same, "a residual of the output's shape and format", x, weight, residual)
         added = residual if residual is None else to_channels_last(residual)
-        reused = added if inplace else None
+        reused = added if options.get("inplace") else None
         out = self._pool.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if reused is None else reused
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
         sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, relu)
