@@ -107,14 +107,14 @@ class Sheet:
 
 
 _METHOD = (
-    "Random weights of the real shapes, made on the device. A whole is `Pipeline.text_to_image`, a new prompt in, PIL "
-    "pictures out; a peer's is from ids to float pictures on the device. Medians of 20 runs, or of fewer (3 at least) "
-    "where those take over 5 s or one takes over 1 s, after a first run, which compiles, chooses and records, and one "
-    "more. Load: until the engine is there, making the weights included, in the process's first row of a model. First "
-    "picture: from the start of a process, imports included, without making the weights (their seconds are under "
-    "load); what was compiled and chosen before lies on disk. Peak: what PyTorch holds of the card. Error: the largest "
-    "difference from diffusers in float32, or else from another contender that is not fewstep's engine, as a share of "
-    "the largest value."
+    "Random weights of the real shapes, made on the device. A whole is `Pipeline.text_to_image`, a new prompt in, "
+    "PIL pictures out, of batches with the next begun before one ends; a peer's is from ids to float pictures on "
+    "the device. Medians of 20 runs, or of fewer (3 at least) where those take over 5 s or one takes over 1 s, "
+    "after a first run, which compiles, chooses and records, and one more. Load: until the engine is there, making "
+    "the weights included, in the process's first row of a model. First picture: from the start of a process, "
+    "imports included, without making the weights (their seconds are under load); what was compiled and chosen "
+    "before lies on disk. Peak: what PyTorch holds of the card. Error: the largest difference from diffusers in "
+    "float32, or else from another contender that is not fewstep's engine, as a share of the largest value."
 )
 
 
