@@ -14,7 +14,8 @@ machine's own products, convolutions and copies reach, the error against diffuse
 to the first picture from the start of the process, versions and the command. A peer that is not installed is listed
 with the command that installs it.
 
-`--waterfall` adds fewstep's tricks one by one; `--without` leaves some out. `--suite` measures all rows of a table.
+`--waterfall` adds fewstep's optimizations one by one; `--without` turns some off. `--suite` measures all rows of a
+table.
 
 On a card no folder is needed: weights are made there in a second, and only those who read folders have one written.
 The suites "cuda", "cuda-peers" and "cuda-waterfall" measure the rows of a model in one process, beside their targets,
@@ -49,7 +50,7 @@ def measure(request: Request) -> Path:
     )
     if request.waterfall:
         found = measured(waterfall.rows(request.without, request.device), task, request.runs, request.turns)
-        text = report.waterfall(found, waterfall.told(request.device), task, facts)
+        text = report.waterfall(found, waterfall.descriptions(request.device), task, facts)
     else:
         wanted = chosen(request.peers, task, request.without)
         absent = {each.name: install for each in wanted if (install := each.missing())}
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = waterfall.names(request.device)
     if strange := set(request.without) - set(known):
         raise SystemExit(
-            f"error: --without {', '.join(strange)}: no trick of the engine for {request.device}; "
+            f"error: --without {', '.join(strange)}: no optimization of the engine for {request.device}; "
             f"there are {', '.join(known)}"
         )
     if asked.suite is None:

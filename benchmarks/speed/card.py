@@ -122,7 +122,7 @@ def run_card_suite(
     """
     batches = jobs(name, request)
     done, of = 0, sum(map(len, batches))
-    sheet = Sheet.of(name, request, commit, waterfall.told(request.device) if _is_waterfall(name) else {})
+    sheet = Sheet.of(name, request, commit, waterfall.descriptions(request.device) if _is_waterfall(name) else {})
     sheet.absent = {each.name: install for each in wanted(name, request) if (install := each.missing())}
     sheet.write()
     for batch in batches:

@@ -14,7 +14,7 @@ from benchmarks.speed.tasks import Run, Task
 from fewstep.models.zoo import entry
 
 SWITCHES = ("huge_pages",)
-"""What can be left out besides the tricks of fewstep's engine."""
+"""What `--without` can turn off besides the optimizations of fewstep's engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def oracle(device: str) -> str:
 
 
 def chosen(peers: str, task: Task, without: Sequence[str] = ()) -> list[Contender]:
-    """Those named in `peers` that can do the task; fewstep leaves out the tricks `without`."""
+    """Those named in `peers` that can do the task; fewstep runs without the optimizations `without`."""
     found = named(peers, of_device(task.device))
     able = [each for each in found if task.part == "whole" or not each.whole]
     if not able:
@@ -165,15 +165,15 @@ def named(peers: str, all_here: Sequence[Contender]) -> list[Contender]:
 
 
 def lacking(contender: Contender, without: Sequence[str]) -> Contender:
-    """fewstep's `contender` with the tricks `without` left out, or itself where there are none."""
+    """fewstep's `contender` with the optimizations `without` turned off, or itself where there are none."""
     if not without:
         return contender
-    tricks = {name: False for name in without if name not in SWITCHES}
+    optimizations = {name: False for name in without if name not in SWITCHES}
     return Contender(
         name=f"{contender.name} without {', '.join(without)}",
         load=contender.load,
         packages=contender.packages,
-        options={**contender.options, "tricks": tricks},
+        options={**contender.options, "optimizations": optimizations},
         environment=SMALL_PAGES if "huge_pages" in without else contender.environment,
         peer=False,
     )

@@ -20,15 +20,15 @@ HUGE_PAGES, SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}, {"THP_MEM_ALLOC_ENABLE"
 """PyTorch's allocator asks for huge pages, or not, as its process's first environment says."""
 
 
-def load(task: Task, *, plain: bool = False, tricks: Mapping[str, bool] | None = None, **options: Any) -> Run:
-    """The engine for the device, with `tricks` as told, or the plain one."""
+def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] | None = None, **options: Any) -> Run:
+    """The engine for the device, with `optimizations` as told, or the plain one."""
     import torch
 
     from benchmarks.speed.walk import run_of, torch_arrays
 
     torch.set_num_threads(task.threads)
     parts, arrays = _parts(task), torch_arrays(task.device)
-    engine = _engine(parts, plain=plain, tricks=tricks, **options)
+    engine = _engine(parts, plain=plain, optimizations=optimizations, **options)
     if task.part != "whole":
         return torch.inference_mode()(run_of(task, _networks(engine, task.scaling), arrays))
     from fewstep.pipeline.pipeline import Pipeline
@@ -51,18 +51,18 @@ def _parts(task: Task) -> Parts:
     return parts if task.decoder is None else replace(parts, tiny=load_tiny(task.decoder, **where))
 
 
-def _engine(parts: Parts, *, plain: bool, tricks: Mapping[str, bool] | None, **options: Any) -> Engine:
+def _engine(parts: Parts, *, plain: bool, optimizations: Mapping[str, bool] | None, **options: Any) -> Engine:
     from fewstep.engines.cpu.engine import CpuEngine
-    from fewstep.engines.cpu.tricks import Tricks
+    from fewstep.engines.cpu.optimizations import Optimizations
     from fewstep.engines.cuda.engine import CudaEngine
-    from fewstep.engines.cuda.tricks import CudaTricks
+    from fewstep.engines.cuda.optimizations import CudaOptimizations
     from fewstep.engines.eager import EagerEngine
 
     if plain:
         return EagerEngine(parts)
     if parts.unet.conv_in.weight.is_cuda:
-        return CudaEngine(parts, tricks=CudaTricks(**tricks or {}), **options)
-    return CpuEngine(parts, tricks=Tricks(**tricks or {}), **options)
+        return CudaEngine(parts, optimizations=CudaOptimizations(**optimizations or {}), **options)
+    return CpuEngine(parts, optimizations=Optimizations(**optimizations or {}), **options)
 
 
 def _networks(engine: Engine, scaling: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The results files: one table of contenders, or one of tricks."""
+"""The results files: one table of contenders, or one of optimizations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def comparison(found: Sequence[Found], absent: Mapping[str, str], task: Task, fa
     heads += ["GFLOP/s (of the peak)", "peak GB", "error", "to load, s", "first output, s"]
     rows = []
     for one in good:
-        error = "" if one.contender.name == oracle else told_error(one, expected)
+        error = "" if one.contender.name == oracle else format_error(one, expected)
         rows.append(
             [
                 f"{one.contender.name} ({one.contender.said()})",
@@ -58,11 +58,11 @@ def comparison(found: Sequence[Found], absent: Mapping[str, str], task: Task, fa
     return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])
 
 
-def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts: Facts) -> str:
-    """fewstep with one trick more in each row; `told`: what each is."""
+def waterfall(found: Sequence[Found], descriptions: Mapping[str, str], task: Task, facts: Facts) -> str:
+    """fewstep with one more optimization in each row; `descriptions`: what each is."""
     good = [one for one in found if one.problem is None]
     heads = [
-        "trick",
+        "optimization",
         "s",
         "least to most",
         "gives",
@@ -84,13 +84,13 @@ def waterfall(found: Sequence[Found], told: Mapping[str, str], task: Task, facts
                 f"x {good[0].middle / one.middle:.2f}",
                 speed(one, facts),
                 f"{one.peak / 1e9:.2f}",
-                "" if one is good[0] else told_error(one, good[0].output),
-                told.get(name, ""),
+                "" if one is good[0] else format_error(one, good[0].output),
+                descriptions.get(name, ""),
             ]
         )
-    lines = [*_opening(task, facts, "one trick after the other"), *table(heads, rows), ""]
-    lines += ["Every row has the tricks of those above it too. Error: the largest difference from the first row's"]
-    lines[-1] += " result, as a share of its largest value."
+    lines = [*_opening(task, facts, "one optimization after the other"), *table(heads, rows), ""]
+    lines += ["Every row has the optimizations of those above it too. Error: the largest difference from the first"]
+    lines[-1] += " row's result, as a share of its largest value."
     lines += [f"- {one.contender.name}: not run. {one.problem}" for one in found if one.problem]
     return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])
 
@@ -111,8 +111,8 @@ def speed(found: Found, facts: Facts) -> str:
     return f"{reached / 1e9:,.0f} ({reached / max(facts.peaks.product, facts.peaks.convolution):.0%})"
 
 
-def told_error(found: Found, expected: Any) -> str:
-    """The largest difference as a share of the largest value; nothing to compare with is told as such."""
+def format_error(found: Found, expected: Any) -> str:
+    """The largest difference as a share of the largest value; nothing to compare with is said as such."""
     if not found.contender.comparable:
         return "other noise"
     return "" if expected is None else f"{np.abs(found.output - expected).max() / np.abs(expected).max():.1e}"
@@ -124,7 +124,7 @@ def counted(count: int, what: str) -> str:
 
 
 def stages_of(found: Sequence[Found]) -> list[str]:
-    """The stages that some contender has told."""
+    """The stages that some contender has measured."""
     return [name for name in STAGES if any(one.stage(name) is not None for one in found)]
 
 

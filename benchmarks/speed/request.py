@@ -73,8 +73,10 @@ class Request:
         return shlex.join(words)
 
 
-def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about: str | None) -> argparse.ArgumentParser:
-    """The command line; `tricks` are what `--without` knows on a device, `suites` what `--suite` does."""
+def parser(
+    optimizations: Callable[[str], Sequence[str]], suites: Sequence[str], about: str | None
+) -> argparse.ArgumentParser:
+    """The command line; `optimizations` are what `--without` knows on a device, `suites` what `--suite` does."""
     usual = Request()
     found = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,15 +99,15 @@ def parser(tricks: Callable[[str], Sequence[str]], suites: Sequence[str], about:
     option("threads", "else all processors", type=int)
     option("peers", "names with a + between them, or all; else all, and of the suite cuda fewstep alone")
     option("peer_seconds", "of a suite for cards: for one row of one contender, which is ended after", type=float)
-    option("waterfall", "fewstep with one trick after the other, instead of the peers", action="store_true")
+    option("waterfall", "fewstep with one optimization after the other, instead of the peers", action="store_true")
     option("runs", "that count, for each contender", type=int)
     option("turns", "in how many processes one after the other, by turns with the others", type=int)
     option("hardware", "a short name for the file, else the processor's or the card's")
     option("cache", "where random models lie", type=Path)
     option("results", "where the results go", type=Path)
     found.set_defaults(peers=None)
-    known = sorted({*tricks("cpu"), *tricks("cuda")})
-    found.add_argument("--without", action="append", default=[], choices=known, help="leave out a trick of fewstep's")
+    known = sorted({*optimizations("cpu"), *optimizations("cuda")})
+    found.add_argument("--without", action="append", default=[], choices=known, help="turn off an optimization")
     found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
     found.add_argument("--commit", default="", help="of a suite for cards: what is measured, where git does not say")
     found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")

@@ -112,12 +112,12 @@ def inputs(task: Task, piece: Piece) -> tuple[Any, ...]:
         return (normal(3, task.size, task.size).clip(-1, 1),)
     config = _config(task, "unet")
     times = np.full(piece.rows, 999.0, dtype=np.float32)
-    told = (normal(4, side, side), times, normal(WINDOW, config["cross_attention_dim"]))
+    inputs = (normal(4, side, side), times, normal(WINDOW, config["cross_attention_dim"]))
     addition = config.get("projection_class_embeddings_input_dim")
     if not addition:
-        return told
+        return inputs
     sizes = np.tile(np.array([[task.size, task.size, 0, 0, task.size, task.size]], dtype=np.float32), (piece.rows, 1))
-    return (*told, normal(addition - 6 * 256), sizes)
+    return (*inputs, normal(addition - 6 * 256), sizes)
 
 
 def prompt(run: int) -> str:
@@ -127,8 +127,8 @@ def prompt(run: int) -> str:
 
 def token_ids(text: str, *, guided: bool) -> Any:
     """Ids (1, 77) int64 of a text, or (2, 77) with those of an empty one before."""
-    told = [BOS, *[WORD] * len(text.split()), EOS]
-    rows = [[BOS, EOS], told] if guided else [told]
+    tokens = [BOS, *[WORD] * len(text.split()), EOS]
+    rows = [[BOS, EOS], tokens] if guided else [tokens]
     return np.array([row + [PAD] * (WINDOW - len(row)) for row in rows], dtype=np.int64)
 
 

@@ -61,8 +61,8 @@ def module(task: Task, piece: Piece, *, exact: bool = False) -> torch.nn.Module:
                 return self.network.decode(x, return_dict=False)[0].float()
             if piece.kind == "encode":
                 return self.network.encode(x, return_dict=False)[0].mean.float()
-            told = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": sizes}
-            return self.network(x, t, context.to(dtype), added_cond_kwargs=told, return_dict=False)[0].float()
+            added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": sizes}
+            return self.network(x, t, context.to(dtype), added_cond_kwargs=added, return_dict=False)[0].float()
 
     return Part().requires_grad_(False)
 

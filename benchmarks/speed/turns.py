@@ -23,7 +23,7 @@ GIVE_UP = 3600.0
 """Seconds to wait for a contender."""
 
 
-class Told(NamedTuple):
+class Measurement(NamedTuple):
     """What a contender says after a run: its seconds, those of its stages, its peak memory and what it made."""
 
     seconds: float
@@ -56,23 +56,23 @@ class Found:
         return median(self.seconds)
 
     def stage(self, name: str) -> float | None:
-        """The median of a stage, None where it has not told."""
+        """The median of a stage, None where it was not measured."""
         taken = [each[name] for each in self.stages if name in each]
         return median(taken) if taken else None
 
-    def begun(self, first: float, told: Told) -> Found:
+    def begun(self, first: float, answer: Measurement) -> Found:
         """With the first output of a turn."""
-        peak = max(self.peak, told.peak_bytes)
-        return replace(self, first=(*self.first, first), loaded=(*self.loaded, told.loaded), peak=peak)
+        peak = max(self.peak, answer.peak_bytes)
+        return replace(self, first=(*self.first, first), loaded=(*self.loaded, answer.loaded), peak=peak)
 
-    def ran(self, told: Told) -> Found:
+    def ran(self, answer: Measurement) -> Found:
         """With one more run."""
         return replace(
             self,
-            seconds=(*self.seconds, told.seconds),
-            stages=(*self.stages, told.stages),
-            peak=max(self.peak, told.peak_bytes),
-            output=told.output,
+            seconds=(*self.seconds, answer.seconds),
+            stages=(*self.stages, answer.stages),
+            peak=max(self.peak, answer.peak_bytes),
+            output=answer.output,
         )
 
 
@@ -97,16 +97,16 @@ def _turn(found: Found, task: Task, count: int) -> Found:
     """One process: a first run, and `count` that count."""
     started = perf_counter()
     with process(serve, found.contender, task, environment=found.contender.environment) as line:
-        told = _answer(line)
-        if isinstance(told, str):
-            return replace(found, problem=told)
-        found = found.begun(perf_counter() - started, told)
+        answer = _answer(line)
+        if isinstance(answer, str):
+            return replace(found, problem=answer)
+        found = found.begun(perf_counter() - started, answer)
         for _ in range(count):
             line.send(True)
-            told = _answer(line)
-            if isinstance(told, str):
-                return replace(found, problem=told)
-            found = found.ran(told)
+            answer = _answer(line)
+            if isinstance(answer, str):
+                return replace(found, problem=answer)
+            found = found.ran(answer)
     return found
 
 
@@ -158,7 +158,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _answer(line: Connection) -> Told | str:
+def _answer(line: Connection) -> Measurement | str:
     return answer(line, GIVE_UP)  # type: ignore[no-any-return]
 
 
@@ -211,13 +211,13 @@ def serve(contender: Contender, task: Task, line: Connection) -> None:
         line.send(error_line(error))
 
 
-def _run(run: Run, memory: Memory, loaded: float) -> Told:
+def _run(run: Run, memory: Memory, loaded: float) -> Measurement:
     started = perf_counter()
     made = run()
     seconds, output = perf_counter() - started, made.output
     if hasattr(output, "cpu"):
         output = output.float().cpu().numpy()
-    return Told(seconds, made.stages, memory.peak(), output, loaded)
+    return Measurement(seconds, made.stages, memory.peak(), output, loaded)
 
 
 def _give_way() -> None:

@@ -89,8 +89,8 @@ def _guided(predict: Predict, guidance: float, arrays: Arrays) -> Predict:
 
     def guided(x: Any, step: int) -> Any:
         both = predict(arrays.joined([x, x]), step)
-        without, told = both[: len(x)], both[len(x) :]
-        return without + guidance * (told - without)
+        without_text, with_text = both[: len(x)], both[len(x) :]
+        return without_text + guidance * (with_text - without_text)
 
     return guided
 

@@ -1,4 +1,4 @@
-"""fewstep's tricks one by one: the plain engine, on a CPU huge pages, then each trick of the engine on top."""
+"""fewstep's optimizations one by one: the plain engine, on a CPU huge pages, then each optimization of the engine."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from benchmarks.speed import ours
 from benchmarks.speed.contenders import SWITCHES, Contender
-from fewstep.engines.cpu.tricks import Tricks
-from fewstep.engines.cuda.tricks import CudaTricks
+from fewstep.engines.cpu.optimizations import Optimizations
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 
 TOLD = {"plain engine": "Plain PyTorch.", "+ huge_pages": "Memory in pages of 2 MB."}
 
 
-def tricks_of(device: str) -> type[Tricks | CudaTricks]:
-    """The record of the tricks of the engine for a device."""
-    return CudaTricks if device.startswith("cuda") else Tricks
+def optimizations_of(device: str) -> type[Optimizations | CudaOptimizations]:
+    """The optimizations of the engine for a device."""
+    return CudaOptimizations if device.startswith("cuda") else Optimizations
 
 
 def names(device: str = "cpu") -> tuple[str, ...]:
     """All that can be left out, in the order in which it is added."""
     switches = () if device.startswith("cuda") else SWITCHES
-    return (*switches, *(each.name for each in fields(tricks_of(device))))
+    return (*switches, *(each.name for each in fields(optimizations_of(device))))
 
 
 def rows(without: Sequence[str] = (), device: str = "cpu") -> list[Contender]:
@@ -34,11 +34,11 @@ def rows(without: Sequence[str] = (), device: str = "cpu") -> list[Contender]:
     found = [_row("plain engine", {"plain": True}, ours.SMALL_PAGES)]
     if pages == ours.HUGE_PAGES:
         found.append(_row("+ huge_pages", {"plain": True}, pages))
-    tricks = {each.name: False for each in fields(tricks_of(device))}
-    for name in tricks:
+    optimizations = {each.name: False for each in fields(optimizations_of(device))}
+    for name in optimizations:
         if name not in without:
-            tricks[name] = True
-            found.append(_row(f"+ {name}", {"tricks": dict(tricks)}, pages))
+            optimizations[name] = True
+            found.append(_row(f"+ {name}", {"optimizations": dict(optimizations)}, pages))
     return found
 
 
@@ -47,9 +47,9 @@ def _absent(device: str) -> set[str]:
     return set(SWITCHES) - set(names(device))
 
 
-def told(device: str = "cpu") -> dict[str, str]:
-    """What the trick of each row is: the line below its field."""
-    (record,) = ast.parse(inspect.getsource(tricks_of(device))).body
+def descriptions(device: str = "cpu") -> dict[str, str]:
+    """What the optimization of each row is: the line below its field."""
+    (record,) = ast.parse(inspect.getsource(optimizations_of(device))).body
     assert isinstance(record, ast.ClassDef)
     lines = dict(TOLD)
     for field, text in pairwise(record.body):

@@ -20,7 +20,7 @@ from small import parts
 
 from fewstep import images
 from fewstep.adapters.read import read_lora
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
@@ -361,7 +361,7 @@ def test_long_texts_beside_ours(tmp_path: Path) -> None:
 def test_kept_choices_are_made_anew(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cpu.json"
     path.write_bytes(content)
-    outcome = attempt(lambda: Choices(path).run("a", {"one": lambda: torch.ones(1), "two": lambda: torch.ones(1)}))
+    outcome = attempt(lambda: Autotuner(path).run("a", {"one": lambda: torch.ones(1), "two": lambda: torch.ones(1)}))
     assert not outcome.kind, outcome.words
     assert_cheap(outcome)
     assert set(json.loads(path.read_text()).values()) <= {"one", "two"}
@@ -369,5 +369,5 @@ def test_kept_choices_are_made_anew(tmp_path: Path, content: bytes) -> None:
 
 def test_a_pipe_in_the_place_of_kept_choices(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "cpu.json")
-    outcome = attempt(lambda: Choices(tmp_path / "cpu.json").run("a", {"one": lambda: torch.ones(1)}))
+    outcome = attempt(lambda: Autotuner(tmp_path / "cpu.json").run("a", {"one": lambda: torch.ones(1)}))
     assert not outcome.kind, outcome.words

@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep import Pipeline
-from fewstep.engines.choices import Choices, Ways
+from fewstep.engines.autotune import Autotuner, Candidates
 from fewstep.engines.cpu import convolution, engine
 from fewstep.engines.cpu.build import kernels
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.engine import CpuEngine
-from fewstep.engines.cpu.means import Means
-from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
-from fewstep.engines.rebuilt import rebuilt
+from fewstep.engines.replace_layers import replace_layers
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -29,11 +29,11 @@ from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_parts
 
 
-class Last(Choices):
-    """Takes the last way each time: never the plain one."""
+class Last(Autotuner):
+    """Runs the last candidate each time: never the plain one."""
 
-    def run(self, key: str, ways: Ways) -> Tensor:
-        return list(ways.values())[-1]()
+    def run(self, key: str, candidates: Candidates) -> Tensor:
+        return list(candidates.values())[-1]()
 
 
 @pytest.fixture(autouse=True, params=["kernels", "tensor operations"])
@@ -48,7 +48,7 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def pair(path: Path | str, *, strict: bool = False) -> Pair:
     """The same model with the plain engine and with that for CPUs, both with weights of their own."""
     first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
-    return Pipeline(first, EagerEngine(first)), Pipeline(second, CpuEngine(second, strict=strict, choices=Last()))
+    return Pipeline(first, EagerEngine(first)), Pipeline(second, CpuEngine(second, strict=strict, autotuner=Last()))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
@@ -93,7 +93,7 @@ def test_weights_in_half_the_memory(folder: Callable[[str], Path], kind: str) ->
     wide = load_parts(folder(kind), dtype=torch.float16)
     for network in (wide.unet, wide.autoencoder, *wide.text_encoders):
         network.float()
-    both = Pipeline(wide, EagerEngine(wide)), Pipeline(halves, CpuEngine(halves, choices=Last()))
+    both = Pipeline(wide, EagerEngine(wide)), Pipeline(halves, CpuEngine(halves, autotuner=Last()))
     assert_same(both, "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
     assert_same(both, "image_to_image", picture(), steps=2, strength=0.5, seed=[1, 2])
     assert all(each.dtype == torch.float16 for each in halves.unet.parameters())
@@ -103,7 +103,7 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
     folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = load_parts(folder("sd1"), dtype=torch.float32)
-    fast = CpuEngine(parts, choices=Last())
+    fast = CpuEngine(parts, autotuner=Last())
     x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, parts.unet.config.context))
     before = fast.predict(x, 10.0, told)
     parts.unet.bfloat16()
@@ -114,8 +114,8 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
 
 
 def fast_copy(network: nn.Module) -> nn.Module:
-    means = Means(choices=Last(), kernels=engine.kernels(), tricks=Tricks(), budget=engine.BUDGET)
-    return rebuilt(network.eval().requires_grad_(False), engine.swaps(means))
+    ctx = LayerContext(autotuner=Last(), kernels=engine.kernels(), optimizations=Optimizations(), budget=engine.BUDGET)
+    return replace_layers(network.eval().requires_grad_(False), engine.layer_map(ctx))
 
 
 @pytest.mark.slow
@@ -168,19 +168,19 @@ def test_weights_that_change_and_prompts_that_change_count_at_once(folder: Calla
 def test_a_way_is_measured_once_and_remembered(tmp_path: Path) -> None:
     path, calls = tmp_path / "cache" / "cpu.json", []
 
-    def way(name: str, work: int) -> Callable[[], Tensor]:
+    def candidate(name: str, work: int) -> Callable[[], Tensor]:
         def run() -> Tensor:
             calls.append(name)
             return sum((torch.ones(300, 300) @ torch.ones(300, 300) for _ in range(work)), torch.zeros(1))
 
         return run
 
-    ways = {"slow": way("slow", 60), "quick": way("quick", 1)}
-    Choices(path).run("a", ways)
+    candidates = {"slow": candidate("slow", 60), "quick": candidate("quick", 1)}
+    Autotuner(path).run("a", candidates)
     assert set(calls) == {"slow", "quick"}
     assert json.loads(path.read_text()) == {"a": "quick"}
     calls.clear()
-    Choices(path).run("a", ways)
+    Autotuner(path).run("a", candidates)
     assert calls == ["quick"]
 
 
@@ -188,7 +188,7 @@ DAMAGED = {
     "cut": "{",
     "a list": "[1]",
     "a number": '{"a": 3}',
-    "a way that is gone": '{"a": "gone"}',
+    "a candidate that is gone": '{"a": "gone"}',
     "nested": "[" * 100_000,
     "large": '{"a": "' + "x" * (2 << 20) + '"}',
     "half a letter": '{"a": "\\ud800"}',
@@ -199,12 +199,12 @@ DAMAGED = {
 def test_a_damaged_memory_is_made_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "cpu.json"
     path.write_text(content)
-    ways = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
-    assert Choices(path).run("a", ways) == 1
-    assert json.loads(path.read_text())["a"] in ways
+    candidates = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
+    assert Autotuner(path).run("a", candidates) == 1
+    assert json.loads(path.read_text())["a"] in candidates
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    ways = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
-    assert Choices(tmp_path / "file" / "cpu.json").run("a", ways) == 1
+    candidates = {"one": lambda: torch.ones(1), "other": lambda: torch.ones(1)}
+    assert Autotuner(tmp_path / "file" / "cpu.json").run("a", candidates) == 1

@@ -83,7 +83,7 @@ def test_changed_weights_count_at_the_next_call(folder: Callable[[str], Path]) -
                     for weight in network.parameters() if change else ():
                         change(weight, 0.05)
         assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
-        assert len(graphs) == 4, "a change in place needs no new graph: text, told, unet, decode"
+        assert len(graphs) == 4, "a change in place needs no new graph: text, text_kv, unet, decode"
 
 
 def test_moved_weights_are_found(folder: Callable[[str], Path]) -> None:

@@ -62,7 +62,7 @@ def test_the_second_run_of_a_kind_is_one_graph_and_draws_the_same(folder: Callab
         found, wanted = (each.text_to_image(prompts, **options) for each in (pipe, other))
         assert off(found, wanted) <= 1
         assert ("whole" in graphs.ran) == (number > 0)
-        assert set(graphs.ran) == ({"whole"} if number else {"text", "told", "unet", "decode"})
+        assert set(graphs.ran) == ({"whole"} if number else {"text", "text_kv", "unet", "decode"})
         assert found.tokens_used == wanted.tokens_used
         assert found.latents is not None
 

@@ -12,7 +12,14 @@ from ctypes import CDLL, c_int, c_long, c_void_p, memset
 library = CDLL(sys.argv[1])
 libc = CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = c_void_p, [c_long], [c_void_p]
-for function in ("convolution_scratch", "attention_scratch", "linear_scratch", "few_scratch", "wide", "lanes"):
+for function in (
+    "convolution_scratch",
+    "attention_scratch",
+    "linear_scratch",
+    "conv_small_cin_scratch",
+    "wide",
+    "lanes",
+):
     getattr(library, function).restype = c_long
 WIDE, LANES = library.wide(), library.lanes()
 held: list[int] = []
@@ -84,10 +91,10 @@ def attention(batch: int, queries: int, keys: int, heads: int, width: int) -> No
 
 def few(batch: int, height: int, width: int, channels: int) -> None:
     for threads in (1, 2):
-        scratch = room(library.few_scratch(c_long(width), c_long(channels), threads))
+        scratch = room(library.conv_small_cin_scratch(c_long(width), c_long(channels), threads))
         x, weight, bias = room(batch * height * width * channels), room(9 * channels * WIDE), room(WIDE)
         sizes = longs(batch, height, width, channels, WIDE)
-        library.convolve_few(x, weight, bias, output(batch * height * width * WIDE), sizes, threads, scratch, None)
+        library.conv_small_cin(x, weight, bias, output(batch * height * width * WIDE), sizes, threads, scratch, None)
         release()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.engines.choices import Choices, Ways
+from fewstep.engines.autotune import Autotuner, Candidates
 from fewstep.engines.cpu import engine
 from fewstep.engines.cpu.build import kernels
 from fewstep.weights.load import load_parts
@@ -27,26 +27,26 @@ def drawn(pipe: fewstep.Pipeline, batch: int) -> tuple[torch.Tensor, list[np.nda
     return latents, [np.asarray(picture, np.int16) for picture in pictures]
 
 
-class Fixed(Choices):
-    """Takes the first way each time, a library's, or the last one, the kernel's: whichever a machine may choose."""
+class Fixed(Autotuner):
+    """Runs the first candidate each time, a library's, or the last one, the kernel's."""
 
-    def __init__(self, way: int) -> None:
+    def __init__(self, candidate: int) -> None:
         super().__init__()
-        self.way = way
+        self.candidate = candidate
 
-    def run(self, key: str, ways: Ways) -> torch.Tensor:
-        return list(ways.values())[self.way]()
+    def run(self, key: str, candidates: Candidates) -> torch.Tensor:
+        return list(candidates.values())[self.candidate]()
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("way", [0, -1])
+@pytest.mark.parametrize("candidate", [0, -1])
 def test_kernels_draw_the_same_numbers_alone_and_in_a_batch(
-    guidance_scale: float, way: int, monkeypatch: pytest.MonkeyPatch
+    guidance_scale: float, candidate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernels() is None:
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
     parts = load_parts("blocks-base", dtype=torch.float32)
-    pipe = fewstep.Pipeline(parts, engine.CpuEngine(parts, choices=Fixed(way)))
+    pipe = fewstep.Pipeline(parts, engine.CpuEngine(parts, autotuner=Fixed(candidate)))
     draw = pipe.text_to_image
     monkeypatch.setattr(pipe, "text_to_image", lambda *a, **k: draw(*a, **k, guidance_scale=guidance_scale))
     alone, pictures = drawn(pipe, 1)

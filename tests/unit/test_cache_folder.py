@@ -1,4 +1,4 @@
-"""The folder of compiled kernels and choices is the user's own, or it is not used."""
+"""The folder of compiled kernels and autotuning results is the user's own, or it is not used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.engines import choices as choices_of
-from fewstep.engines.choices import Choices
+from fewstep.engines import autotune
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cpu import build
 from fewstep.engines.folder import cache_folder
 
@@ -133,9 +133,9 @@ def test_without_it_choices_are_forgotten_and_kernels_are_built_for_the_process_
 ) -> None:
     folder = cache_folder()
     assert folder is not None
-    monkeypatch.setattr(choices_of, "digest", lambda *_: "known")
+    monkeypatch.setattr(autotune, "digest", lambda *_: "known")
     (folder / "cpu-known.json").write_text('{"key": "two"}')
-    made = choices_of.of_this_machine.__wrapped__
+    made = autotune.cpu_autotuner.__wrapped__
     assert made(1).known == {"key": "two"}
     folder.chmod(0o777)
     with caplog.at_level(logging.DEBUG):
@@ -146,10 +146,10 @@ def test_without_it_choices_are_forgotten_and_kernels_are_built_for_the_process_
 
 
 def test_two_processes_keep_the_choices_of_both(tmp_path: Path) -> None:
-    ways = {name: lambda: torch.ones(1) for name in ("one", "two")}
-    first, second = Choices(tmp_path / "cpu.json"), Choices(tmp_path / "cpu.json")
-    for choices, key in ((first, "a"), (second, "b")):
-        choices.run(key, ways)
+    candidates = {name: lambda: torch.ones(1) for name in ("one", "two")}
+    first, second = Autotuner(tmp_path / "cpu.json"), Autotuner(tmp_path / "cpu.json")
+    for autotuner, key in ((first, "a"), (second, "b")):
+        autotuner.run(key, candidates)
     kept = json.loads((tmp_path / "cpu.json").read_text())
     assert kept == {"a": first.known["a"], "b": second.known["b"]}
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
@@ -158,4 +158,4 @@ def test_two_processes_keep_the_choices_of_both(tmp_path: Path) -> None:
 def test_half_a_character_in_a_file_of_choices_is_no_reason_to_stop(tmp_path: Path) -> None:
     path = tmp_path / "cpu.json"
     path.write_text('{"\\ud800": "one"}')
-    assert Choices(path).run("a", {name: lambda: torch.ones(1) for name in ("one", "two")}) == 1
+    assert Autotuner(path).run("a", {name: lambda: torch.ones(1) for name in ("one", "two")}) == 1

@@ -111,17 +111,17 @@ def test_a_constant_map_has_no_deviation(kernels: Any) -> None:
 
 
 def test_choices_find_the_candidate_of_each_norm() -> None:
-    from fewstep.engines.choices import Choices
+    from fewstep.engines.autotune import Autotuner
     from fewstep.engines.cuda.kernels import TritonOperations
 
-    choices = Choices()
+    autotuner = Autotuner()
     x, layer = torch.randn(1, 16, 32), norm(nn.GroupNorm, 8, 32)
-    assert close(TritonOperations(choices).group_norm(x, layer), PLAIN.group_norm(x, layer))
-    (key,) = choices.known
-    choices.known[key] = "passes 64x64"
-    assert close(TritonOperations(choices).group_norm(x, layer), PLAIN.group_norm(x, layer))
-    TritonOperations(choices).group_norm(x, layer, silu=False)
-    assert len(choices.known) == 2, "another norm is another choice"
+    assert close(TritonOperations(autotuner).group_norm(x, layer), PLAIN.group_norm(x, layer))
+    (key,) = autotuner.known
+    autotuner.known[key] = "passes 64x64"
+    assert close(TritonOperations(autotuner).group_norm(x, layer), PLAIN.group_norm(x, layer))
+    TritonOperations(autotuner).group_norm(x, layer, silu=False)
+    assert len(autotuner.known) == 2, "another norm is another choice"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -156,16 +156,16 @@ def test_moments_do_not_outlive_a_change_of_the_map(kernels: Any) -> None:
 def test_a_residual_block_hands_the_moments_of_its_map_to_the_next(
     kernels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fewstep.engines.choices import Choices
+    from fewstep.engines.autotune import Autotuner
     from fewstep.engines.cuda import norms
-    from fewstep.engines.cuda.derived import Means
+    from fewstep.engines.cuda.context import CudaLayerContext
     from fewstep.engines.cuda.layers import CudaResBlock
 
     passes, run = [], norms.moments_by
     monkeypatch.setattr(norms, "moments_by", lambda *given: passes.append(given) or run(*given))
-    means = Means(operations=kernels, choices=Choices())
+    ctx = CudaLayerContext(operations=kernels, autotuner=Autotuner())
     blocks = [ResBlock(8, 16, groups=4).requires_grad_(False), ResBlock(16, 16, groups=4).requires_grad_(False)]
-    fast = [CudaResBlock(block, means) for block in blocks]
+    fast = [CudaResBlock(block, ctx) for block in blocks]
     x = torch.randn(1, 8, 40, 27).contiguous(memory_format=torch.channels_last)
     assert torch.allclose(fast[1](fast[0](x)), blocks[1](blocks[0](x)), atol=1e-4)
     assert len(passes) == 3, "four norms, the third of which is spared a pass"

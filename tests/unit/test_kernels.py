@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cpu import build, compiled
 from fewstep.engines.cpu.compiled import PIXELS, SCHEMES, Kernels
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import fast_linear
-from fewstep.engines.cpu.means import Means
-from fewstep.engines.cpu.scratch import LARGE, Outputs
-from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cpu.optimizations import Optimizations
+from fewstep.engines.cpu.scratch import LARGE, BufferPool
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def pixels_first(x: Tensor) -> Tensor:
+def to_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -54,7 +54,7 @@ def pixels_first(x: Tensor) -> Tensor:
 )
 def test_convolutions_with_all_that_is_around_them(kernels: Kernels, scheme: str, shape: tuple[int, ...]) -> None:
     batch, channels, outputs, height, width = shape
-    x, weight = pixels_first(torch.randn(batch, channels, height, width)), torch.randn(outputs, channels, 3, 3)
+    x, weight = to_channels_last(torch.randn(batch, channels, height, width)), torch.randn(outputs, channels, 3, 3)
     bias, scale, shift = torch.randn(batch, outputs), torch.rand(batch, channels) + 0.5, torch.randn(batch, channels)
     entered = F.silu(x.double() * scale[:, :, None, None] + shift[:, :, None, None])
     entered = F.interpolate(entered, scale_factor=2.0) if scheme == "upsampled" else entered
@@ -72,7 +72,7 @@ def test_a_convolution_to_few_channels(kernels: Kernels) -> None:
 
 
 def test_the_strict_convolution_rounds_less_than_the_plain_one(kernels: Kernels) -> None:
-    x, weight = pixels_first(torch.randn(1, 256, 32, 32)), torch.randn(64, 256, 3, 3)
+    x, weight = to_channels_last(torch.randn(1, 256, 32, 32)), torch.randn(64, 256, 3, 3)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     assert error(kernels.conv3x3(x, weight, None, "strict"), exact) < error(F.conv2d(x, weight, padding=1), exact)
 
@@ -105,13 +105,13 @@ def test_linear_layers(kernels: Kernels, rows: int, gated: bool) -> None:
 
 
 def test_sums_stay_accurate_over_many_pixels(kernels: Kernels) -> None:
-    x = pixels_first(torch.randn(2, 32, 3 * PIXELS + 1, 7) + 10)
+    x = to_channels_last(torch.randn(2, 32, 3 * PIXELS + 1, 7) + 10)
     wanted = torch.stack([x.double().sum((2, 3)), x.double().square().sum((2, 3))], dim=1)
     assert error(kernels.sums(x), wanted) < 1e-7
 
 
 def test_threads_do_not_change_a_number(kernels: Kernels) -> None:
-    x, weight = pixels_first(torch.randn(2, 64, 40, 40)), torch.randn(64, 64, 3, 3)
+    x, weight = to_channels_last(torch.randn(2, 64, 40, 40)), torch.randn(64, 64, 3, 3)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_number(kernels: Kernels) -> None:
 
 
 def test_memory_is_used_again_only_when_nothing_lies_on_it() -> None:
-    outputs = Outputs()
+    outputs = BufferPool()
     first = outputs.empty(LARGE // 4).fill_(1)
     view, address = first[5:7], first.data_ptr()
     del first
@@ -280,7 +280,7 @@ def test_a_convolution_of_which_every_second_pixel_is_kept(kernels: Kernels, sch
 def test_the_first_convolution_of_a_network(kernels: Kernels, channels: int) -> None:
     x, weight, bias = torch.randn(2, channels, 7, 12), torch.randn(64, channels, 3, 3), torch.randn(64)
     wanted = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
-    assert error(kernels.conv3x3_few(x, weight, bias), wanted) < 1e-6
+    assert error(kernels.conv3x3_small_cin(x, weight, bias), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(("channels", "outputs"), [(32, 64), (160, 96)])
@@ -289,12 +289,12 @@ def test_convolutions_in_strips(kernels: Kernels, channels: int, outputs: int) -
     bias, scale, shift = torch.randn(2, outputs), torch.rand(2, channels) + 0.5, torch.randn(2, channels)
     entered = F.silu(x * scale[:, :, None, None] + shift[:, :, None, None]).double()
     wanted = F.conv2d(entered, weight.double(), padding=1) + bias[:, :, None, None]
-    around = {"affine": (scale, shift), "residual": wanted.float(), "rectified": True}
-    assert error(kernels.conv3x3(x, weight, bias, "winograd", **around), 2 * wanted.relu()) < 1e-5
+    options = {"affine": (scale, shift), "residual": wanted.float(), "relu": True}
+    assert error(kernels.conv3x3(x, weight, bias, "winograd", **options), 2 * wanted.relu()) < 1e-5
 
 
 def many(*shape: int) -> Tensor:
-    return pixels_first(torch.zeros(shape)) if len(shape) == 4 else torch.zeros(shape)
+    return to_channels_last(torch.zeros(shape)) if len(shape) == 4 else torch.zeros(shape)
 
 
 WRONG: dict[str, Callable[[Kernels, int], object]] = {
@@ -322,9 +322,11 @@ WRONG: dict[str, Callable[[Kernels, int], object]] = {
     "conv: a residual in half": lambda k, c: k.conv3x3(
         many(1, c, 4, 4), many(c, c, 3, 3), None, "winograd", residual=many(1, c, 4, 4).half()
     ),
-    "few: more channels": lambda k, c: k.conv3x3_few(many(1, 8, 4, 4), many(c, 4, 3, 3), many(c)),
-    "few: filters of no whole panels": lambda k, c: k.conv3x3_few(many(1, 4, 4, 4), many(c + 1, 4, 3, 3), many(c + 1)),
-    "few: a short bias": lambda k, c: k.conv3x3_few(many(1, 4, 4, 4), many(c, 4, 3, 3), many(c // 2)),
+    "small_cin: more channels": lambda k, c: k.conv3x3_small_cin(many(1, 8, 4, 4), many(c, 4, 3, 3), many(c)),
+    "small_cin: filters of no whole panels": lambda k, c: k.conv3x3_small_cin(
+        many(1, 4, 4, 4), many(c + 1, 4, 3, 3), many(c + 1)
+    ),
+    "small_cin: a short bias": lambda k, c: k.conv3x3_small_cin(many(1, 4, 4, 4), many(c, 4, 3, 3), many(c // 2)),
     "attention: wider keys": lambda k, c: k.attention(many(1, 3, c), many(1, 3, 2 * c), many(1, 3, 2 * c), 1),
     "attention: fewer values": lambda k, c: k.attention(many(1, 3, c), many(1, 3, c), many(1, 2, c), 1),
     "attention: another batch": lambda k, c: k.attention(many(2, 3, c), many(1, 3, c), many(1, 3, c), 1),
@@ -343,10 +345,12 @@ def test_a_kernel_takes_no_tensor_that_it_would_read_or_write_beside(kernels: Ke
 
 def test_a_choice_made_for_one_width_does_not_take_another_to_the_kernel(kernels: Kernels, tmp_path: Path) -> None:
     """What was measured for a layer is remembered by the shape of its weight, and says nothing of x."""
-    means = Means(choices=Choices(tmp_path / "choices.json"), kernels=kernels, tricks=Tricks(), budget=0)
+    ctx = LayerContext(
+        autotuner=Autotuner(tmp_path / "autotune.json"), kernels=kernels, optimizations=Optimizations(), budget=0
+    )
     weight = torch.randn(4 * kernels.wide, 2 * kernels.wide)
     for _ in range(2):
-        fast_linear(torch.randn(1, 5, 2 * kernels.wide), weight, None, means)
-    means.choices.known = dict.fromkeys(means.choices.known, "kernel")
+        fast_linear(torch.randn(1, 5, 2 * kernels.wide), weight, None, ctx)
+    ctx.autotuner.known = dict.fromkeys(ctx.autotuner.known, "kernel")
     with pytest.raises((ValueError, RuntimeError)):
-        fast_linear(torch.randn(1, 5, 4 * kernels.wide), weight, None, means)
+        fast_linear(torch.randn(1, 5, 4 * kernels.wide), weight, None, ctx)

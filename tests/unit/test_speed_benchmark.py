@@ -24,8 +24,8 @@ from benchmarks.speed.walk import run_of, torch_arrays, walked
 
 from fewstep.diffusion.denoiser import denoiser
 from fewstep.diffusion.samplers import SAMPLERS
-from fewstep.engines.cpu.tricks import Tricks
-from fewstep.engines.cuda.tricks import CudaTricks
+from fewstep.engines.cpu.optimizations import Optimizations
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.models.autoencoder import AutoencoderKL
@@ -236,27 +236,27 @@ def test_stage_times_of_stable_diffusion_cpp_are_read_from_what_it_says():
 # the waterfall
 
 
-def test_the_waterfall_adds_one_trick_after_the_other():
-    rows, names = waterfall.rows(), [each.name for each in fields(Tricks)]
+def test_the_waterfall_adds_one_optimization_after_the_other():
+    rows, names = waterfall.rows(), [each.name for each in fields(Optimizations)]
     assert [row.name for row in rows] == ["plain engine", "+ huge_pages", *(f"+ {name}" for name in names)]
     assert rows[0].environment == ours.SMALL_PAGES
     assert all(row.environment == ours.HUGE_PAGES for row in rows[1:])
     for count, row in enumerate(rows[2:], start=1):
-        assert row.options["tricks"] == {name: i < count for i, name in enumerate(names)}
+        assert row.options["optimizations"] == {name: i < count for i, name in enumerate(names)}
 
 
-def test_a_trick_that_is_left_out_stays_out():
-    first, *others = (each.name for each in fields(Tricks))
+def test_an_optimization_that_is_left_out_stays_out():
+    first, *others = (each.name for each in fields(Optimizations))
     rows = waterfall.rows(without=("huge_pages", first))
     assert [row.name for row in rows] == ["plain engine", *(f"+ {name}" for name in others)]
     assert all(row.environment == ours.SMALL_PAGES for row in rows)
-    assert not any(row.options["tricks"][first] for row in rows[1:])
+    assert not any(row.options["optimizations"][first] for row in rows[1:])
     lacking = contenders.lacking(contenders.FEWSTEP, ("huge_pages", first))
-    assert lacking.options["tricks"] == {first: False}
+    assert lacking.options["optimizations"] == {first: False}
     assert lacking.environment == ours.SMALL_PAGES
 
 
-def test_the_waterfall_says_what_each_trick_gives(task):
+def test_the_waterfall_says_what_each_optimization_gives(task):
     found_rows = [found("plain engine", 4.0), found("+ one", 2.0, output=1.2), found("+ two", 1.0)]
     text = report.waterfall(found_rows, {"+ one": "The first."}, task, FACTS)
     assert [cells(text, name)["gives"] for name in ("plain engine", "+ one", "+ two")] == ["", "x 2.00", "x 2.00"]
@@ -265,9 +265,9 @@ def test_the_waterfall_says_what_each_trick_gives(task):
     assert cells(text, "+ one")["what it is"] == "The first."
 
 
-def test_every_trick_is_told():
-    assert {f"+ {each.name}" for each in fields(Tricks)} < waterfall.told().keys()
-    assert all(waterfall.told().values())
+def test_every_optimization_is_described():
+    assert {f"+ {each.name}" for each in fields(Optimizations)} < waterfall.descriptions().keys()
+    assert all(waterfall.descriptions().values())
 
 
 # what is asked for
@@ -291,11 +291,11 @@ def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
         asked("--device", "tpu")
 
 
-def test_tricks_belong_to_a_device(capsys):
+def test_optimizations_belong_to_a_device(capsys):
     rows = waterfall.rows(device="cuda")
-    assert [row.name for row in rows] == ["plain engine", *(f"+ {each.name}" for each in fields(CudaTricks))]
-    assert all(waterfall.told("cuda")[row.name] for row in rows)
-    with pytest.raises(SystemExit, match="graphs: no trick of the engine for cpu; there are huge_pages, onednn"):
+    assert [row.name for row in rows] == ["plain engine", *(f"+ {each.name}" for each in fields(CudaOptimizations))]
+    assert all(waterfall.descriptions("cuda")[row.name] for row in rows)
+    with pytest.raises(SystemExit, match="graphs: no optimization of the engine for cpu; there are huge_pages, onednn"):
         main(["--without", "graphs", "--size", "64"])
 
 
@@ -343,10 +343,10 @@ def test_a_suite_goes_on_after_a_failure_and_says_so(rows, capsys):
         return request.place()
 
     assert suite.run_suite(rows, measure, resume=False, keep=True) == 1
-    told = capsys.readouterr().err
-    assert "failed: SystemExit: error: no" in told
-    assert f"done: {rows[1].place()}" in told
-    assert "1 of 2 rows are done" in told
+    answer = capsys.readouterr().err
+    assert "failed: SystemExit: error: no" in answer
+    assert f"done: {rows[1].place()}" in answer
+    assert "1 of 2 rows are done" in answer
 
 
 def test_a_suite_goes_on_where_it_was_left(rows):

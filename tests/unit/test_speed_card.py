@@ -220,7 +220,7 @@ def test_peers_stand_below_fewstep_with_its_ratio_and_errors(request_here, monke
     assert "- tensorrt: not run, not installed; `pip install tensorrt onnxscript diffusers`" in text
 
 
-def test_a_waterfall_says_what_each_trick_gives(request_here, monkeypatch):
+def test_a_waterfall_says_what_each_optimization_gives(request_here, monkeypatch):
     without = tuple(name for name in waterfall.names("cpu") if name not in ("huge_pages", "kernels"))
     text = drawn([TURBO], replace(request_here, without=without), monkeypatch, "cuda-waterfall")
     rows = cells(text)

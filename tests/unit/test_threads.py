@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.engines import kept
-from fewstep.engines.choices import Choices
-from fewstep.engines.cpu.means import Means
-from fewstep.engines.cpu.tricks import Tricks
-from fewstep.engines.kept import Embeddings, Kept
+from fewstep.engines import cache as cache_module
+from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import PromptCache, VersionedCache
+from fewstep.engines.cpu.context import LayerContext
+from fewstep.engines.cpu.optimizations import Optimizations
 
 PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple torus")
 
@@ -32,16 +32,16 @@ def hurried() -> Iterator[None]:
 
 def test_a_kept_result_belongs_to_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread that replaces what is kept, while this one compares, does not give it the other's result."""
-    one, two, weight, cache = torch.zeros(2), torch.ones(2), torch.zeros(1), Kept[str]()
+    one, two, weight, cache = torch.zeros(2), torch.ones(2), torch.zeros(1), VersionedCache[str]()
     cache.get((weight,), lambda: "one", one)
-    same = kept._same
+    same = cache_module._same
 
     def interrupted(*values: Any) -> bool:
-        monkeypatch.setattr(kept, "_same", same)
+        monkeypatch.setattr(cache_module, "_same", same)
         cache.get((weight,), lambda: "two", two)
         return same(*values)
 
-    monkeypatch.setattr(kept, "_same", interrupted)
+    monkeypatch.setattr(cache_module, "_same", interrupted)
     assert cache.get((weight,), lambda: pytest.fail("it was kept"), one) == "one"
 
 
@@ -54,8 +54,8 @@ class Slow(dict[Any, Any]):
 
 
 def test_more_texts_than_are_kept_in_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "PROMPTS", 1)
-    texts, embeddings = [torch.full((1, 1, 4), i) for i in range(3)], Embeddings()
+    monkeypatch.setattr(cache_module, "PROMPTS", 1)
+    texts, embeddings = [torch.full((1, 1, 4), i) for i in range(3)], PromptCache()
     embeddings._known = Slow()
 
     def read(number: int) -> int:
@@ -70,30 +70,35 @@ def test_more_texts_than_are_kept_in_more_threads(monkeypatch: pytest.MonkeyPatc
 
 def test_a_choice_that_was_made_stays() -> None:
     """Of two threads that measure the same key at once, the second takes the choice of the first."""
-    choices, both = Choices(), threading.Barrier(2, timeout=20)
+    autotuner, both = Autotuner(), threading.Barrier(2, timeout=20)
     measured: list[str] = []
 
-    def way(thread: str, name: str) -> torch.Tensor:
+    def candidate(thread: str, name: str) -> torch.Tensor:
         measured.append(thread)
         sleep(0.01)  # the other one is at work too by now
         return torch.tensor(float(name == "slow"))
 
     def run(thread: str) -> float:
         both.wait()
-        return float(choices.run("key", {name: lambda name=name: way(thread, name) for name in ("quick", "slow")}))
+        return float(
+            autotuner.run("key", {name: lambda name=name: candidate(thread, name) for name in ("quick", "slow")})
+        )
 
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(run, ("a", "b"))
-    assert first == second == float(choices.known["key"] == "slow")
+    assert first == second == float(autotuner.known["key"] == "slow")
     assert min(measured.count("a"), measured.count("b")) == 1  # the one that came second measured nothing
 
 
 def test_a_layer_counts_once_in_the_budget_however_many_threads_ask() -> None:
-    means, layers = Means(choices=Choices(), kernels=None, tricks=Tricks(), budget=10), ("one", "two")
+    ctx, layers = (
+        LayerContext(autotuner=Autotuner(), kernels=None, optimizations=Optimizations(), budget=10),
+        ("one", "two"),
+    )
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(lambda _: means.reserve(layers[0], 6), range(20)))
-    assert not means.reserve(layers[1], 6)
-    assert means.budget == 4
+        assert all(threads.map(lambda _: ctx.reserve(layers[0], 6), range(20)))
+    assert not ctx.reserve(layers[1], 6)
+    assert ctx.budget == 4
 
 
 @pytest.mark.usefixtures("hurried")

@@ -20,8 +20,8 @@ import fewstep
 from fewstep.adapters import merge
 from fewstep.adapters.lora import Factors, Lora, layers_of, networks
 from fewstep.adapters.merge import add_lora, remove_lora
+from fewstep.engines.cache import weights_version
 from fewstep.engines.engine import Conditioning
-from fewstep.engines.kept import state_of
 from fewstep.locks import WeightsLock, made_once
 
 SOON = 0.2  # seconds in which a thread that may go on does
@@ -165,12 +165,12 @@ def test_a_model_is_not_moved_while_another_thread_computes_with_it(
 def test_every_change_of_a_weight_is_seen_wherever_its_memory_lies(pipe: fewstep.Pipeline) -> None:
     """A new weight may lie where an old one lay: what was made of that one is not what is made of this one."""
     weights = [layer.weight for layer in layers_of(networks(pipe.parts)).values()]
-    states = [[state_of(weight) for weight in weights]]
+    states = [[weights_version(weight) for weight in weights]]
     for seed in range(4):
         add_lora(pipe, lora_of(pipe, seed))
-        states.append([state_of(weight) for weight in weights])
+        states.append([weights_version(weight) for weight in weights])
         remove_lora(pipe)
-        states.append([state_of(weight) for weight in weights])
+        states.append([weights_version(weight) for weight in weights])
     for of_one in zip(*states, strict=True):
         assert len(set(of_one)) == len(states)
 
@@ -180,11 +180,11 @@ def test_a_model_loaded_and_changed_in_any_mode_shows_its_changes(mode: Any) -> 
     with mode():
         pipe = fewstep.load("blocks-base", device="cpu")
         weight = pipe.parts.unet.conv_in.weight
-        before = state_of(weight)
+        before = weights_version(weight)
         add_lora(pipe, lora_of(pipe, 1))
         remove_lora(pipe)
     assert not weight.is_inference()
-    assert state_of(weight) != before
+    assert weights_version(weight) != before
 
 
 def test_loras_that_two_threads_add_at_once_are_both_merged(

@@ -11,11 +11,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fewstep.diffusion.guidance import Guidance
-from fewstep.engines.best import best_engine
 from fewstep.engines.cpu.limits import engine_threads
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Engine
+from fewstep.engines.select import select_engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
 from fewstep.notebook import table_of
@@ -34,7 +34,7 @@ class Pipeline:
     def __init__(self, parts: Parts, engine: Engine | None = None, *, loaded: Mapping[str, Any] | None = None) -> None:
         self.parts = parts
         self.loaded = dict(loaded or {})  # what was asked of `load`, for the pictures' metadata
-        self.engine: Engine = engine or best_engine(parts)
+        self.engine: Engine = engine or select_engine(parts)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.parts.name!r}, {self.parts.family}, {self.engine.device})"
@@ -176,7 +176,7 @@ class Pipeline:
             for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
                 if network is not None:
                     network.to(chosen, kept)
-            self.engine = EagerEngine(parts) if type(self.engine) is EagerEngine else best_engine(parts)
+            self.engine = EagerEngine(parts) if type(self.engine) is EagerEngine else select_engine(parts)
         return self
 
     @torch.inference_mode()

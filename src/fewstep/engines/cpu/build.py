@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fewstep.engines.choices import processor
+from fewstep.engines.autotune import processor
 from fewstep.engines.cpu.compiled import SCHEMES, Kernels
 from fewstep.engines.folder import cache_folder, is_own
 from fewstep.files import atomic_write, partial_path

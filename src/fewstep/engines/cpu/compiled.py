@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.engines.cpu.scratch import Outputs, scratch
+from fewstep.engines.cpu.scratch import BufferPool, scratch
 
 SCHEMES = ("winograd", "strict", "upsampled")
 """As convolution.c counts them; what they are says winograd.py."""
@@ -21,18 +21,18 @@ PIXELS = 512
 """Summed at a time in float32, before float64 takes over."""
 
 
-class Besides(TypedDict, total=False):
-    """What a convolution does besides.
+class ConvOptions(TypedDict, total=False):
+    """What the convolution kernel fuses: see `ConvEpilogue` of convolution.py, and the norm before it.
 
-    `affine`: scale and shift, each with B * C numbers, and a SiLU on the way in. `residual` is added, and if `over` the
-    result takes its place in memory; then `rectified` asks for ReLU. Of the rows and columns each `every`th is kept,
-    from number `first` on.
+    `affine`: scale and shift, each with B * C numbers, applied with a SiLU to the input. `residual` is added, and if
+    `inplace` the result is written into its memory; then `relu` applies ReLU. Of the output's rows and columns each
+    `every`th is kept, from number `first` on.
     """
 
     affine: tuple[Tensor, Tensor] | None
     residual: Tensor | None
-    over: bool
-    rectified: bool
+    inplace: bool
+    relu: bool
     every: int
     first: int
 
@@ -44,7 +44,7 @@ class Kernels:
     """
 
     def __init__(self, library: CDLL) -> None:
-        self._library, self._parallel, self._outputs = library, _openmp(), Outputs()
+        self._library, self._parallel, self._pool = library, _openmp(), BufferPool()
         library.convolution_scratch.argtypes = [c_void_p, c_int, c_int, c_long]
         library.convolve.argtypes = [
             c_void_p,
@@ -62,9 +62,14 @@ class Kernels:
         library.sums.argtypes = [c_void_p, c_void_p, *[c_long] * 4, c_int, c_void_p]
         library.linear_scratch.argtypes = [c_long, c_int, c_int]
         library.linear.argtypes = [c_void_p, c_void_p, c_int, *[c_void_p] * 4, c_int, c_int, c_void_p, c_void_p]
-        library.few_scratch.argtypes = [c_long, c_long, c_int]
-        library.convolve_few.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
-        sizes = library.convolution_scratch, library.few_scratch, library.attention_scratch, library.linear_scratch
+        library.conv_small_cin_scratch.argtypes = [c_long, c_long, c_int]
+        library.conv_small_cin.argtypes = [c_void_p] * 5 + [c_int, c_void_p, c_void_p]
+        sizes = (
+            library.convolution_scratch,
+            library.conv_small_cin_scratch,
+            library.attention_scratch,
+            library.linear_scratch,
+        )
         for function in (*sizes, library.wide, library.lanes):
             function.restype = c_long
         self.wide: int = library.wide()
@@ -80,29 +85,29 @@ class Kernels:
         weight: Tensor,
         bias: Tensor | None,
         scheme: str,
-        **besides: Unpack[Besides],
+        **options: Unpack[ConvOptions],
     ) -> Tensor:
         """See `winograd.conv3x3`; the weight is the plain one, and `bias` may be (B, O)."""
-        _check_conv(x, weight, bias, besides)
-        affine, residual = besides.get("affine"), besides.get("residual")
-        rectified, every, first = besides.get("rectified", False), besides.get("every", 1), besides.get("first", 0)
+        affine, residual = options.get("affine"), options.get("residual")
+        _check_conv(x, weight, bias, affine, residual)
+        relu, every, first = options.get("relu", False), options.get("every", 1), options.get("first", 0)
         if missing := -len(weight) % self.wide:
             weight, bias = F.pad(weight, (0, 0) * 3 + (0, missing)), bias if bias is None else F.pad(bias, (0, missing))
             if residual is not None:
-                besides["residual"] = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
-            wider = self.conv3x3(x, weight, bias, scheme, **besides)
-            return pixels_first(wider[:, :-missing])
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
+                options["residual"] = F.pad(residual.permute(0, 2, 3, 1), (0, missing)).permute(0, 3, 1, 2)
+            wider = self.conv3x3(x, weight, bias, scheme, **options)
+            return to_channels_last(wider[:, :-missing])
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
         scale = 2 if scheme == "upsampled" else 1
         size = [len(range(first, side * scale, every)) for side in (height, width)]
         _check(self.takes(weight) and every in (1, 2) and first in (0, 1), "channels of whole vectors", x, weight)
         same = residual is None or (residual.shape == (batch, len(weight), *size) and residual.dtype == x.dtype)
         _check(same, "a residual of the output's shape and format", x, weight, residual)
-        added = residual if residual is None else pixels_first(residual)
-        over = added if besides.get("over") else None
-        out = self._outputs.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if over is None else over
+        added = residual if residual is None else to_channels_last(residual)
+        reused = added if options.get("inplace") else None
+        out = self._pool.empty(batch, *size, len(weight)).permute(0, 3, 1, 2) if reused is None else reused
         rows = len(weight) if bias is not None and bias.dim() > 1 else 0
-        sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, rectified)
+        sizes = (c_long * 9)(batch, height, width, channels, len(weight), rows, every, first, relu)
         number, threads = SCHEMES.index(scheme), torch.get_num_threads()
         chunk, space = self._chunk(sizes, number, threads)
         weight = weight.contiguous()
@@ -117,19 +122,19 @@ class Kernels:
         )
         return out
 
-    def conv3x3_few(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def conv3x3_small_cin(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The same by the definition, for maps of a few channels: the first convolution of a network."""
-        _check_conv(x, weight, bias, {})
+        _check_conv(x, weight, bias)
         _check(len(weight) % self.wide == 0, f"a multiple of {self.wide} filters", weight)
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
-        out, threads = self._outputs.empty(batch, height, width, len(weight)), torch.get_num_threads()
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
+        out, threads = self._pool.empty(batch, height, width, len(weight)), torch.get_num_threads()
         turned = weight.float().permute(2, 3, 1, 0).contiguous()
         given = x, turned, bias.float().contiguous(), out
-        self._library.convolve_few(
+        self._library.conv_small_cin(
             *(each.data_ptr() for each in given),
             (c_long * 5)(batch, height, width, channels, len(weight)),
             threads,
-            scratch("kernels", (self._library.few_scratch(width, channels, threads),)).data_ptr(),
+            scratch("kernels", (self._library.conv_small_cin_scratch(width, channels, threads),)).data_ptr(),
             self._parallel,
         )
         return out.permute(0, 3, 1, 2)
@@ -165,7 +170,7 @@ class Kernels:
         )
         _check_numbers(x, weight, bias, residual)
         rows, weight, around = _apart(x.reshape(-1, depth)), weight.contiguous(), [_floats(bias), _floats(residual)]
-        out, threads = self._outputs.empty(*x.shape[:-1], outputs), torch.get_num_threads()
+        out, threads = self._pool.empty(*x.shape[:-1], outputs), torch.get_num_threads()
         self._library.linear(
             *(rows.data_ptr(), weight.data_ptr(), weight.dtype == torch.float16),
             *(each if each is None else each.data_ptr() for each in (*around, out)),
@@ -184,7 +189,7 @@ class Kernels:
         _check_numbers(q, k, v, None)
         (batch, queries, channels), keys = q.shape, k.shape[1]
         q, k, v = (_rows(each) for each in (q, k, v))
-        out, threads = self._outputs.empty(batch, queries, channels), torch.get_num_threads()
+        out, threads = self._pool.empty(batch, queries, channels), torch.get_num_threads()
         strides = q.stride(1), k.stride(1), v.stride(1)
         shape = (c_long * 8)(batch, queries, keys, heads, channels // heads, *strides)
         space = scratch("kernels", (self._library.attention_scratch(shape, threads),))
@@ -196,7 +201,7 @@ class Kernels:
         """Sum and sum of squares of each channel of x (B, C, H, W): (B, 2, C) float64."""
         _check(x.dim() == 4 and x.numel() > 0 and x.shape[1] % self._lanes == 0, "x (B, C, H, W)", x)
         _check_numbers(x, None)
-        x, (batch, channels, height, width) = pixels_first(x), x.shape
+        x, (batch, channels, height, width) = to_channels_last(x), x.shape
         parts = scratch("sums", (batch, -(-height * width // PIXELS), 2, channels))
         sizes = batch, height * width, channels, PIXELS
         self._library.sums(x.data_ptr(), parts.data_ptr(), *sizes, torch.get_num_threads(), self._parallel)
@@ -230,19 +235,25 @@ def _check_numbers(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> 
         raise ValueError(f"a kernel was given a weight of {weight.dtype}; it reads float32 and float16")
 
 
-def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, besides: Besides) -> None:
+def _check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> None:
     """ValueError unless all that a convolution reads and writes has the size that its kernel trusts."""
     fits = x.dim() == weight.dim() == 4 and x.numel() > 0 and weight.shape[1:] == (x.shape[1], 3, 3)
     _check(fits, "x (B, C, H, W), weight (O, C, 3, 3)", x, weight)
     outputs = ((len(weight),), (len(x), len(weight)))
     _check(bias is None or bias.shape in outputs, "a bias (O) or (B, O)", x, weight, bias)
-    for each in besides.get("affine") or ():
+    for each in affine or ():
         _check(each.numel() == len(x) * x.shape[1], "a scale and a shift (B, C)", x, each)
-    _check_numbers(x, weight, bias, *(besides.get("affine") or ()), besides.get("residual"))
+    _check_numbers(x, weight, bias, *(affine or ()), residual)
 
 
-def pixels_first(x: Tensor) -> Tensor:
-    """x (B, C, H, W) with its channels side by side in memory."""
+def to_channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) in channels-last memory format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions as a CPU computes them fastest, with the norms, activations and additions around them."""
+"""Convolutions for CPUs, with fused norm, SiLU, residual and ReLU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Ways
-from fewstep.engines.cpu.compiled import Besides, Kernels
+from fewstep.engines.autotune import Candidates
+from fewstep.engines.cache import VersionedCache
+from fewstep.engines.cpu.compiled import Kernels
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.linear import by_picture, fast_linear, floats
-from fewstep.engines.cpu.means import Means
 from fewstep.engines.cpu.winograd import (
     STRICT,
     UPSAMPLED,
@@ -23,7 +24,6 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
-from fewstep.engines.kept import Kept
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
@@ -32,40 +32,39 @@ FEWEST_CHANNELS = 32
 """Convolutions with fewer channels on either side stay plain: the transforms would cost more than the products."""
 
 FEW_CHANNELS = 9
-"""Into the first convolution of a network: latents, or with a mask and masked latents."""
+"""Input channels of a network's first convolution, at most: latents, or with a mask and masked latents."""
 
 FEWEST_PIXELS = 128
 """With fewer, tiles of 2x2 are the faster ones: transforming the filters for larger ones would be most of the work."""
 
 
 @dataclass(frozen=True)
-class Around:
-    """What a convolution does besides: norm and SiLU before; an addition for each channel, a residual, ReLU after.
+class ConvEpilogue:
+    """What is fused after a convolution: `added` (B, O) for each channel, a residual, ReLU.
 
-    `over`: nobody else needs the residual, and the result may take its place in memory.
+    `inplace`: nobody else needs the residual, and the result may be written into its memory.
     """
 
-    norm: nn.GroupNorm | None = None
     added: Tensor | None = None
     residual: Tensor | None = None
-    over: bool = False
-    rectified: bool = False
+    inplace: bool = False
+    relu: bool = False
 
-    def finished(self, out: Tensor) -> Tensor:
-        """The output of the bare convolution with what comes after it, in place."""
+    def apply(self, out: Tensor) -> Tensor:
+        """Apply it to the output of the bare convolution, in place."""
         out = out if self.added is None else out.add_(self.added[:, :, None, None])
         out = out if self.residual is None else out.add_(self.residual)
-        return out.relu_() if self.rectified else out
+        return out.relu_() if self.relu else out
 
 
 class FastConv(nn.Module):
-    """A 3x3 convolution of stride 1, of a map that is doubled before if `doubled`, with all that is around it."""
+    """A 3x3 convolution of stride 1, after 2x upsampling if `upsample`, with fused norm, SiLU and epilogue."""
 
-    def __init__(self, conv: nn.Conv2d, means: Means, *, doubled: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, ctx: LayerContext, *, upsample: bool = False) -> None:
         super().__init__()
-        self.conv, self.means, self.doubled = (conv,), means, doubled  # in a tuple, so as not to be a submodule
-        self.scheme = UPSAMPLED if doubled else STRICT if means.strict else WINOGRAD
-        self._transformed = Kept[Tensor]()
+        self.conv, self.ctx, self.upsample = (conv,), ctx, upsample  # in a tuple, so as not to be a submodule
+        self.scheme = UPSAMPLED if upsample else STRICT if ctx.strict else WINOGRAD
+        self._transformed = VersionedCache[Tensor]()
 
     @property
     def weight(self) -> Tensor:
@@ -82,67 +81,74 @@ class FastConv(nn.Module):
         *,
         added: Tensor | None = None,
         residual: Tensor | None = None,
-        over: bool = False,
-        rectified: bool = False,
+        inplace: bool = False,
+        relu: bool = False,
     ) -> Tensor:
-        """The convolution of `silu(norm(x))`, or of x, plus `added` (B, O) and the residual: see `Around`."""
-        around, means = Around(norm, added, residual, over, rectified), self.means
-        if norm is not None and not means.tricks.fused_norms:
-            x, around = F.silu(normed(norm, x), inplace=True), replace(around, norm=None)
-        if not (means.tricks.upsampled if self.doubled else means.tricks.fewer_products):
-            return self._direct(x, around)
-        if means.kernels is not None and means.kernels.takes(self.weight):
-            return self._compiled(means.kernels, x, around)
+        """The convolution of `silu(norm(x))`, or of x without a norm, and its epilogue: see `ConvEpilogue`."""
+        epilogue, ctx = ConvEpilogue(added, residual, inplace, relu), self.ctx
+        if norm is not None and not ctx.optimizations.fused_norms:
+            x, norm = F.silu(normed(norm, x), inplace=True), None
+        if not (ctx.optimizations.upsampled if self.upsample else ctx.optimizations.fewer_products):
+            return self._direct(x, norm, epilogue)
+        if ctx.kernels is not None and ctx.kernels.takes(self.weight):
+            return self._compiled(ctx.kernels, x, norm, epilogue)
         if min(self.weight.shape[:2]) < FEWEST_CHANNELS:
-            return self._direct(x, around)
-        ways: Ways = {"direct": lambda: self._direct(x, around)}
-        ways["fewer products"] = lambda: self._plain(products_by_torch, x, around)
-        if means.tricks.onednn:
-            ways["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, around)
-        taps = "doubled" if self.doubled else "strict" if means.strict else "plain"
-        return means.choices.run(f"conv {taps} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", ways)
+            return self._direct(x, norm, epilogue)
+        candidates: Candidates = {"direct": lambda: self._direct(x, norm, epilogue)}
+        candidates["fewer products"] = lambda: self._plain(products_by_torch, x, norm, epilogue)
+        if ctx.optimizations.onednn:
+            candidates["fewer products, onednn"] = lambda: self._plain(products_by_onednn, x, norm, epilogue)
+        scheme = "doubled" if self.upsample else "strict" if ctx.strict else "plain"
+        return ctx.autotuner.run(
+            f"conv {scheme} {tuple(x.shape[1:])} {len(self.weight)} {norm is not None}", candidates
+        )
 
-    def _direct(self, x: Tensor, around: Around) -> Tensor:
-        kernels, bias, (outputs, channels) = self.means.kernels, self.conv[0].bias, self.weight.shape[:2]
+    def _direct(self, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
+        kernels, bias, (outputs, channels) = self.ctx.kernels, self.conv[0].bias, self.weight.shape[:2]
         if kernels is not None and channels <= FEW_CHANNELS and outputs % kernels.wide == 0 and bias is not None:
-            assert around.norm is None
-            return around.finished(kernels.conv3x3_few(x, self.weight, bias))
-        h = x if around.norm is None else F.silu(normed(around.norm, x), inplace=True)
-        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.doubled else h
+            assert norm is None
+            return epilogue.apply(kernels.conv3x3_small_cin(x, self.weight, bias))
+        h = x if norm is None else F.silu(normed(norm, x), inplace=True)
+        h = F.interpolate(h, scale_factor=2.0, mode="nearest") if self.upsample else h
         weight, bias = self.weight.float(), floats(bias)
-        return around.finished(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.means))
+        return epilogue.apply(by_picture(lambda p: F.conv2d(p, weight, bias, padding=1), h, self.ctx))
 
-    def _plain(self, products: Products, x: Tensor, around: Around) -> Tensor:
+    def _plain(self, products: Products, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, in tensor operations."""
-        enter, bias = None if around.norm is None else normed_silu(x, around.norm), floats(self.conv[0].bias)
-        more = around.residual
-        out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=enter, residual=more)
-        return replace(around, residual=None).finished(out)
+        activate, bias = None if norm is None else normed_silu(x, norm), floats(self.conv[0].bias)
+        more = epilogue.residual
+        out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=activate, residual=more)
+        return replace(epilogue, residual=None).apply(out)
 
-    def _compiled(self, kernels: Kernels, x: Tensor, around: Around) -> Tensor:
+    def _compiled(self, kernels: Kernels, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, by the kernels, which were faster than the definition at all shapes of the family."""
-        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, around.added
-        affine = None if around.norm is None else affine_of(kernels.sums(x), pixels, around.norm)
+        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, epilogue.added
+        affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
         whole = bias if added is None else added if bias is None else bias + added
-        scheme = "upsampled" if self.doubled else _scheme(x, self.means)
-        besides = Besides(affine=affine, residual=around.residual, over=around.over, rectified=around.rectified)
-        return kernels.conv3x3(x, self.weight, whole, scheme, **besides)
+        scheme = "upsampled" if self.upsample else _scheme(x, self.ctx)
+        return kernels.conv3x3(
+            *(x, self.weight, whole, scheme),
+            affine=affine,
+            residual=epilogue.residual,
+            inplace=epilogue.inplace,
+            relu=epilogue.relu,
+        )
 
     def _weight(self) -> Tensor:
         """The transformed weight: the one kept, as long as the weight is what it was, or a new one."""
-        weight, means = self.weight, self.means
+        weight, ctx = self.weight, self.ctx
 
         def make() -> Tensor:
             with torch.inference_mode(False):
                 return transformed_weight(weight.float(), self.scheme)
 
-        size = 4 * weight.numel() // 9 * len(self.scheme.taps) ** 2
-        return self._transformed.get((weight,), make) if means.reserve(self, size) else make()
+        size = 4 * weight.numel() // 9 * len(self.scheme.filter_transform) ** 2
+        return self._transformed.get((weight,), make) if ctx.reserve(self, size) else make()
 
 
-def _scheme(x: Tensor, means: Means) -> str:
+def _scheme(x: Tensor, ctx: LayerContext) -> str:
     """The kernels' scheme for maps of this size, whatever the batch."""
-    return "strict" if means.strict or x.shape[2] * x.shape[3] < FEWEST_PIXELS else "winograd"
+    return "strict" if ctx.strict or x.shape[2] * x.shape[3] < FEWEST_PIXELS else "winograd"
 
 
 def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -186,97 +192,99 @@ def affine_of(sums: Tensor, pixels: int, norm: nn.GroupNorm) -> tuple[Tensor, Te
 class FastPointwise(nn.Module):
     """A 1x1 convolution."""
 
-    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+    def __init__(self, conv: nn.Conv2d, ctx: LayerContext) -> None:
         super().__init__()
-        self.conv, self.means = (conv,), means
+        self.conv, self.ctx = (conv,), ctx
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pixelwise(x, self.conv[0], self.means)
+        return _pixelwise(x, self.conv[0], self.ctx)
 
 
 class FastUpsample(nn.Module):
-    """Doubling and its convolution without the enlarged map, where the size is exactly doubled."""
+    """2x upsampling and its convolution without the enlarged map, where the size is exactly doubled."""
 
-    def __init__(self, layer: Upsample, means: Means) -> None:
+    def __init__(self, layer: Upsample, ctx: LayerContext) -> None:
         super().__init__()
-        self.doubling, self.conv = FastConv(layer.conv, means, doubled=True), FastConv(layer.conv, means)
+        self.fused, self.conv = FastConv(layer.conv, ctx, upsample=True), FastConv(layer.conv, ctx)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.doubling.after(None, x)
+            return self.fused.after(None, x)
         return self.conv.after(None, F.interpolate(x, size=size, mode="nearest"))
 
 
 class FastDownsample(nn.Module):
-    """Halving: directly, or with fewer products at all pixels, every second of which is kept."""
+    """2x downsampling: directly, or by minimal filtering at all pixels, every second of which is kept."""
 
-    def __init__(self, layer: Downsample, means: Means) -> None:
+    def __init__(self, layer: Downsample, ctx: LayerContext) -> None:
         super().__init__()
-        self.layer, self.means = (layer,), means
+        self.layer, self.ctx = (layer,), ctx
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels, conv = self.means.kernels, self.layer[0].conv
+        kernels, conv = self.ctx.kernels, self.layer[0].conv
         first = 1 if self.layer[0].conv.padding == (0, 0) else 0  # 1: padded below and right
 
         def direct() -> Tensor:
             padded = F.pad(x, (0, 1, 0, 1)) if first else x
             weight, bias = conv.weight.float(), floats(conv.bias)
-            return by_picture(lambda p: F.conv2d(p, weight, bias, stride=2, padding=1 - first), padded, self.means)
+            return by_picture(lambda p: F.conv2d(p, weight, bias, stride=2, padding=1 - first), padded, self.ctx)
 
-        ways: Ways = {"direct": direct}
-        if self.means.tricks.fewer_products and kernels is not None and kernels.takes(conv.weight):
-            scheme = _scheme(x, self.means)
-            ways["kernel"] = lambda: kernels.conv3x3(x, conv.weight, conv.bias, scheme, every=2, first=first)
-        return self.means.choices.run(
-            f"halved {first} {tuple(x.shape[1:])} {len(conv.weight)} {conv.weight.dtype}", ways
+        candidates: Candidates = {"direct": direct}
+        if self.ctx.optimizations.fewer_products and kernels is not None and kernels.takes(conv.weight):
+            scheme = _scheme(x, self.ctx)
+            candidates["kernel"] = lambda: kernels.conv3x3(x, conv.weight, conv.bias, scheme, every=2, first=first)
+        return self.ctx.autotuner.run(
+            f"halved {first} {tuple(x.shape[1:])} {len(conv.weight)} {conv.weight.dtype}", candidates
         )
 
 
 class FastTinyBlock(nn.Module):
-    """A block of the tiny autoencoder, ReLU and residual inside its convolutions."""
+    """A block of the tiny autoencoder, with ReLU and residual fused into its convolutions."""
 
-    def __init__(self, block: TinyBlock, means: Means) -> None:
+    def __init__(self, block: TinyBlock, ctx: LayerContext) -> None:
         super().__init__()
-        self.convs = [FastConv(conv, means) for conv in block.conv if isinstance(conv, nn.Conv2d)]
+        self.convs = [FastConv(conv, ctx) for conv in block.conv if isinstance(conv, nn.Conv2d)]
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = self.convs
-        h = second.after(None, first.after(None, x, rectified=True), rectified=True)
-        return third.after(None, h, residual=x, rectified=True)
+        h = second.after(None, first.after(None, x, relu=True), relu=True)
+        return third.after(None, h, residual=x, relu=True)
 
 
 class FastResBlock(nn.Module):
-    """A residual block whose norms and additions happen inside its convolutions."""
+    """A residual block with norms and additions fused into its convolutions."""
 
-    def __init__(self, block: ResBlock, means: Means) -> None:
+    def __init__(self, block: ResBlock, ctx: LayerContext) -> None:
         super().__init__()
-        self.block, self.means = (block,), means
-        self.conv1, self.conv2 = FastConv(block.conv1, means), FastConv(block.conv2, means)
-        self._times = Kept[Tensor]()
+        self.block, self.ctx = (block,), ctx
+        self.conv1, self.conv2 = FastConv(block.conv1, ctx), FastConv(block.conv2, ctx)
+        self._times = VersionedCache[Tensor]()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         block = self.block[0]
         h = self.conv1.after(block.norm1, x, added=None if emb is None else self._time(emb))
         residual = self._shortcut(x)
-        return self.conv2.after(block.norm2, h, residual=residual, over=residual is not x)
+        return self.conv2.after(block.norm2, h, residual=residual, inplace=residual is not x)
 
     def _time(self, emb: Tensor) -> Tensor | None:
-        """What the first convolution adds for the time: models of one step need it once."""
+        """The time embedding, which conv1's epilogue adds; cached, since models of one step need it once."""
         layer = self.block[0].time_emb_proj
         if layer is None:
             return None
         weight, bias = layer.weight, layer.bias
-        return self._times.get((weight, bias), lambda: fast_linear(F.silu(emb), weight, bias, self.means), emb)
+        return self._times.get((weight, bias), lambda: fast_linear(F.silu(emb), weight, bias, self.ctx), emb)
 
     def _shortcut(self, x: Tensor) -> Tensor:
         conv = self.block[0].conv_shortcut
-        return x if conv is None else _pixelwise(x, conv, self.means)
+        return x if conv is None else _pixelwise(x, conv, self.ctx)
 
 
-def _pixelwise(x: Tensor, conv: nn.Conv2d, means: Means) -> Tensor:
+def _pixelwise(x: Tensor, conv: nn.Conv2d, ctx: LayerContext) -> Tensor:
     """A 1x1 convolution of x (B, C, H, W)."""
-    ways: Ways = {"direct": lambda: by_picture(lambda p: F.conv2d(p, conv.weight.float(), floats(conv.bias)), x, means)}
-    if means.tricks.onednn:
+    candidates: Candidates = {
+        "direct": lambda: by_picture(lambda p: F.conv2d(p, conv.weight.float(), floats(conv.bias)), x, ctx)
+    }
+    if ctx.optimizations.onednn:
         rows, weight = x.permute(0, 2, 3, 1), conv.weight.flatten(1)
-        ways["linear"] = lambda: fast_linear(rows, weight, conv.bias, means).permute(0, 3, 1, 2)
-    return means.choices.run(f"pixelwise {tuple(x.shape[1:])} {len(conv.weight)}", ways)
+        candidates["linear"] = lambda: fast_linear(rows, weight, conv.bias, ctx).permute(0, 3, 1, 2)
+    return ctx.autotuner.run(f"pixelwise {tuple(x.shape[1:])} {len(conv.weight)}", candidates)

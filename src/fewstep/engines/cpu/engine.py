@@ -1,4 +1,4 @@
-"""The engine itself: a model's networks with fast layers in the places of the plain ones."""
+"""The engine for CPUs: a model's networks with fast layers in the places of the plain ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices, of_this_machine
+from fewstep.engines.autotune import Autotuner, cpu_autotuner
+from fewstep.engines.cache import PromptCache
 from fewstep.engines.cpu.attention import FastAttention, FastPixelAttention, FastTransformer
 from fewstep.engines.cpu.build import kernels
-from fewstep.engines.cpu.compiled import pixels_first
+from fewstep.engines.cpu.compiled import to_channels_last
+from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.convolution import (
     FastConv,
     FastDownsample,
@@ -23,15 +25,13 @@ from fewstep.engines.cpu.convolution import (
     FastTinyBlock,
     FastUpsample,
 )
+from fewstep.engines.cpu.float32_parameters import FastEmbedding, Float32Parameters
 from fewstep.engines.cpu.limits import cap_threads, memory_errors, threads_for
 from fewstep.engines.cpu.linear import FastLinear
-from fewstep.engines.cpu.means import Means
-from fewstep.engines.cpu.tricks import Tricks
-from fewstep.engines.cpu.widened import FastEmbedding, Widened
+from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding
-from fewstep.engines.kept import Embeddings
-from fewstep.engines.rebuilt import Swaps, rebuilt_parts
+from fewstep.engines.replace_layers import LayerMap, replace_model_layers
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Downsample, Upsample
@@ -61,48 +61,48 @@ class CpuEngine:
         parts: Parts,
         *,
         strict: bool = False,
-        tricks: Tricks | None = None,
+        optimizations: Optimizations | None = None,
         budget: int = BUDGET,
-        choices: Choices | None = None,
+        autotuner: Autotuner | None = None,
     ) -> None:
-        assert runs(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
+        assert supports(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
         self.threads = threads_for(sum(weight.numel() for weight in parts.unet.parameters()))
         onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        tricks = replace(tricks or Tricks(), **({} if onednn else {"onednn": False}))
-        built = kernels() if tricks.kernels else None
-        chosen = choices or of_this_machine(self.threads)
-        means = Means(choices=chosen, kernels=built, tricks=tricks, budget=budget, strict=strict)
-        self.parts, self._fast = parts, EagerEngine(rebuilt_parts(parts, swaps(means)))
+        optimizations = replace(optimizations or Optimizations(), **({} if onednn else {"onednn": False}))
+        built = kernels() if optimizations.kernels else None
+        chosen = autotuner or cpu_autotuner(self.threads)
+        ctx = LayerContext(autotuner=chosen, kernels=built, optimizations=optimizations, budget=budget, strict=strict)
+        self.parts, self._fast = parts, EagerEngine(replace_model_layers(parts, layer_map(ctx)))
         self._fast.dtype = torch.float32  # of what goes through the networks
         self.device, self.dtype = self._fast.device, self._fast.dtype
-        self._embeddings = Embeddings()
+        self._prompts = PromptCache()
         self._said = False
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
-        """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
+        """See `Engine`. The embeddings of the last prompts are cached until a tower's weight changes."""
         weights = [weight for tower in self.parts.text_encoders for weight in tower.parameters()]
         with self._ready() as engine:
-            return self._embeddings.get(ids, weights, lambda: engine.encode_text(ids))
+            return self._prompts.get(ids, weights, lambda: engine.encode_text(ids))
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.predict(pixels_first(x), t, conditioning)
+            return engine.predict(to_channels_last(x), t, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.decode(pixels_first(latents))
+            return engine.decode(to_channels_last(latents))
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         with self._ready() as engine:
-            return engine.encode(pixels_first(image))
+            return engine.encode(to_channels_last(image))
 
     @contextmanager
     def _ready(self) -> Iterator[EagerEngine]:
         """The fast engine, or the plain one for weights that it cannot compute with."""
-        fits = runs(self.parts)
+        fits = supports(self.parts)
         if not fits and not self._said:
             _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.parts.name)
             self._said = True
@@ -110,32 +110,32 @@ class CpuEngine:
             yield self._fast if fits else EagerEngine(self.parts)
 
 
-def runs(parts: Parts) -> bool:
+def supports(parts: Parts) -> bool:
     """Whether the engine for CPUs can run `parts`."""
     weights = [parts.unet.conv_in.weight, next(parts.autoencoder.parameters())]
     weights += [next(tower.parameters()) for tower in parts.text_encoders]
     return all(each.device.type == "cpu" and each.dtype in STORED for each in weights)
 
 
-def swaps(means: Means) -> Swaps:
-    """The fast layers, in the places of those that have some."""
-    return Swaps(
+def layer_map(ctx: LayerContext) -> LayerMap:
+    """Which layers are replaced by which fast ones."""
+    return LayerMap(
         layers={
-            nn.Conv2d: partial(_fast_conv, means=means),
+            nn.Conv2d: partial(_fast_conv, ctx=ctx),
             nn.Embedding: FastEmbedding,
-            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+            **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
-        doubled=partial(FastConv, means=means, doubled=True),
-        parameters=Widened,
+        upsample_conv=partial(FastConv, ctx=ctx, upsample=True),
+        parameters=Float32Parameters,
     )
 
 
-def _fast_conv(conv: nn.Conv2d, means: Means) -> nn.Module | None:
+def _fast_conv(conv: nn.Conv2d, ctx: LayerContext) -> nn.Module | None:
     if (conv.stride, conv.groups) == ((1, 1), 1):
         if (conv.kernel_size, conv.padding) == ((3, 3), (1, 1)):
-            return FastConv(conv, means)
+            return FastConv(conv, ctx)
         if (conv.kernel_size, conv.padding) == ((1, 1), (0, 0)):
-            return FastPointwise(conv, means)
+            return FastPointwise(conv, ctx)
     return None
 
 

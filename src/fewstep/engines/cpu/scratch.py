@@ -46,8 +46,8 @@ def scratch(name: str, shape: Sequence[int]) -> Tensor:
     return pool[name][:size].view(tuple(shape))
 
 
-class Outputs:
-    """Hands out large tensors on memory that no other tensor uses any more."""
+class BufferPool:
+    """Allocates large tensors, reusing memory whose earlier tensors are gone."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []

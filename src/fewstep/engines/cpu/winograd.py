@@ -39,9 +39,9 @@ class Scheme:
 
     step: int  # input samples from one tile to the next
     outputs: int
-    taps: tuple[tuple[float, float, float], ...]  # what each product takes of the three taps
-    enter: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
-    leave: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    filter_transform: tuple[tuple[float, float, float], ...]  # rows: a product's weights of the three taps
+    input_transform: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+    output_transform: Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
     @property
     def samples(self) -> int:
@@ -51,19 +51,19 @@ class Scheme:
 
 def transformed_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """Filters (O, C, 3, 3) as the matrices (36, 16 or 25, O, C) of the scheme's products."""
-    taps = torch.tensor(scheme.taps, dtype=torch.float64)
+    matrix = torch.tensor(scheme.filter_transform, dtype=torch.float64)
     flat = weight.detach().permute(2, 3, 0, 1).reshape(9, -1)
-    return (torch.kron(taps, taps).to(weight.dtype) @ flat).view(-1, *weight.shape[:2])
+    return (torch.kron(matrix, matrix).to(weight.dtype) @ flat).view(-1, *weight.shape[:2])
 
 
-def products_by_torch(entered: Tensor, weight: Tensor, out: Tensor) -> None:
-    """entered (P, N, C) times weight (P, O, C), into out (P, N, O): by the BLAS that PyTorch takes."""
-    torch.bmm(entered, weight.mT, out=out)
+def products_by_torch(transformed: Tensor, weight: Tensor, out: Tensor) -> None:
+    """transformed (P, N, C) times weight (P, O, C), into out (P, N, O): by the BLAS that PyTorch takes."""
+    torch.bmm(transformed, weight.mT, out=out)
 
 
-def products_by_onednn(entered: Tensor, weight: Tensor, out: Tensor) -> None:
+def products_by_onednn(transformed: Tensor, weight: Tensor, out: Tensor) -> None:
     """The same by oneDNN, which is twice as fast where PyTorch's BLAS does not use what the processor has."""
-    for rows, matrix, target in zip(entered, weight, out, strict=True):
+    for rows, matrix, target in zip(transformed, weight, out, strict=True):
         target.copy_(torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], ""))
 
 
@@ -93,8 +93,8 @@ def conv3x3(
         for top in range(0, down, rows):
             tiles = _Tiles(top, min(top + rows, down), across)
             part = slice(first, first + pictures), slice(scheme.outputs * top, scheme.outputs * tiles.last)
-            enter = None if activate is None else partial(activate, part[0])
-            y = _convolved(_window(source[part[0]], tiles, scheme, enter), tiles, weight, bias, scheme, products)
+            on_rows = None if activate is None else partial(activate, part[0])
+            y = _convolved(_window(source[part[0]], tiles, scheme, on_rows), tiles, weight, bias, scheme, products)
             y = y[:, : target[part].shape[1], : target.shape[2]]
             if extra is None:
                 target[part].copy_(y)
@@ -120,25 +120,25 @@ def _convolved(
     window: Tensor, tiles: _Tiles, weight: Tensor, bias: Tensor | None, scheme: Scheme, products: Products
 ) -> Tensor:
     """The outputs (B, h, w, O) of some rows of tiles, for what they look at (B, H, W, C)."""
-    (batch, *_, channels), points, out_channels = window.shape, len(scheme.taps), weight.shape[1]
+    (batch, *_, channels), points, out_channels = window.shape, len(scheme.filter_transform), weight.shape[1]
     grid = (batch, tiles.down, tiles.across)
     half = scratch("half", (points, batch, tiles.down, *window.shape[2:]))
-    scheme.enter(_samples(window, 1, scheme, tiles.down), half.unbind())
-    entered = scratch("entered", (points, points, *grid, channels))
-    scheme.enter(_samples(half, 3, scheme, tiles.across), entered.unbind(1))
+    scheme.input_transform(_samples(window, 1, scheme, tiles.down), half.unbind())
+    transformed = scratch("transformed", (points, points, *grid, channels))
+    scheme.input_transform(_samples(half, 3, scheme, tiles.across), transformed.unbind(1))
     made = scratch("products", (points, points, *grid, out_channels))
-    products(entered.view(points**2, -1, channels), weight, made.view(points**2, -1, out_channels))
+    products(transformed.view(points**2, -1, channels), weight, made.view(points**2, -1, out_channels))
     if bias is not None:
         made[1, 1].add_(bias)  # the product that counts once in every output
     size = scheme.outputs
     half = scratch("half", (size, points, *grid, out_channels))
-    scheme.leave(made.unbind(), half.unbind())
-    y = scratch("left", (batch, tiles.down, size, tiles.across, size, out_channels))
-    scheme.leave(half.unbind(1), y.permute(2, 4, 0, 1, 3, 5).unbind(1))
+    scheme.output_transform(made.unbind(), half.unbind())
+    y = scratch("outputs", (batch, tiles.down, size, tiles.across, size, out_channels))
+    scheme.output_transform(half.unbind(1), y.permute(2, 4, 0, 1, 3, 5).unbind(1))
     return y.view(batch, size * tiles.down, size * tiles.across, out_channels)
 
 
-def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, enter: _Copy | None) -> Tensor:
+def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, activate: _Copy | None) -> Tensor:
     """What the tiles look at of x (B, H, W, C), with zeros where that lies outside."""
     batch, height, width, channels = x.shape
     step, down = scheme.step, tiles.down
@@ -148,10 +148,10 @@ def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, enter: _Copy | None) -> Te
     for border in (window[:, :lead], window[:, kept:], window[:, :, :1], window[:, :, width + 1 :]):
         border.zero_()
     inside, rows = window[:, lead:kept, 1 : width + 1], x[:, first + lead : first + kept]
-    if enter is None:
+    if activate is None:
         inside.copy_(rows)
     else:
-        enter(rows, inside)
+        activate(rows, inside)
     return window
 
 
@@ -161,7 +161,7 @@ def _samples(x: Tensor, dim: int, scheme: Scheme, tiles: int) -> list[Tensor]:
     return [x[(slice(None),) * dim + (slice(i, i + span, scheme.step),)] for i in range(scheme.samples)]
 
 
-def _enter_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _input_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Six neighbouring samples to the points 0, 1, -1, 2, -2 and infinity."""
     even = torch.sub(x[4], x[2], out=out[0])
     odd = torch.sub(x[3], x[1], out=out[5])
@@ -175,7 +175,7 @@ def _enter_4(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.sub(x[5], x[3], alpha=5, out=out[5]).add_(x[1], alpha=4)
 
 
-def _leave_4(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _output_4(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Products at the six points to four neighbouring outputs; overwrites `m`."""
     odd = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     even = m[1].add_(m[2])
@@ -187,7 +187,7 @@ def _leave_4(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.add(m[5], odd.add_(odd2, alpha=8), out=out[3])
 
 
-def _enter_2(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _input_2(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Four neighbouring samples to the points 0, 1, -1 and infinity."""
     torch.sub(x[0], x[2], out=out[0])
     torch.add(x[1], x[2], out=out[1])
@@ -195,14 +195,14 @@ def _enter_2(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.sub(x[3], x[1], out=out[3])
 
 
-def _leave_2(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _output_2(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Products at the four points to two neighbouring outputs; overwrites `m`."""
     odd = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     torch.add(m[0], m[1].add_(m[2]), out=out[0])
     torch.add(m[3], odd, out=out[1])
 
 
-def _enter_upsampled(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _input_upsampled(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Four samples, the inner two of which lie, enlarged, under the four outputs."""
     torch.sub(x[0], x[2], out=out[0])
     torch.add(x[1], x[2], out=out[1])
@@ -211,7 +211,7 @@ def _enter_upsampled(x: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.sub(x[3], x[1], out=out[4])
 
 
-def _leave_upsampled(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _output_upsampled(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     low = torch.sub(m[1], m[2], out=scratch("spare", m[1].shape))
     high = m[1].add_(m[2])
     torch.add(low, m[3], out=out[1])
@@ -220,7 +220,7 @@ def _leave_upsampled(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     torch.add(m[4], high.sub_(m[3]), out=out[3])
 
 
-_TAPS_4 = (
+_FILTER_4 = (
     (1 / 4, 0.0, 0.0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
@@ -228,9 +228,9 @@ _TAPS_4 = (
     (1 / 24, -1 / 12, 1 / 6),
     (0.0, 0.0, 1.0),
 )
-_TAPS_2 = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-_TAPS_UPSAMPLED = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.0, 0.5, 0.0), (-0.5, 0.0, 0.5), (0.0, 0.0, 1.0))
+_FILTER_2 = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_FILTER_UPSAMPLED = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.0, 0.5, 0.0), (-0.5, 0.0, 0.5), (0.0, 0.0, 1.0))
 
-WINOGRAD = Scheme(4, 4, _TAPS_4, _enter_4, _leave_4)
-STRICT = Scheme(2, 2, _TAPS_2, _enter_2, _leave_2)
-UPSAMPLED = Scheme(2, 4, _TAPS_UPSAMPLED, _enter_upsampled, _leave_upsampled)
+WINOGRAD = Scheme(4, 4, _FILTER_4, _input_4, _output_4)
+STRICT = Scheme(2, 2, _FILTER_2, _input_2, _output_2)
+UPSAMPLED = Scheme(2, 4, _FILTER_UPSAMPLED, _input_upsampled, _output_upsampled)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda.operations import Operations, PlainOperations
 from fewstep.locks import made_once
 from fewstep.weights.parts import Parts
@@ -56,7 +56,7 @@ class StreamOrder:
 
 
 @made_once
-def operations(device: torch.device, choices: Choices) -> Operations:
+def operations(device: torch.device, autotuner: Autotuner) -> Operations:
     """The kernels, with PyTorch's own operation in the place of each that cannot be compiled or computes wrongly."""
     plain = PlainOperations()
     if device.type != "cuda":
@@ -64,7 +64,7 @@ def operations(device: torch.device, choices: Choices) -> Operations:
     try:
         from fewstep.engines.cuda.kernels import TritonOperations
 
-        found = TritonOperations(choices)
+        found = TritonOperations(autotuner)
     except Exception as error:  # Triton is missing, or its driver, or a linker
         _log.warning("there are no kernels for %s (%s): PyTorch's operations take their place", device, error)
         return plain

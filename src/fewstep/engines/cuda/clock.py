@@ -1,4 +1,4 @@
-"""Measuring what a card takes for a call, and the choices that are made by it."""
+"""Timing of calls on a card, and the autotuner that uses it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from fewstep.engines.choices import Choices, digest, kept_file
+from fewstep.engines.autotune import Autotuner, cache_file, digest
 from fewstep.locks import made_once
 
 LAUNCHES = 10
@@ -28,7 +28,7 @@ ATTEMPTS = 3
 """Measurements until one is valid; the last one counts in any case."""
 
 TOLERANCE = 0.05
-"""Part by which results of ways may differ: several times the rounding of bfloat16, far less than a wrong kernel."""
+"""Relative error between results of candidates: several times bfloat16's rounding, far below a wrong kernel's."""
 
 
 class DeviceClock:
@@ -45,32 +45,32 @@ class DeviceClock:
         """See `Clock`. A stream that is captured must not be waited for."""
         return not torch.cuda.is_current_stream_capturing()
 
-    def seconds(self, way: Callable[[], object]) -> float:
+    def seconds(self, candidate: Callable[[], object]) -> float:
         """See `Clock`. Runs on the current stream, twelve times or more."""
         with torch.cuda.device(self.device):
-            way()  # compiles, chooses algorithms, allocates
+            candidate()  # compiles, chooses algorithms, allocates
             torch.cuda.current_stream().synchronize()
             started = perf_counter()
-            way()
+            candidate()
             launching = perf_counter() - started
             torch.cuda.current_stream().synchronize()
             launches = max(1, min(LAUNCHES, int(LONGEST / (perf_counter() - started))))
             sleep = 2 * launches * launching
             for _ in range(ATTEMPTS):
-                seconds, valid = _enclosed(way, launches, min(max(sleep, SHORTEST_SLEEP), LONGEST_SLEEP))
+                seconds, valid = _enclosed(candidate, launches, min(max(sleep, SHORTEST_SLEEP), LONGEST_SLEEP))
                 if valid:
                     break
                 sleep *= 4
         return seconds
 
 
-def _enclosed(way: Callable[[], object], launches: int, sleep: float) -> tuple[float, bool]:
+def _enclosed(candidate: Callable[[], object], launches: int, sleep: float) -> tuple[float, bool]:
     """Seconds of one of `launches` calls behind a sleep of `sleep` seconds; whether it lasted until all were queued."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(int(sleep * HERTZ))  # type: ignore[no-untyped-call]
     first.record()
     for _ in range(launches):
-        way()
+        candidate()
     valid = not first.query()  # type: ignore[no-untyped-call]
     last.record()
     last.synchronize()
@@ -79,13 +79,13 @@ def _enclosed(way: Callable[[], object], launches: int, sleep: float) -> tuple[f
 
 
 @made_once
-def of_this_card(device: torch.device) -> Choices:
-    """The choices of this card, its driver and these versions of PyTorch, cuDNN and Triton."""
+def cuda_autotuner(device: torch.device) -> Autotuner:
+    """The autotuner for this card, its driver and these versions of PyTorch, cuDNN and Triton."""
     if device.type != "cuda":
-        return Choices()
+        return Autotuner()
     cudnn: object = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     card = torch.cuda.get_device_name(device), _driver(), torch.__version__, cudnn, _triton()
-    return Choices(kept_file(f"cuda-{digest(*card)}.json"), DeviceClock(device), tolerance=TOLERANCE)
+    return Autotuner(cache_file(f"cuda-{digest(*card)}.json"), DeviceClock(device), tolerance=TOLERANCE)
 
 
 def _driver() -> str:

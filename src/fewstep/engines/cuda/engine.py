@@ -1,4 +1,4 @@
-"""The engine itself: a model's networks in few kernels, each network one CUDA graph."""
+"""The engine for NVIDIA cards: a model's networks in few kernels, each network one CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import PromptCache, WeightsWatch
 from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
-from fewstep.engines.cuda.clock import of_this_card
-from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.graphs import Called, Graphs
+from fewstep.engines.cuda.clock import cuda_autotuner
+from fewstep.engines.cuda.context import CudaLayerContext
+from fewstep.engines.cuda.graphs import EagerCall, Graphs
 from fewstep.engines.cuda.graphs import Function as GraphFunction
 from fewstep.engines.cuda.layers import (
+    CrossAttentionKV,
     CudaConv,
     CudaPixelAttention,
     CudaResBlock,
@@ -28,18 +30,16 @@ from fewstep.engines.cuda.layers import (
     CudaTransformer,
     CudaTransformerBlock,
     CudaUpsample,
-    Doubled,
-    Times,
-    Told,
+    FusedTimeProjections,
+    UpsampleConv,
 )
-from fewstep.engines.cuda.memory import in_pieces, tiled
+from fewstep.engines.cuda.memory import split_on_oom, tiled
 from fewstep.engines.cuda.operations import PlainOperations
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 from fewstep.engines.cuda.recording import Recordings, on_the_host
-from fewstep.engines.cuda.tricks import CudaTricks
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding, Function, NotRecordable
-from fewstep.engines.kept import Embeddings, WeightsWatch
-from fewstep.engines.rebuilt import Swaps, rebuilt_parts
+from fewstep.engines.replace_layers import LayerMap, replace_model_layers
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -65,29 +65,29 @@ class CudaEngine:
         self,
         parts: Parts,
         *,
-        tricks: CudaTricks | None = None,
+        optimizations: CudaOptimizations | None = None,
         graphs: Graphs | None = None,
-        choices: Choices | None = None,
+        autotuner: Autotuner | None = None,
     ) -> None:
         weight = parts.unet.conv_in.weight
         self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
-        _lay_out(parts)
-        tricks, chosen = tricks or CudaTricks(), choices or of_this_card(self.device)
-        found = operations(self.device, chosen) if tricks.kernels else PlainOperations()
-        self._means = Means(operations=found, choices=chosen, tricks=tricks)
+        to_channels_last_(parts)
+        optimizations, chosen = optimizations or CudaOptimizations(), autotuner or cuda_autotuner(self.device)
+        found = operations(self.device, chosen) if optimizations.kernels else PlainOperations()
+        self._ctx = CudaLayerContext(operations=found, autotuner=chosen, optimizations=optimizations)
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
-        self._graphs = Graphs(None if tricks.graphs else Called) if graphs is None else graphs
-        vae = _sturdy(parts.autoencoder)
-        self._fast = rebuilt_parts(replace(parts, autoencoder=vae), swaps(self._means))
+        self._graphs = Graphs(None if optimizations.graphs else EagerCall) if graphs is None else graphs
+        vae = overflow_safe_vae(parts.autoencoder)
+        self._fast = replace_model_layers(replace(parts, autoencoder=vae), layer_map(self._ctx))
         self._vae_dtype = next(vae.parameters()).dtype
-        self._told = _merge(self._fast.unet, self._means)
-        self._plain, self._embeddings = EagerEngine(self._fast), Embeddings()
+        self._text_kv = _fuse_projections(self._fast.unet, self._ctx)
+        self._plain, self._prompts = EagerEngine(self._fast), PromptCache()
         self._texts: list[tuple[Tensor, Tensor]] = []
         self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
-        self._recordings, self._order = Recordings(refused=not tricks.graphs), StreamOrder()
+        self._recordings, self._order = Recordings(refused=not optimizations.graphs), StreamOrder()
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
-        """See `Engine`. The last embeddings are kept, for as long as the towers' weights stay what they are."""
+        """See `Engine`. The embeddings of the last prompts are cached until a tower's weight changes."""
 
         def make() -> Embedding:
             context, pooled = self._run("text", lambda *rows: self._plain.encode_text(rows), *ids)
@@ -97,23 +97,23 @@ class CudaEngine:
         with self._ready():
             if self._recordings.running:
                 return self._plain.encode_text(ids)
-            return self._embeddings.get(ids, (), make)
+            return self._prompts.get(ids, (), make)
 
     def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready():
-            told = self._told_of(conditioning.context)
-            rows = x, told, conditioning.pooled, conditioning.sizes, conditioning.channels
+            text_kv = self._text_kv_of(conditioning.context)
+            rows = x, text_kv, conditioning.pooled, conditioning.sizes, conditioning.channels
             if self._recordings.running:
                 return self._predict(t, *rows)
-            return in_pieces(partial(self._predict, t), rows, forget=self._forget)
+            return split_on_oom(partial(self._predict, t), rows, forget=self._forget)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. What overflows half precision is decoded again in float32, and a debug message says so."""
         with self._ready():
             if self._recordings.running:
                 return self._decode(latents)
-            image = in_pieces(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
+            image = split_on_oom(self._decode, (latents,), forget=self._forget, last=partial(tiled, self._decode))
         if self.dtype == torch.float32 or bool(image.isfinite().all()):
             return image
         _log.debug("the decoder overflowed in %s: once more in float32", self._vae_dtype)
@@ -123,8 +123,8 @@ class CudaEngine:
         """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
         vae = self._fast.autoencoder
         with self._ready():
-            moments = self._first(
-                "encode", lambda rows: (vae.encode(self._laid(rows, self._vae_dtype)),), image
+            moments = self._run_one(
+                "encode", lambda rows: (vae.encode(self._channels_last(rows, self._vae_dtype)),), image
             ).float()
         if self.dtype != torch.float32 and not bool(moments.isfinite().all()):
             moments = self._in_float32("encode", image)
@@ -148,41 +148,41 @@ class CudaEngine:
                 return None
             return on_the_host([out for out in outputs if out is not None])
 
-    def _told_of(self, context: Tensor) -> Tensor:
-        """Keys and values for a text: those of the last ones are kept, for there is one text for many steps."""
-        for known, told in self._texts:
+    def _text_kv_of(self, context: Tensor) -> Tensor:
+        """Keys and values of a text for all cross attentions; cached for the last four texts."""
+        for known, text_kv in self._texts:
             if known is context:
-                return told
-        told = self._first("told", lambda rows: (self._told(rows.to(self.dtype)),), context)
-        self._texts = [*self._texts[-3:], (context, told)]
-        return told
+                return text_kv
+        text_kv = self._run_one("text_kv", lambda rows: (self._text_kv(rows.to(self.dtype)),), context)
+        self._texts = [*self._texts[-3:], (context, text_kv)]
+        return text_kv
 
     def _predict(self, t: float, *rows: Tensor | None) -> Tensor:
-        def function(x: Tensor, times: Tensor, told: Tensor, *more: Tensor | None) -> tuple[Tensor]:
+        def function(x: Tensor, times: Tensor, text_kv: Tensor, *more: Tensor | None) -> tuple[Tensor]:
             pooled, sizes, channels = more
             x = x if channels is None else torch.cat([x, channels.to(x)], dim=1)
             pooled = None if pooled is None else pooled.to(self.dtype)
-            return (self._fast.unet(self._laid(x, self.dtype), times, told, pooled, sizes),)
+            return (self._fast.unet(self._channels_last(x, self.dtype), times, text_kv, pooled, sizes),)
 
         x, *others = rows
         assert x is not None
         times = torch.full((len(x),), t, device=self.device)
-        return self._first("unet", function, x, times, *others).float()
+        return self._run_one("unet", function, x, times, *others).float()
 
     def _decode(self, latents: Tensor) -> Tensor:
         vae, tiny = self._fast.autoencoder, self._fast.tiny
 
         def function(rows: Tensor) -> tuple[Tensor]:
             if tiny is not None:
-                return (tiny.decode(self._laid(rows, self.dtype)),)
-            return (vae.decode(self._laid(rows / vae.config.scaling_factor, self._vae_dtype)),)
+                return (tiny.decode(self._channels_last(rows, self.dtype)),)
+            return (vae.decode(self._channels_last(rows / vae.config.scaling_factor, self._vae_dtype)),)
 
-        return self._first("decode", function, latents).float()
+        return self._run_one("decode", function, latents).float()
 
-    def _laid(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _channels_last(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
-    def _first(self, name: str, function: GraphFunction, *given: Tensor | None) -> Tensor:
+    def _run_one(self, name: str, function: GraphFunction, *given: Tensor | None) -> Tensor:
         (out,) = self._run(name, function, *given)
         assert out is not None
         return out
@@ -197,7 +197,7 @@ class CudaEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """One call at a time, with all that is made of weights up to date."""
+        """One call at a time, with packed weights up to date."""
         with self.parts.lock.computing(), self._lock, on_card(self.device):
             if not self._recordings.running:
                 self._order.follow(self.device)
@@ -205,13 +205,13 @@ class CudaEngine:
             yield
 
     def _refresh(self) -> None:
-        """Make anew what was made of weights that have changed; forget the graphs where weights lie elsewhere now."""
+        """Repack weights that have changed; drop all graphs if a weight has moved, since graphs hold its address."""
         changed, moved = self._watch.look()
         if moved:
             self._graphs.clear()
         if changed or moved:
-            self._means.refresh()
-            self._texts, self._embeddings = [], Embeddings()
+            self._ctx.refresh()
+            self._texts, self._prompts = [], PromptCache()
 
     def _forget(self) -> None:
         """Give back the memory of all graphs."""
@@ -226,15 +226,15 @@ class CudaEngine:
         return out
 
 
-def swaps(means: Means) -> Swaps:
-    """The fast layers, in the places of those that have some."""
-    return Swaps(
+def layer_map(ctx: CudaLayerContext) -> LayerMap:
+    """Which layers are replaced by which fast ones."""
+    return LayerMap(
         layers={
             Downsample: lambda layer: layer,
             TinyBlock: CudaTinyBlock,
-            **{kind: partial(layer, means=means) for kind, layer in _LAYERS.items()},
+            **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
-        doubled=partial(Doubled, means=means),
+        upsample_conv=partial(UpsampleConv, ctx=ctx),
     )
 
 
@@ -248,21 +248,21 @@ _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 }
 
 
-def _merge(unet: UNet, means: Means) -> Told:
-    """One product for what all residual blocks add for the time, and one for what all attentions read of the text."""
+def _fuse_projections(unet: UNet, ctx: CudaLayerContext) -> CrossAttentionKV:
+    """Fuse the time projections of all residual blocks, and the keys and values of all cross attentions."""
     blocks = [each for each in unet.modules() if isinstance(each, CudaResBlock)]
-    unet.embedding = Times(unet, blocks, means)  # type: ignore[method-assign]
-    return Told([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], means)
+    unet.embedding = FusedTimeProjections(unet, blocks, ctx)  # type: ignore[method-assign]
+    return CrossAttentionKV([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], ctx)
 
 
-def _sturdy(vae: AutoencoderKL) -> AutoencoderKL:
-    """The autoencoder, or where it overflows float16 a copy in bfloat16, which has the range of float32."""
+def overflow_safe_vae(vae: AutoencoderKL) -> AutoencoderKL:
+    """The autoencoder, or a copy in bfloat16, which has the range of float32, if it overflows float16."""
     fragile = vae.config.force_upcast and next(vae.parameters()).dtype == torch.float16
     return copy.deepcopy(vae).to(torch.bfloat16) if fragile else vae
 
 
-def _lay_out(parts: Parts) -> None:
-    """Filters with their channels side by side, as the convolutions of cards want them."""
+def to_channels_last_(parts: Parts) -> None:
+    """Lay out the filters of all convolutions as channels last, in place: cuDNN's fast kernels want that."""
     for network in networks(parts):
         for layer in network.modules():
             if isinstance(layer, nn.Conv2d):

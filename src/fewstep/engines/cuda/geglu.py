@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.engines.choices import Ways
+from fewstep.engines.autotune import Candidates
 
 BLOCK_K = 64
 """Channels of one step."""
@@ -87,7 +87,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None, tile: GegluTile) -> Te
     return out
 
 
-def geglu_candidates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ways:
+def geglu_candidates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
     """`geglu` with each tile; nothing for formats and sizes that it does not take."""
     aligned = weight.shape[1] % 16 == 0 and len(weight) % 32 == 0 and weight.numel() < 1 << 31
     if not (aligned and weight.is_contiguous() and x.numel() and x.dtype in FORMATS and x.dtype == weight.dtype):

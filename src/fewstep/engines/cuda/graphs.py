@@ -12,20 +12,20 @@ MOST = 24
 """Graphs that are kept; the one that was not used for the longest goes first."""
 
 WARM_UPS = 3
-"""Runs before the capture: libraries choose their algorithms, Triton compiles, ways are measured."""
+"""Runs before the capture: libraries choose their algorithms, Triton compiles, the autotuner measures."""
 
 Given = Sequence[Tensor | None]
 Function = Callable[..., Sequence[Tensor | None]]
 
 
-class Recorded(Protocol):
-    """A function with its inputs and outputs at fixed places."""
+class Replayable(Protocol):
+    """A function whose inputs and outputs have fixed addresses."""
 
     def replay(self, given: Given) -> Sequence[Tensor | None]:
         """The function's outputs for `given`, good until the next replay."""
 
 
-class Captured:
+class CapturedGraph:
     """A CUDA graph of a function of tensors, given on the card or the CPU and copied to the card.
 
     Its memory comes from `pool`, which graphs that never run at once may share.
@@ -44,7 +44,7 @@ class Captured:
             self._outputs = function(*self._inputs)
 
     def replay(self, given: Given) -> Sequence[Tensor | None]:
-        """See `Recorded`. Launches and comes back; the host does not wait."""
+        """See `Replayable`. Launches and comes back; the host does not wait."""
         for held, each in zip(self._inputs, given, strict=True):
             if held is not None and each is not None:
                 held.copy_(each, non_blocking=True)
@@ -52,18 +52,18 @@ class Captured:
         return self._outputs
 
 
-class Called:
+class EagerCall:
     """A function that is called each time, without a graph."""
 
     def __init__(self, function: Function, given: Given) -> None:
         self._function = function
 
     def replay(self, given: Given) -> Sequence[Tensor | None]:
-        """See `Recorded`."""
+        """See `Replayable`."""
         return self._function(*given)
 
 
-Record = Callable[[Function, Given], Recorded]
+Record = Callable[[Function, Given], Replayable]
 
 
 class Graphs:
@@ -74,7 +74,7 @@ class Graphs:
 
     def __init__(self, record: Record | None = None, most: int = MOST) -> None:
         self._record, self._most = record or _capturing(), most
-        self._known: dict[object, Recorded] = {}
+        self._known: dict[object, Replayable] = {}
 
     def run(self, name: Hashable, function: Function, *given: Tensor | None) -> Sequence[Tensor | None]:
         """The outputs of `function`, good until the next run of the same name and shapes."""
@@ -98,9 +98,9 @@ class Graphs:
 def _capturing() -> Record:
     pool: list[Any] = []
 
-    def record(function: Function, given: Given) -> Recorded:
+    def record(function: Function, given: Given) -> Replayable:
         if not pool:
             pool.append(torch.cuda.graph_pool_handle())
-        return Captured(function, given, pool[0])
+        return CapturedGraph(function, given, pool[0])
 
     return record

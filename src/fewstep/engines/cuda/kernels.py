@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda.norms import FEW_PIXELS, GroupNorm, added_with_moments
 from fewstep.engines.cuda.operations import Moments
 
@@ -99,11 +99,11 @@ def _weave(  # type: ignore[no-untyped-def]
 class TritonOperations:
     """See `Operations`; on a card, or in Triton's interpreter.
 
-    `choices` finds the fastest candidate for each norm over groups; without them the size of the map decides.
+    `autotuner` finds the fastest candidate for each norm over groups; without them the size of the map decides.
     """
 
-    def __init__(self, choices: Choices | None = None) -> None:
-        self.choices = choices
+    def __init__(self, autotuner: Autotuner | None = None) -> None:
+        self.autotuner = autotuner
 
     def group_norm(
         self,
@@ -117,9 +117,9 @@ class TritonOperations:
         """See `Operations`."""
         call = GroupNorm(x.contiguous(), norm, added, silu, moments)
         candidates = call.candidates()
-        if self.choices is None:
+        if self.autotuner is None:
             return next(iter(candidates.values()))()
-        return self.choices.run(call.key(), candidates)
+        return self.autotuner.run(call.key(), candidates)
 
     def add_norm(self, x: Tensor, h: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """See `Operations`."""

@@ -1,4 +1,4 @@
-"""Blocks of the networks in few kernels, each with the parameters of the block in whose place it stands."""
+"""Layers of the networks in few kernels; each reads the parameters of the layer that it replaces."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Ways
-from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.linear import attended, gated_product, product_of
+from fewstep.engines.autotune import Candidates
+from fewstep.engines.cuda.context import CudaLayerContext
+from fewstep.engines.cuda.linear import attention, fused_geglu, fused_linear
 from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
@@ -29,13 +29,13 @@ PADDED_OUTPUTS = 16, 64
 class CudaConv(nn.Module):
     """A convolution, with norm and SiLU before it in few kernels."""
 
-    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+    def __init__(self, conv: nn.Conv2d, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.conv, self.means = (conv,), means  # in a tuple, so as not to be a submodule
+        self.conv, self.ctx = (conv,), ctx  # in a tuple, so as not to be a submodule
         sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         self.is_3x3 = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
         few = self.is_3x3 and conv.out_channels < min(PADDED_OUTPUTS)
-        self.padded = [_Padded(conv, outputs, means) for outputs in PADDED_OUTPUTS if few]
+        self.padded = [_Padded(conv, outputs, ctx) for outputs in PADDED_OUTPUTS if few]
 
     @property
     def weight(self) -> Tensor:
@@ -44,42 +44,42 @@ class CudaConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv[0]
-        padded: Ways = {f"padded {each.outputs}": partial(each, x) for each in self.padded}
+        padded: Candidates = {f"padded {each.outputs}": partial(each, x) for each in self.padded}
         return self._fastest(x, conv.bias, lambda: conv.forward(x), padded)
 
     def bare(self, x: Tensor) -> Tensor:
-        """The convolution without its bias: whoever comes next adds it."""
+        """The convolution without its bias, which the next kernel adds."""
         conv = self.conv[0]
         return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding), {})
 
-    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor], more: Ways) -> Tensor:
+    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor], more: Candidates) -> Tensor:
         """The library's convolution, one of `more`, or for small maps a kernel's, whichever is the fastest."""
-        if not self.is_3x3 or isinstance(self.means.operations, PlainOperations):
+        if not self.is_3x3 or isinstance(self.ctx.operations, PlainOperations):
             return library()
         from fewstep.engines.cuda.small_conv import small_conv_candidates
 
-        ways: Ways = {"library": library, **more, **small_conv_candidates(x, self.weight, bias)}
+        candidates: Candidates = {"library": library, **more, **small_conv_candidates(x, self.weight, bias)}
         key = f"conv {tuple(x.shape)} {len(self.weight)} {bias is not None} {x.dtype}"
-        return self.means.choices.run(key, ways)
+        return self.ctx.autotuner.run(key, candidates)
 
     def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """The convolution of `silu(norm(x))`."""
-        return self.forward(maps(self.means.operations.group_norm(pixels(x), norm, moments=moments_of(x)), x))
+        return self.forward(maps(self.ctx.operations.group_norm(pixels(x), norm, moments=moments_of(x)), x))
 
 
 class _Padded:
-    """A convolution with zeros for more outputs, which are cut off: libraries' fast kernels want some to compute."""
+    """A convolution padded with zero filters to more outputs, which are cut off: fast kernels want that many."""
 
-    def __init__(self, conv: nn.Conv2d, outputs: int, means: Means) -> None:
+    def __init__(self, conv: nn.Conv2d, outputs: int, ctx: CudaLayerContext) -> None:
         self.outputs, self.used, more = outputs, conv.out_channels, outputs - conv.out_channels
-        self.weight = means.derive(
+        self.weight = ctx.pack(
             lambda: [conv.weight],
             lambda: F.pad(conv.weight, (0,) * 7 + (more,)).contiguous(memory_format=torch.channels_last),
         )
         self.bias = (
             None
             if conv.bias is None
-            else means.derive(lambda: _biases([conv]), lambda: F.pad(_biases([conv])[0], (0, more)))
+            else ctx.pack(lambda: _biases([conv]), lambda: F.pad(_biases([conv])[0], (0, more)))
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ class _Padded:
         return F.conv2d(x, self.weight.value, bias, padding=1)[:, : self.used]
 
 
-class Doubled(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution as four 2x2 ones of the small map: 4/9 of the products."""
+class UpsampleConv(nn.Module):
+    """Nearest-neighbour 2x upsampling and a 3x3 convolution, as four 2x2 ones of the small map: 4/9 of the products."""
 
-    def __init__(self, conv: nn.Conv2d, means: Means) -> None:
+    def __init__(self, conv: nn.Conv2d, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.conv, self.means, self.whole = (conv,), means, CudaConv(conv, means)
-        self.folded = means.derive(lambda: [conv.weight], lambda: _four_filters(conv.weight))
+        self.conv, self.ctx, self.whole = (conv,), ctx, CudaConv(conv, ctx)
+        self.phase_filters = ctx.pack(lambda: [conv.weight], lambda: _four_filters(conv.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv[0]
@@ -101,56 +101,57 @@ class Doubled(nn.Module):
         def plain() -> Tensor:
             return self.whole(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
 
-        if not self.means.tricks.upsampled:
+        if not self.ctx.optimizations.upsampled:
             return plain()
-        ways: Ways = {"folded": lambda: self._folded(x)} | ({"plain": plain} if x.is_cuda else {})
-        return self.means.choices.run(f"doubled {tuple(x.shape)} {len(conv.weight)} {x.dtype}", ways)
+        candidates: Candidates = {"folded": lambda: self._phases(x)} | ({"plain": plain} if x.is_cuda else {})
+        return self.ctx.autotuner.run(f"doubled {tuple(x.shape)} {len(conv.weight)} {x.dtype}", candidates)
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """The four phases as one convolution of 4 * O channels, each a pixel later, then interleaved with the bias."""
-        phases = F.conv2d(x, self.folded.value, padding=1)
-        return self.means.operations.weave(phases, self.conv[0].bias)
+    def _phases(self, x: Tensor) -> Tensor:
+        """Runs the four phase convolutions as one with 4 * O channels, then interleaves them and adds the bias."""
+        phases = F.conv2d(x, self.phase_filters.value, padding=1)
+        return self.ctx.operations.weave(phases, self.conv[0].bias)
 
 
 def _four_filters(weight: Tensor) -> Tensor:
-    """Filters (4 * O, C, 2, 2) for the four pixels that one becomes: taps that would read the same pixel are added."""
+    """Filters (4 * O, C, 2, 2) for the four phases: taps that would read the same pixel of the small map are added."""
     filters = [each for row in _halves(weight.float(), 2) for each in _halves(row, 3)]
     return torch.cat(filters).to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three taps along `dim` as two, for the first pixel of a doubled one and for the second."""
+    """Three taps along `dim` as two, for the even output pixels and for the odd ones."""
     first, middle, last = torch.split(weight, 1, dim)
     return torch.cat([first, middle + last], dim), torch.cat([first + middle, last], dim)
 
 
 class CudaUpsample(nn.Module):
-    """Doubling with its convolution, where the size is exactly doubled."""
+    """2x upsampling and its convolution, fused where the size is exactly doubled."""
 
-    def __init__(self, layer: Upsample, means: Means) -> None:
+    def __init__(self, layer: Upsample, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.doubled, self.conv = Doubled(layer.conv, means), CudaConv(layer.conv, means)
+        self.upsample, self.conv = UpsampleConv(layer.conv, ctx), CudaConv(layer.conv, ctx)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.doubled(x)  # type: ignore[no-any-return]
+            return self.upsample(x)  # type: ignore[no-any-return]
         return self.conv(F.interpolate(x, size=size, mode="nearest"))  # type: ignore[no-any-return]
 
 
 class CudaResBlock(nn.Module):
-    """A residual block; its first bias and the time come with the second norm, its second bias with the residual.
+    """A residual block in few kernels.
 
-    `emb` is what `Times` makes: every block takes its `part` of it.
+    conv1's bias and the time embedding are added inside norm2's kernel; conv2's bias inside the residual add. `emb` is
+    the output of `FusedTimeProjections`: every block reads the channels `part` of it.
     """
 
-    def __init__(self, block: ResBlock, means: Means) -> None:
+    def __init__(self, block: ResBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.block, self.means, self.part = (block,), means, slice(0, 0)
-        self.conv1, self.conv2 = CudaConv(block.conv1, means), CudaConv(block.conv2, means)
-        self.shortcut = product_of(means, block.conv_shortcut) if block.conv_shortcut else None
+        self.block, self.ctx, self.part = (block,), ctx, slice(0, 0)
+        self.conv1, self.conv2 = CudaConv(block.conv1, ctx), CudaConv(block.conv2, ctx)
+        self.shortcut = fused_linear(ctx, block.conv_shortcut) if block.conv_shortcut else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        block, operations, rows = self.block[0], self.means.operations, pixels(x)
+        block, operations, rows = self.block[0], self.ctx.operations, pixels(x)
         bias = block.conv1.bias
         assert bias is not None
         added = bias[None] if emb is None else emb[:, self.part]
@@ -160,29 +161,29 @@ class CudaResBlock(nn.Module):
         return with_moments(maps(out, x), moments)
 
 
-class Times:
-    """What all residual blocks of a UNet add for the time step, in one product: emb (B, E) -> (B, sum of channels).
+class FusedTimeProjections:
+    """The time projections of all residual blocks of a UNet as one linear layer: emb (B, E) -> (B, sum of channels).
 
-    The biases of the first convolutions are in it.
+    It includes the biases of the blocks' first convolutions.
     """
 
-    def __init__(self, unet: UNet, blocks: list[CudaResBlock], means: Means) -> None:
+    def __init__(self, unet: UNet, blocks: list[CudaResBlock], ctx: CudaLayerContext) -> None:
         self.unet = unet
         layers = [block.block[0] for block in blocks]
-        self.product = product_of(means, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
+        self.linear = fused_linear(ctx, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
         both = [(layer.time_emb_proj, layer.conv1) for layer in layers]
 
         def biases() -> list[Tensor]:
             return [each.bias for pair in both for each in pair if each is not None and each.bias is not None]
 
-        self.bias = means.derive(biases, lambda: torch.cat([_sum(*pair) for pair in both]))
+        self.bias = ctx.pack(biases, lambda: torch.cat([_sum(*pair) for pair in both]))
         ends = accumulate((layer.conv1.out_channels for layer in layers), initial=0)
         for block, (start, stop) in zip(blocks, pairwise(ends), strict=True):
             block.part = slice(start, stop)
 
     def __call__(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         emb = UNet.embedding(self.unet, t, dtype, pooled, sizes)
-        return self.product(F.silu(emb)) + self.bias.value
+        return self.linear(F.silu(emb)) + self.bias.value
 
 
 def _sum(projection: nn.Linear | None, conv: nn.Conv2d) -> Tensor:
@@ -192,19 +193,22 @@ def _sum(projection: nn.Linear | None, conv: nn.Conv2d) -> Tensor:
 
 
 class CudaAttention(nn.Module):
-    """Attention of a UNet: to itself with one product for all three, or to the `part` of keys and values of a text."""
+    """Attention of a UNet: self-attention with fused q, k, v, or cross attention to `part` of a text's k and v."""
 
-    def __init__(self, attention: Attention, means: Means, *, text: bool) -> None:
+    def __init__(self, attention: Attention, ctx: CudaLayerContext, *, text: bool) -> None:
         super().__init__()
-        self.attention, self.means, self.part = (attention,), means, slice(0, 0)
+        self.attention, self.ctx, self.part = (attention,), ctx, slice(0, 0)
         inner = [attention.to_q] if text else [attention.to_q, attention.to_k, attention.to_v]
-        self.enter, self.leave = product_of(means, *inner), product_of(means, _linear(attention.to_out[0]), bias=False)
+        self.project_in, self.project_out = (
+            fused_linear(ctx, *inner),
+            fused_linear(ctx, _linear(attention.to_out[0]), bias=False),
+        )
 
-    def add_to(self, total: Tensor, x: Tensor, told: Tensor | None = None) -> None:
+    def add_to(self, total: Tensor, x: Tensor, text_kv: Tensor | None = None) -> None:
         """Add the attention of normed rows x, without its last bias, to `total` in place: both (B, N, C)."""
-        rows = self.enter(x)
-        q, k, v = rows.chunk(3, dim=2) if told is None else (rows, *told[..., self.part].chunk(2, dim=2))
-        self.leave.add_to(total, attended(q, k, v, self.attention[0].heads, self.means))
+        rows = self.project_in(x)
+        q, k, v = rows.chunk(3, dim=2) if text_kv is None else (rows, *text_kv[..., self.part].chunk(2, dim=2))
+        self.project_out.add_to(total, attention(q, k, v, self.attention[0].heads, self.ctx))
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -213,59 +217,59 @@ def _linear(layer: nn.Module) -> nn.Linear:
 
 
 class CudaTransformerBlock(nn.Module):
-    """A transformer block, whose products add to the residual rows in place.
+    """A transformer block, whose matrix products add to the residual rows in place.
 
     Their biases are left out: `offsets` has the sums of those before each of the three norms, which add them.
     """
 
-    def __init__(self, block: TransformerBlock, means: Means) -> None:
+    def __init__(self, block: TransformerBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.block, self.means, self.offsets = (block,), means, list[Callable[[], Tensor | None]]()
-        self.attn1 = CudaAttention(block.attn1, means, text=False)
-        self.attn2 = CudaAttention(block.attn2, means, text=True)
+        self.block, self.ctx, self.offsets = (block,), ctx, list[Callable[[], Tensor | None]]()
+        self.attn1 = CudaAttention(block.attn1, ctx, text=False)
+        self.attn2 = CudaAttention(block.attn2, ctx, text=True)
         gated, back = block.ff.net[0], _linear(block.ff.net[2])
         assert isinstance(gated, GEGLU)
-        self.enter, self.leave = product_of(means, gated.proj), product_of(means, back, bias=False)
+        self.ff_in, self.ff_out = fused_linear(ctx, gated.proj), fused_linear(ctx, back, bias=False)
         self.biased = [_linear(block.attn1.to_out[0]), _linear(block.attn2.to_out[0]), back]
 
-    def add_to(self, x: Tensor, told: Tensor) -> None:
+    def add_to(self, x: Tensor, text_kv: Tensor) -> None:
         """Add all that the block adds, but for its biases, to x (B, N, C) in place."""
         norms = (self.block[0].norm1, self.block[0].norm2, self.block[0].norm3)
-        normed = (self.means.operations.row_norm(x, find(), n) for find, n in zip(self.offsets, norms, strict=True))
+        normed = (self.ctx.operations.row_norm(x, find(), n) for find, n in zip(self.offsets, norms, strict=True))
         self.attn1.add_to(x, next(normed))
-        self.attn2.add_to(x, next(normed), told)
-        self.leave.add_to(x, gated_product(self.enter, next(normed), self.means))
+        self.attn2.add_to(x, next(normed), text_kv)
+        self.ff_out.add_to(x, fused_geglu(self.ff_in, next(normed), self.ctx))
 
 
 class CudaTransformer(nn.Module):
-    """A spatial transformer over channels-last maps; the context is what `Told` makes."""
+    """A spatial transformer over channels-last maps; the context is the output of `CrossAttentionKV`."""
 
-    def __init__(self, layer: SpatialTransformer, means: Means) -> None:
+    def __init__(self, layer: SpatialTransformer, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.layer, self.means = (layer,), means
-        self.enter, self.leave = product_of(means, layer.proj_in), product_of(means, layer.proj_out, bias=False)
+        self.layer, self.ctx = (layer,), ctx
+        self.proj_in, self.proj_out = fused_linear(ctx, layer.proj_in), fused_linear(ctx, layer.proj_out, bias=False)
         blocks = [block for block in layer.transformer_blocks if isinstance(block, TransformerBlock)]
-        self.chain = [CudaTransformerBlock(block, means) for block in blocks]
+        self.chain = [CudaTransformerBlock(block, ctx) for block in blocks]
         self.blocks, biased = nn.ModuleList(self.chain), list[nn.Linear]()
         for each in self.chain:
             for linear in each.biased:
-                each.offsets.append(_sum_of_biases(biased, means))
+                each.offsets.append(_sum_of_biases(biased, ctx))
                 biased = [*biased, linear]
         out = layer.proj_out
-        self.bias = means.derive(lambda: [*_biases([*biased, out]), out.weight], lambda: _bias_after(out, biased))
+        self.bias = ctx.pack(lambda: [*_biases([*biased, out]), out.weight], lambda: _bias_after(out, biased))
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        operations, rows = self.means.operations, pixels(x)
-        h = self.enter(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
+    def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
+        operations, rows = self.ctx.operations, pixels(x)
+        h = self.proj_in(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
         for block in self.chain:
-            block.add_to(h, told)
-        return maps(operations.added(self.leave(h), self.bias.value, rows), x)
+            block.add_to(h, text_kv)
+        return maps(operations.added(self.proj_out(h), self.bias.value, rows), x)
 
 
-def _sum_of_biases(layers: Sequence[nn.Linear], means: Means) -> Callable[[], Tensor | None]:
+def _sum_of_biases(layers: Sequence[nn.Linear], ctx: CudaLayerContext) -> Callable[[], Tensor | None]:
     if not layers:
         return lambda: None
-    found = means.derive(lambda: _biases(layers), lambda: torch.stack(_biases(layers)).float().sum(0))
+    found = ctx.pack(lambda: _biases(layers), lambda: torch.stack(_biases(layers)).float().sum(0))
     return lambda: found.value
 
 
@@ -279,52 +283,52 @@ def _biases(layers: Sequence[nn.Linear | nn.Conv2d]) -> list[Tensor]:
     return [layer.bias for layer in layers if layer.bias is not None]
 
 
-class Told:
-    """Keys and values of a text for all of a UNet's layers, in one product: context (B, M, D) -> (B, M, their sum)."""
+class CrossAttentionKV:
+    """Keys and values of a text for all cross attentions, as one linear layer: context (B, M, D) -> (B, M, sum)."""
 
-    def __init__(self, layers: list[CudaAttention], means: Means) -> None:
+    def __init__(self, layers: list[CudaAttention], ctx: CudaLayerContext) -> None:
         inner = [each for layer in layers for each in (layer.attention[0].to_k, layer.attention[0].to_v)]
-        self.product = product_of(means, *inner)
+        self.linear = fused_linear(ctx, *inner)
         ends = accumulate((2 * layer.attention[0].to_k.out_features for layer in layers), initial=0)
         for layer, (start, stop) in zip(layers, pairwise(ends), strict=True):
             layer.part = slice(start, stop)
 
     def __call__(self, context: Tensor) -> Tensor:
-        return self.product(context)
+        return self.linear(context)
 
 
 class CudaPixelAttention(nn.Module):
-    """The autoencoder's attention, one product for queries, keys and values."""
+    """The autoencoder's attention, queries, keys and values by one linear layer."""
 
-    def __init__(self, attention: PixelAttention, means: Means) -> None:
+    def __init__(self, attention: PixelAttention, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.attention, self.means = (attention,), means
-        self.enter = product_of(means, attention.to_q, attention.to_k, attention.to_v)
-        self.leave = product_of(means, _linear(attention.to_out[0]))
+        self.attention, self.ctx = (attention,), ctx
+        self.qkv = fused_linear(ctx, attention.to_q, attention.to_k, attention.to_v)
+        self.out = fused_linear(ctx, _linear(attention.to_out[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, operations = pixels(x), self.means.operations
+        rows, operations = pixels(x), self.ctx.operations
         normed = operations.group_norm(rows, self.attention[0].group_norm, silu=False, moments=moments_of(x))
-        q, k, v = self.enter(normed).chunk(3, dim=2)
-        out, moments = operations.added_moments(self.leave(attended(q, k, v, 1, self.means)), None, rows)
+        q, k, v = self.qkv(normed).chunk(3, dim=2)
+        out, moments = operations.added_moments(self.out(attention(q, k, v, 1, self.ctx)), None, rows)
         return with_moments(maps(out, x), moments)
 
 
 class CudaTextLayer(nn.Module):
-    """A layer of a text tower: one product for queries, keys and values, the additions with the norms."""
+    """A layer of a text tower: queries, keys and values by one linear layer, additions fused with the norms."""
 
-    def __init__(self, layer: TextLayer, means: Means) -> None:
+    def __init__(self, layer: TextLayer, ctx: CudaLayerContext) -> None:
         super().__init__()
         attention = layer.self_attn
-        self.layer, self.means = (layer,), means
-        self.enter = product_of(means, attention.q_proj, attention.k_proj, attention.v_proj)
-        self.leave = product_of(means, attention.out_proj)
+        self.layer, self.ctx = (layer,), ctx
+        self.qkv = fused_linear(ctx, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = fused_linear(ctx, attention.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, operations = self.layer[0], self.means.operations
+        layer, operations = self.layer[0], self.ctx.operations
         heads, causal = layer.self_attn.heads, layer.self_attn.causal
-        q, k, v = self.enter(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
-        h = self.leave(attended(q, k, v, heads, self.means, causal=causal))
+        q, k, v = self.qkv(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
+        h = self.out(attention(q, k, v, heads, self.ctx, causal=causal))
         x, normed = operations.add_norm(x, h, layer.layer_norm2)
         out: Tensor = x + layer.mlp(normed)
         return out

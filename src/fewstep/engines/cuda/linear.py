@@ -16,11 +16,11 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.engines.choices import Ways
-from fewstep.engines.cuda.derived import Means, Weights
+from fewstep.engines.autotune import Candidates
+from fewstep.engines.cuda.context import CudaLayerContext, Weights
 from fewstep.engines.cuda.operations import PlainOperations
 
-WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
+ATTENTION_BACKENDS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
     "cudnn": (SDPBackend.CUDNN_ATTENTION, can_use_cudnn_attention),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
@@ -28,21 +28,21 @@ WAYS: dict[str, tuple[SDPBackend, Callable[[SDPAParams], bool]]] = {
 """Implementations of attention, and whether they take a shape; the fastest is found for each."""
 
 WIDEST_FUSED = 256
-"""Channels of a head above which the fast fused kernels take none; `product_attention` is tried there."""
+"""Channels of a head above which the fast fused kernels take none; `matmul_attention` is tried there."""
 
 MOST_SCORES = 1 << 25
-"""Scores of a piece of `product_attention`: 64 MB in half precision, 128 MB in float32."""
+"""Scores of a piece of `matmul_attention`: 64 MB in half precision, 128 MB in float32."""
 
 
-class Product:
-    """One product with the weights of several linear layers, one below the other: x (..., C) -> (..., sum of outputs).
+class FusedLinear:
+    """Several linear layers as one, their weights concatenated: x (..., C) -> (..., sum of outputs).
 
     `weights` and `biases` are those of the layers; there is no bias where `biases` is None.
     """
 
-    def __init__(self, means: Means, weights: Weights, biases: Weights | None = None) -> None:
-        self._weight = _one(means, weights)
-        self._bias = None if biases is None else _one(means, biases)
+    def __init__(self, ctx: CudaLayerContext, weights: Weights, biases: Weights | None = None) -> None:
+        self._weight = _one(ctx, weights)
+        self._bias = None if biases is None else _one(ctx, biases)
 
     @property
     def weight(self) -> Tensor:
@@ -58,15 +58,15 @@ class Product:
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
-        """Add the product, without a bias, to `total` (..., O) in place, in the product's own kernel."""
+        """Add the layer's output, without its bias, to `total` (..., O) in place, inside the matrix product."""
         total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.T)
 
 
-def _one(means: Means, weights: Weights) -> Callable[[], Tensor]:
+def _one(ctx: CudaLayerContext, weights: Weights) -> Callable[[], Tensor]:
     """The weight of a single layer as it is, those of several as one that is kept."""
     if len(weights()) == 1:
         return lambda: joined(weights())
-    kept = means.derive(weights, lambda: joined(weights()))
+    kept = ctx.pack(weights, lambda: joined(weights()))
     return lambda: kept.value
 
 
@@ -76,32 +76,32 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def product_of(means: Means, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> Product:
-    """The product with the weights of `layers`: linear ones, or convolutions of single pixels."""
+def fused_linear(ctx: CudaLayerContext, *layers: nn.Linear | nn.Conv2d, bias: bool = True) -> FusedLinear:
+    """The layers fused into one: linear ones, or 1x1 convolutions."""
     biased = bias and layers[0].bias is not None
 
     def biases() -> list[Tensor]:
         return [layer.bias for layer in layers if layer.bias is not None]
 
-    return Product(means, lambda: [layer.weight for layer in layers], biases if biased else None)
+    return FusedLinear(ctx, lambda: [layer.weight for layer in layers], biases if biased else None)
 
 
-def gated_product(product: Product, rows: Tensor, means: Means) -> Tensor:
-    """The first half of a product's outputs times the GELU of the second: rows (B, N, C) -> (B, N, outputs / 2)."""
+def fused_geglu(linear: FusedLinear, rows: Tensor, ctx: CudaLayerContext) -> Tensor:
+    """GEGLU: half of a layer's outputs times the GELU of the other half: rows (B, N, C) -> (B, N, outputs / 2)."""
 
     def apart() -> Tensor:
-        return means.operations.gated(product(rows))
+        return ctx.operations.gated(linear(rows))
 
-    if isinstance(means.operations, PlainOperations):
+    if isinstance(ctx.operations, PlainOperations):
         return apart()
     from fewstep.engines.cuda.geglu import geglu_candidates
 
-    weight = product.weight
-    ways: Ways = {"apart": apart, **geglu_candidates(rows, weight, product.bias)}
-    return means.choices.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", ways)
+    weight = linear.weight
+    candidates: Candidates = {"apart": apart, **geglu_candidates(rows, weight, linear.bias)}
+    return ctx.autotuner.run(f"geglu {tuple(rows.shape)} {len(weight)} {rows.dtype}", candidates)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, ctx: CudaLayerContext, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention of rows: q (B, N, heads * D), k and v (B, M, heads * D) -> (B, N, heads * D)."""
     q, k, v = (torch.unflatten(rows, 2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     fused = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
@@ -113,14 +113,14 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, means: Means, *, causa
 
         return run
 
-    ways: Ways = {}
-    if q.is_cuda and means.tricks.attention:
+    candidates: Candidates = {}
+    if q.is_cuda and ctx.optimizations.attention:
         given = SDPAParams(q, k, v, None, 0.0, causal, False)
-        ways = {name: by(backend) for name, (backend, takes) in WAYS.items() if takes(given)}
+        candidates = {name: by(backend) for name, (backend, takes) in ATTENTION_BACKENDS.items() if takes(given)}
         if not causal and (heads == 1 or q.shape[-1] > WIDEST_FUSED):
-            ways["products"] = lambda: _as_rows(product_attention(q, k, v))
-    ways = ways or {"any": lambda: _as_rows(fused())}
-    return means.choices.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", ways)
+            candidates["products"] = lambda: _as_rows(matmul_attention(q, k, v))
+    candidates = candidates or {"any": lambda: _as_rows(fused())}
+    return ctx.autotuner.run(f"attention {tuple(q.shape)} {k.shape[2]} {causal} {q.dtype}", candidates)
 
 
 def _as_rows(heads: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _as_rows(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def product_attention(q: Tensor, k: Tensor, v: Tensor, *, most_scores: int = MOST_SCORES) -> Tensor:
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, *, most_scores: int = MOST_SCORES) -> Tensor:
     """Attention as two batched products and a softmax: q (B, heads, N, D), k and v (B, heads, M, D) -> like q.
 
     Queries are computed in pieces with at most `most_scores` scores each, or one query a piece. The softmax is in

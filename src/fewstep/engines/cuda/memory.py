@@ -19,16 +19,16 @@ OVERLAP = 16
 Rows = Sequence[Tensor | None]
 
 
-def in_pieces(
+def split_on_oom(
     function: Callable[..., Tensor],
     rows: Rows,
     *,
     forget: Callable[[], None],
     last: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`function` of rows (B, ...), or where memory runs short of half of them at a time, and of one by `last`.
+    """`function` of rows (B, ...); out of memory, of half of them at a time and so on, and of a single one by `last`.
 
-    The pieces together are what the whole would have been, but for `last`. `forget` gives back what is kept. Raises
+    The pieces together are what the whole would have been, but for `last`. `forget` frees what is cached. Raises
     InputError with the bytes that were wanted and are free.
     """
     try:
@@ -41,9 +41,9 @@ def in_pieces(
     if count > 1:
         halves = (slice(None, count // 2), slice(count // 2, None))
         pieces = ([None if each is None else each[half] for each in rows] for half in halves)
-        return torch.cat([in_pieces(function, piece, forget=forget, last=last) for piece in pieces])
+        return torch.cat([split_on_oom(function, piece, forget=forget, last=last) for piece in pieces])
     if last is not None:
-        return in_pieces(last, rows, forget=forget)
+        return split_on_oom(last, rows, forget=forget)
     wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", said)
     raise InputError(
         f"{wanted[1] if wanted else 'some bytes'} more are needed at once on the card and {_free()} are free; draw "

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Ways
+from fewstep.engines.autotune import Candidates
 from fewstep.engines.cuda.operations import Moments
 
 
@@ -271,14 +271,14 @@ class GroupNorm:
         given = self.added is not None, self.moments is not None, self.silu
         return f"group norm {tuple(self.x.shape)} {self.norm.num_groups} {given} {self.x.dtype}"
 
-    def candidates(self) -> Ways:
+    def candidates(self) -> Candidates:
         """Functions that compute it, by name; the first is a good one for the size."""
         _, pixels, _ = self.x.shape
         sizes = (FINE, EVEN) if self.x.numel() <= SMALL_MAP else (EVEN, FINE)
-        passes: Ways = {f"passes {size.rows}x{size.columns}": partial(self.in_passes, size) for size in sizes}
+        passes: Candidates = {f"passes {size.rows}x{size.columns}": partial(self.in_passes, size) for size in sizes}
         if pixels * self.width * self.span > LARGEST_GROUP:
             return passes
-        whole: Ways = {"whole": self.at_once}
+        whole: Candidates = {"whole": self.at_once}
         return {**whole, **passes} if pixels <= FEW_PIXELS else {**passes, **whole}
 
     def at_once(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stands between convolutions and products, as one function each; `kernels.py` has them as one kernel each.
+"""Norms, gates and additions between convolutions and matrix products; `kernels.py` has them as one kernel each.
 
 Maps are (B, N, C), pixels one after the other and channels side by side. Sums are in float32.
 """

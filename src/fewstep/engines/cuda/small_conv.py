@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.engines.choices import Ways
+from fewstep.engines.autotune import Candidates
 
 MOST_ROWS = 128
 """Pixels of all maps of a batch above which libraries keep a card busy on their own: measured on an H100."""
@@ -129,7 +129,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def small_conv_candidates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ways:
+def small_conv_candidates(x: Tensor, weight: Tensor, bias: Tensor | None) -> Candidates:
     """`small_conv` with each tile that suits the shape; nothing for maps that are large or lie otherwise."""
     rows = x.numel() // max(1, x.shape[1])
     side_by_side = all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, weight))

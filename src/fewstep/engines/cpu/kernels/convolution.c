@@ -32,19 +32,19 @@ typedef struct {
     Weight weight;                                    /* (O, C, 3, 3) */
     float *out;
     long batch, height, width, channels, outputs, bias_stride;
-    long rectified;         /* nothing below 0 leaves */
+    long relu;              /* 1: the last step is max(x, 0) */
     long every, from;       /* of the outputs' rows and columns those are kept, from this one on */
     long down, across, left; /* rows of tiles of a picture, tiles in each of them, the number of the first */
     long first, last;       /* rows of tiles of this chunk, counted over all pictures */
     long ranges;            /* that the chunk's tiles are split into for each panel of output channels */
-    float *entered;         /* (forms, forms, tiles of the chunk, channels + PAD) */
+    float *transformed;     /* (forms, forms, tiles of the chunk, channels + PAD) */
     float *panels;          /* of all filters, where they are transformed beforehand */
     float *spaces;          /* of each worker */
     long space;
     int scheme;
 } Job;
 
-INLINE void enter(int scheme, const vec *x, int sx, vec *y, int sy)
+INLINE void input_transform(int scheme, const vec *x, int sx, vec *y, int sy)
 {
     if (scheme == WINOGRAD) {
         vec even = x[4 * sx] - x[2 * sx], odd = 2 * (x[3 * sx] - x[sx]);
@@ -89,7 +89,7 @@ INLINE void weigh(int scheme, const vec *w, int sw, vec *y, int sy)
     }
 }
 
-INLINE void leave(int scheme, const vec *m, int sm, vec *y, int sy)
+INLINE void output_transform(int scheme, const vec *m, int sm, vec *y, int sy)
 {
     vec odd = m[sm] - m[2 * sm], even = m[sm] + m[2 * sm];
     if (scheme == WINOGRAD) {
@@ -136,7 +136,7 @@ static void look(const Job *job, long picture, long row, long channel, long coun
     }
 }
 
-INLINE void enter_tiles(int scheme, const Job *job, long tile, long channel, long count, const float *window)
+INLINE void input_tiles(int scheme, const Job *job, long tile, long channel, long count, const float *window)
 {
     int samples = samples_of(scheme), step = step_of(scheme), forms = forms_of(scheme);
     long stride = job->channels + PAD, wide = job->across * step + 2, tiles = (job->last - job->first) * job->across;
@@ -146,31 +146,31 @@ INLINE void enter_tiles(int scheme, const Job *job, long tile, long channel, lon
             const float *from = window + across * step * count + j;
             for (int i = 0; i < samples; i++)
                 for (int k = 0; k < samples; k++) seen[i * samples + k] = load(from + (i * wide + k) * count);
-            for (int k = 0; k < samples; k++) enter(scheme, seen + k, samples, half + k, samples);
-            for (int i = 0; i < forms; i++) enter(scheme, half + i * samples, 1, made + i * forms, 1);
-            float *to = job->entered + (tile + across) * stride + channel + j;
+            for (int k = 0; k < samples; k++) input_transform(scheme, seen + k, samples, half + k, samples);
+            for (int i = 0; i < forms; i++) input_transform(scheme, half + i * samples, 1, made + i * forms, 1);
+            float *to = job->transformed + (tile + across) * stride + channel + j;
             for (int i = 0; i < forms * forms; i++) store(to + i * tiles * stride, made[i]);
         }
     }
 }
 
 /* BLOCK channels of one row of tiles. */
-static void enter_row(const Job *job, long row, long channel, float *window)
+static void input_row(const Job *job, long row, long channel, float *window)
 {
     long picture = (job->first + row) / job->down, count = MIN(BLOCK, job->channels - channel);
     look(job, picture, (job->first + row) % job->down, channel, count, window);
     switch (job->scheme) {
-    case WINOGRAD: enter_tiles(WINOGRAD, job, row * job->across, channel, count, window); break;
-    default: enter_tiles(STRICT, job, row * job->across, channel, count, window); /* UPSAMPLED has the same four forms */
+    case WINOGRAD: input_tiles(WINOGRAD, job, row * job->across, channel, count, window); break;
+    default: input_tiles(STRICT, job, row * job->across, channel, count, window); /* UPSAMPLED has the same four forms */
     }
 }
 
 /* One row of tiles and BLOCK channels of the first step. */
-static void enter_item(void *data, long item, int worker)
+static void input_item(void *data, long item, int worker)
 {
     const Job *job = data;
     long blocks = (job->channels + BLOCK - 1) / BLOCK;
-    enter_row(job, item / blocks, item % blocks * BLOCK, job->spaces + worker * job->space);
+    input_row(job, item / blocks, item % blocks * BLOCK, job->spaces + worker * job->space);
 }
 
 /* DEPTH input channels from `first` on of the filters of WIDE output channels: (points, points, DEPTH, WIDE). */
@@ -213,8 +213,8 @@ INLINE void write_tile(int scheme, const Job *job, long tile, long output, const
     for (int j = 0; j < WIDE; j += LANES) {
         vec seen[36], half[24], made[16];
         for (int i = 0; i < points * points; i++) seen[i] = load(products + i * PRODUCTS + j);
-        for (int k = 0; k < points; k++) leave(scheme, seen + k, points, half + k, points);
-        for (int i = 0; i < outputs; i++) leave(scheme, half + i * points, 1, made + i * outputs, 1);
+        for (int k = 0; k < points; k++) output_transform(scheme, seen + k, points, half + k, points);
+        for (int i = 0; i < outputs; i++) output_transform(scheme, half + i * points, 1, made + i * outputs, 1);
         vec bias = job->bias ? load(job->bias + picture * job->bias_stride + output + j) : (vec){0};
         for (int i = first(job, top); i < MIN(outputs, height - top); i += job->every)
             for (int k = first(job, left); k < MIN(outputs, width - left); k += job->every) {
@@ -222,7 +222,7 @@ INLINE void write_tile(int scheme, const Job *job, long tile, long output, const
                 long at = (y * kept_columns + x) * job->outputs + output + j;
                 vec value = made[i * outputs + k] + bias;
                 if (job->residual) value += load(job->residual + at);
-                if (job->rectified) value = larger(value, all(0));
+                if (job->relu) value = larger(value, all(0));
                 store(job->out + at, value);
             }
     }
@@ -235,12 +235,12 @@ INLINE void multiply_points(int scheme, const Job *job, long begin, long end, lo
     long stride = job->channels + PAD, tiles = (job->last - job->first) * job->across;
     for (int p = 0; p < points * points; p++) {
         long form = form_at(scheme, p / points) * forms + form_at(scheme, p % points);
-        product(end - begin, (Product){job->entered + (form * tiles + begin) * stride + channel, stride, panel + p * PANEL, WIDE,
+        product(end - begin, (Product){job->transformed + (form * tiles + begin) * stride + channel, stride, panel + p * PANEL, WIDE,
                                        MIN(DEPTH, job->channels - channel), products + p * PRODUCTS, WIDE, channel > 0});
     }
 }
 
-INLINE void leave_tiles(int scheme, const Job *job, long output, long begin, long end, float *panel, float *products)
+INLINE void output_tiles(int scheme, const Job *job, long output, long begin, long end, float *panel, float *products)
 {
     for (long channel = 0; channel < job->channels; channel += DEPTH) {
         weigh_panel(scheme, job, output, channel, panel);
@@ -250,21 +250,21 @@ INLINE void leave_tiles(int scheme, const Job *job, long output, long begin, lon
 }
 
 /* WIDE output channels of a range of at most TILES tiles. */
-static void leave_item(void *data, long item, int worker)
+static void output_item(void *data, long item, int worker)
 {
     const Job *job = data;
     long tiles = (job->last - job->first) * job->across, output = item / job->ranges * WIDE, range = item % job->ranges;
     long begin = tiles * range / job->ranges, end = tiles * (range + 1) / job->ranges;
     float *products = job->spaces + worker * job->space, *panel = products + 36 * PRODUCTS;
     switch (job->scheme) {
-    case WINOGRAD: leave_tiles(WINOGRAD, job, output, begin, end, panel, products); break;
-    case STRICT: leave_tiles(STRICT, job, output, begin, end, panel, products); break;
-    default: leave_tiles(UPSAMPLED, job, output, begin, end, panel, products);
+    case WINOGRAD: output_tiles(WINOGRAD, job, output, begin, end, panel, products); break;
+    case STRICT: output_tiles(STRICT, job, output, begin, end, panel, products); break;
+    default: output_tiles(UPSAMPLED, job, output, begin, end, panel, products);
     }
 }
 
 /* Where filters are few, all of them are transformed beforehand, and a strip of tiles goes through all steps at once: what
- * is entered never leaves the second cache, and one core reads memory while another multiplies. */
+ * is transformed never leaves the second cache, and one core reads memory while another multiplies. */
 static int in_strips(const Job *job, int threads)
 {
     long tiles = job->batch * job->down * job->across;
@@ -289,9 +289,9 @@ static void strip_item(void *data, long item, int worker)
     long strips = (job->across + STRIP - 1) / STRIP, part = item % strips;
     strip.first = item / strips, strip.last = strip.first + 1;
     strip.left = job->across * part / strips, strip.across = job->across * (part + 1) / strips - strip.left;
-    strip.entered = job->spaces + worker * job->space;
-    float *space = strip.entered + 36L * strip.across * (job->channels + PAD);
-    for (long channel = 0; channel < job->channels; channel += BLOCK) enter_row(&strip, 0, channel, space);
+    strip.transformed = job->spaces + worker * job->space;
+    float *space = strip.transformed + 36L * strip.across * (job->channels + PAD);
+    for (long channel = 0; channel < job->channels; channel += BLOCK) input_row(&strip, 0, channel, space);
     const float *panel = job->panels;
     for (long output = 0; output < job->outputs; output += WIDE) {
         for (long channel = 0; channel < job->channels; channel += DEPTH, panel += 36 * PANEL)
@@ -314,8 +314,8 @@ static void measure(Job *job, int threads)
     job->across = (job->width + step - 1) / step;
     int strips = in_strips(job, threads);
     long window = samples_of(job->scheme) * ((strips ? STRIP : job->across) * step + 2) * BLOCK;
-    long entered = strips ? 36L * STRIP * (job->channels + PAD) : 0;
-    job->space = entered + MAX(window, 36L * (PRODUCTS + PANEL)) + PAD;
+    long transformed = strips ? 36L * STRIP * (job->channels + PAD) : 0;
+    job->space = transformed + MAX(window, 36L * (PRODUCTS + PANEL)) + PAD;
 }
 
 /* Floats of scratch that `convolve` wants. */
@@ -338,7 +338,7 @@ void convolve(const float *x, const void *weight, int half, const float *bias, c
 {
     Job job = {.x = x, .weight = {weight, half}, .bias = bias, .scale = scale, .shift = shift, .residual = residual, .out = out};
     job.batch = shape[0], job.height = shape[1], job.width = shape[2], job.channels = shape[3], job.outputs = shape[4];
-    job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7], job.rectified = shape[8];
+    job.bias_stride = shape[5], job.every = shape[6], job.from = shape[7], job.relu = shape[8];
     job.scheme = scheme;
     measure(&job, threads);
     if (in_strips(&job, threads)) {
@@ -348,14 +348,14 @@ void convolve(const float *x, const void *weight, int half, const float *bias, c
         return;
     }
     long rows = chunk_rows(&job, chunk), forms = forms_of(scheme), all_rows = job.batch * job.down;
-    job.entered = scratch;
+    job.transformed = scratch;
     job.spaces = scratch + forms * forms * rows * job.across * (job.channels + PAD);
     for (job.first = 0; job.first < all_rows; job.first = job.last) {
         job.last = MIN(job.first + rows, all_rows);
         long wides = job.outputs / WIDE, tiles = (job.last - job.first) * job.across;
         job.ranges = MAX((tiles + TILES - 1) / TILES, MIN(2 * threads / wides, tiles / ROWS));
-        share(enter_item, &job, (job.last - job.first) * ((job.channels + BLOCK - 1) / BLOCK), threads, parallel);
-        share(leave_item, &job, wides * job.ranges, threads, parallel);
+        share(input_item, &job, (job.last - job.first) * ((job.channels + BLOCK - 1) / BLOCK), threads, parallel);
+        share(output_item, &job, wides * job.ranges, threads, parallel);
     }
 }
 

@@ -29,12 +29,12 @@ static void row_item(void *data, long item, int worker)
         product(job->width, (Product){seen, depth, job->weight + j, job->outputs, depth, out + j, job->outputs, 1});
 }
 
-/* Floats of scratch that `convolve_few` wants. */
-long few_scratch(long width, long channels, int threads) { return threads * width * 9 * channels; }
+/* Floats of scratch that `conv_small_cin` wants. */
+long conv_small_cin_scratch(long width, long channels, int threads) { return threads * width * 9 * channels; }
 
 /* out = conv(x) + bias; outputs are a multiple of WIDE. shape: batch, height, width, channels, outputs. */
-void convolve_few(const float *x, const float *weight, const float *bias, float *out, const long *shape, int threads,
-                  float *scratch, Parallel parallel)
+void conv_small_cin(const float *x, const float *weight, const float *bias, float *out, const long *shape, int threads,
+                    float *scratch, Parallel parallel)
 {
     Job job = {x, weight, bias, out, shape[1], shape[2], shape[3], shape[4], scratch};
     share(row_item, &job, shape[0] * shape[1], threads, parallel);

@@ -1,4 +1,4 @@
-"""What an engine keeps between calls, for as long as what it was made of stays as it is."""
+"""Caches of an engine between calls, valid until a weight changes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from fewstep.engines.engine import Embedding
 
 PROMPTS = 16
-"""Embeddings of texts that are kept."""
+"""Embeddings that `PromptCache` holds at most."""
 
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class VersionedCache(Generic[T]):
     """Caches one result; recomputed when the input, or a weight's pointer or version, changes.
 
     Threads may share one: what they compare and what they return is one tuple, read once.
@@ -28,7 +28,7 @@ class Kept(Generic[T]):
 
     def get(self, weights: tuple[Tensor, ...], make: Callable[[], T], value: Tensor | None = None) -> T:
         """The last result, or a new one from `make`; `value` is compared number by number."""
-        state, last = state_of(*weights), self._last
+        state, last = weights_version(*weights), self._last
         if last is not None and last[1] == state and _same(last[0], value):
             return last[2]
         made = make()
@@ -36,8 +36,8 @@ class Kept(Generic[T]):
         return made
 
 
-def state_of(*weights: Tensor) -> tuple[int, ...]:
-    """What changes when weights do."""
+def weights_version(*weights: Tensor) -> tuple[int, ...]:
+    """Pointer and version of each weight: another tuple whenever one of them changes."""
     return tuple(n for w in weights for n in (w.data_ptr(), 0 if w.is_inference() else w._version))
 
 
@@ -46,7 +46,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class WeightsWatch:
-    """Sees whether weights were changed in place, or lie elsewhere, since the last look; a microsecond for ten."""
+    """Tells whether weights were changed in place, or moved, since the last look; a microsecond for ten."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self._weights = list(weights)
@@ -62,8 +62,8 @@ class WeightsWatch:
         return versions != before, lay is not None and places != lay
 
 
-class Embeddings:
-    """Those of the last texts, for as long as the weights of their towers stay what they are."""
+class PromptCache:
+    """Caches the embeddings of the last prompts; a change of the towers' weights makes them invalid."""
 
     def __init__(self) -> None:
         self._known: dict[object, Embedding] = {}
@@ -71,7 +71,7 @@ class Embeddings:
 
     def get(self, ids: Sequence[Tensor], weights: Sequence[Tensor], make: Callable[[], Embedding]) -> Embedding:
         """A copy of the embedding of `ids`, which `make` computes when it is new."""
-        key = (*((tuple(each.shape), each.cpu().numpy().tobytes()) for each in ids), state_of(*weights))
+        key = (*((tuple(each.shape), each.cpu().numpy().tobytes()) for each in ids), weights_version(*weights))
         found = self._known.get(key)
         if found is None:
             found = make()

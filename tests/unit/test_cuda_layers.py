@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
-from fewstep.engines.cuda.derived import Derived, Means
+from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cuda.context import CudaLayerContext, PackedWeight
 from fewstep.engines.cuda.graphs import Given, Graphs
-from fewstep.engines.cuda.layers import Doubled
+from fewstep.engines.cuda.layers import UpsampleConv
 from fewstep.engines.cuda.memory import tiled
 from fewstep.engines.cuda.operations import PlainOperations
 
@@ -43,7 +43,7 @@ def test_a_graph_is_recorded_once_for_each_shape_and_the_oldest_goes_first() -> 
 
 def test_what_is_made_of_weights_stays_where_it_is() -> None:
     weight = nn.Parameter(torch.ones(3))
-    double = Derived(lambda: [weight], lambda: 2 * weight.detach())
+    double = PackedWeight(lambda: [weight], lambda: 2 * weight.detach())
     place = double.value.data_ptr()
     with torch.no_grad():
         weight.add_(1)
@@ -57,7 +57,7 @@ def test_what_is_made_of_weights_stays_where_it_is() -> None:
 def test_doubling_in_four_small_convolutions(size: tuple[int, int], bias: bool) -> None:
     conv = nn.Conv2d(6, 5, 3, padding=1, bias=bias).requires_grad_(False)
     x = torch.randn(2, 6, *size)
-    fast = Doubled(conv, Means(operations=PlainOperations(), choices=Choices()))
+    fast = UpsampleConv(conv, CudaLayerContext(operations=PlainOperations(), autotuner=Autotuner()))
     assert torch.allclose(fast(x), conv(F.interpolate(x, scale_factor=2.0)), atol=1e-5)
 
 

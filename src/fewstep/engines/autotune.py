@@ -1,4 +1,4 @@
-"""Which of several ways to compute a thing is the fastest on this machine: measured once, and remembered."""
+"""Autotuning: the fastest of several implementations on this machine, measured once and cached in a file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fewstep.memory import is_short_of_memory
 _log = logging.getLogger(__name__)
 
 LONG = 2.0
-"""Seconds of one run of all ways above which a second run is left out."""
+"""Seconds for one run of all candidates above which there is no second run."""
 
 LARGEST_FILE = 1 << 20
-"""Bytes of kept choices: some thousand keys."""
+"""Bytes of a cache file: some thousand keys."""
 
-Ways = dict[str, Callable[[], Tensor]]
+Candidates = dict[str, Callable[[], Tensor]]
 
 
 class Clock(Protocol):
@@ -39,8 +39,8 @@ class Clock(Protocol):
     def ready(self) -> bool:
         """Whether anything can be measured now: not while a CUDA graph is captured."""
 
-    def seconds(self, way: Callable[[], object]) -> float:
-        """Seconds of one call of `way`. What `way` raises passes through."""
+    def seconds(self, candidate: Callable[[], object]) -> float:
+        """Seconds of one call of `candidate`. What `candidate` raises passes through."""
 
 
 class HostClock:
@@ -50,87 +50,87 @@ class HostClock:
         """See `Clock`."""
         return True
 
-    def seconds(self, way: Callable[[], object]) -> float:
+    def seconds(self, candidate: Callable[[], object]) -> float:
         """See `Clock`."""
         started = perf_counter()
-        way()
+        candidate()
         return perf_counter() - started
 
 
-class Choices:
-    """The fastest way for each key, kept in `path` between processes where that can be written.
+class Autotuner:
+    """Runs the fastest candidate for each key; results are cached in `path` between processes if it can be written.
 
-    A key that is new costs a measurement of each way by `clock`. All ways must compute the same, so a wrong choice
-    costs time alone. A way that raises is left out, and so is, with a `tolerance`, one whose result differs from the
-    first's by more than this part of it. The first way is the one to fall back to: it is taken, and not stored, while
-    the clock is not ready, and where all ways raise (so the error is its own). Threads measure one after the other,
-    and a choice that was made stays: what is drawn at the same time is drawn in the same ways.
+    A new key costs a measurement of each candidate by `clock`. All candidates must compute the same, so a wrong choice
+    costs only time. A candidate that raises is excluded, and so is, with a `tolerance`, one whose result differs from
+    the first's by more than this relative error. The first candidate is the fallback: it runs, and is not stored, while
+    the clock is not ready, and where all candidates raise (so the error is its own). Threads measure one after the
+    other, and a choice stays for the process: what is drawn at the same time is drawn by the same implementations.
     """
 
     def __init__(self, path: Path | None = None, clock: Clock | None = None, *, tolerance: float | None = None) -> None:
         self.path, self.clock, self.tolerance = path, clock or HostClock(), tolerance
         self.known: dict[str, str] = _read(path)
         self._temporary: set[str] = set()  # keys whose measurement ran short of memory: not written to the file
-        self._lock = threading.RLock()  # a way may have choices of its own
+        self._lock = threading.RLock()  # a candidate may itself call the autotuner
 
-    def run(self, key: str, ways: Ways) -> Tensor:
-        """What the fastest of `ways` computes."""
-        if len(ways) == 1:
-            return next(iter(ways.values()))()
+    def run(self, key: str, candidates: Candidates) -> Tensor:
+        """The result of the fastest of `candidates`."""
+        if len(candidates) == 1:
+            return next(iter(candidates.values()))()
         chosen = self.known.get(key, "")
-        if chosen not in ways:
-            chosen = self._chosen(key, ways)
-        return ways[chosen]()
+        if chosen not in candidates:
+            chosen = self._fastest_of(key, candidates)
+        return candidates[chosen]()
 
-    def _chosen(self, key: str, ways: Ways) -> str:
-        """The name of the fastest of `ways`, stored for the next time."""
+    def _fastest_of(self, key: str, candidates: Candidates) -> str:
+        """The name of the fastest of `candidates`, stored for the next time."""
         if not self.clock.ready():
-            return next(iter(ways))
+            return next(iter(candidates))
         with self._lock:
             chosen = self.known.get(key, "")
-            if chosen in ways:
+            if chosen in candidates:
                 return chosen
-            seconds = self._measured(key, ways)
+            seconds = self._measured(key, candidates)
             if not seconds:
-                return next(iter(ways))
+                return next(iter(candidates))
             self.known[key] = chosen = min(seconds, key=lambda name: seconds[name])
             self._write()
             return chosen
 
-    def _measured(self, key: str, ways: Ways) -> dict[str, float]:
-        """Seconds of those of `ways` that can be used, the better of two runs where these are short."""
+    def _measured(self, key: str, candidates: Candidates) -> dict[str, float]:
+        """Seconds of those of `candidates` that can be used, the better of two runs where these are short."""
         seconds: dict[str, float] = {}
-        for name, way in self._agreeing(key, ways).items():
-            with self._left_out(key, name):
-                seconds[name] = self.clock.seconds(way)
+        for name, candidate in self._agreeing(key, candidates).items():
+            with self._excluding_failures(key, name):
+                seconds[name] = self.clock.seconds(candidate)
         if sum(seconds.values()) < LONG:  # the first run may have had to wait for memory
             for name in list(seconds):
                 before = seconds.pop(name)
-                with self._left_out(key, name):
-                    seconds[name] = min(before, self.clock.seconds(ways[name]))
+                with self._excluding_failures(key, name):
+                    seconds[name] = min(before, self.clock.seconds(candidates[name]))
         return seconds
 
-    def _agreeing(self, key: str, ways: Ways) -> Ways:
-        """Those of `ways` that compute what the first one does, where that is to be checked."""
+    def _agreeing(self, key: str, candidates: Candidates) -> Candidates:
+        """Those of `candidates` that compute what the first one does, where that is to be checked."""
         if self.tolerance is None:
-            return ways
+            return candidates
         wanted, agreeing = None, {}
-        for name, way in ways.items():
-            with self._left_out(key, name):
-                found = way()
+        for name, candidate in candidates.items():
+            with self._excluding_failures(key, name):
+                found = candidate()
                 wanted = found if wanted is None else wanted
                 if not _close(found, wanted, self.tolerance):
                     raise ArithmeticError("its result is another one")
-                agreeing[name] = way
+                agreeing[name] = candidate
         return agreeing
 
     @contextmanager
-    def _left_out(self, key: str, name: str) -> Iterator[None]:
-        """A way that raises, for whatever reason, is no way: a debug message says so."""
+    def _excluding_failures(self, key: str, name: str) -> Iterator[None]:
+        """Exclude a candidate that raises, for whatever reason; a debug message says so."""
         try:
             yield
         except Exception as error:  # a compiler's, a library's that does not take the shape, short memory
-            _log.debug("%s: the way %r is left out: %s", key, name, error)
+            _log.debug("%s: candidate %r is excluded: %s", key, name, error)
             if isinstance(error, torch.OutOfMemoryError) or is_short_of_memory(error):
                 self._temporary.add(key)
 
@@ -141,26 +141,28 @@ class Choices:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.known = {**_read(self.path), **self.known}  # what another process has found out stays
-            write_json(self.path, {key: way for key, way in self.known.items() if key not in self._temporary})
+            write_json(
+                self.path, {key: candidate for key, candidate in self.known.items() if key not in self._temporary}
+            )
         except (OSError, ValueError):  # half a character in a key of another hand
             self.path = None
 
 
 @made_once
-def of_this_machine(threads: int) -> Choices:
+def cpu_autotuner(threads: int) -> Autotuner:
     """Those of this processor, number of threads and version of PyTorch."""
     machine = (platform.processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__, processor())
-    return Choices(kept_file(f"cpu-{digest(*machine, threads)}.json"))
+    return Autotuner(cache_file(f"cpu-{digest(*machine, threads)}.json"))
 
 
-def kept_file(name: str) -> Path | None:
-    """Where choices are kept between processes; None without a folder of the user's own."""
+def cache_file(name: str) -> Path | None:
+    """Path of a cache file; None without a folder of the user's own."""
     folder = cache_folder()
     return None if folder is None else folder / name
 
 
 def digest(*what: object) -> str:
-    """A short name for what choices depend on."""
+    """A short hash of what the measurements depend on."""
     return blake2b(repr(what).encode(), digest_size=6).hexdigest()
 
 

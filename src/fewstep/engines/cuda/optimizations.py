@@ -1,4 +1,4 @@
-"""What the engine for NVIDIA cards does differently from the plain one, each of which can be left out."""
+"""Optimizations of the engine for NVIDIA cards over the plain one, each of which can be turned off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaTricks:
+class CudaOptimizations:
     """Which are used. None changes a picture by more than rounding; `benchmarks.speed` shows what each gives."""
 
     kernels: bool = True

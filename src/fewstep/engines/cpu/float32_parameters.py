@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Widened(UserDict[str, Tensor | None]):
-    """The parameters of a layer in float32: those of `data`, each widened whenever it is asked for."""
+class Float32Parameters(UserDict[str, Tensor | None]):
+    """A view of a layer's parameters in float32: those of `data`, each converted whenever it is read."""
 
     def __init__(self, data: dict[str, nn.Parameter | None]) -> None:
         self.data = data  # type: ignore[assignment]  # not a copy: parameters that are set later count
@@ -20,7 +20,7 @@ class Widened(UserDict[str, Tensor | None]):
 
 
 class FastEmbedding(nn.Module):
-    """The rows of an embedding that are asked for, widened after they have been taken."""
+    """An embedding whose rows are converted to float32 after the lookup."""
 
     def __init__(self, layer: nn.Embedding) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the engine for CPUs does differently from the plain one, each of which can be left out."""
+"""Optimizations of the engine for CPUs over the plain one, each of which can be turned off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tricks:
+class Optimizations:
     """Which are used. None changes a picture by more than rounding; `benchmarks.speed` shows what each gives."""
 
     onednn: bool = True

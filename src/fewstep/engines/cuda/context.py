@@ -1,4 +1,4 @@
-"""Tensors made of weights, at one place in memory for good: graphs read them there."""
+"""What the layers of a CUDA engine share, and tensors packed from weights at fixed addresses, read by graphs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
+from fewstep.engines.cache import weights_version
 from fewstep.engines.cuda.operations import Operations
-from fewstep.engines.cuda.tricks import CudaTricks
-from fewstep.engines.kept import state_of
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 
 Weights = Callable[[], Sequence[Tensor]]
 
 
-class Derived:
-    """What `make` makes of some weights; made anew, in the same place, when these have changed."""
+class PackedWeight:
+    """A tensor that `make` computes from some weights; recomputed into the same memory when these change."""
 
     def __init__(self, weights: Weights, make: Callable[[], Tensor]) -> None:
         self._weights, self._make = weights, make
@@ -33,8 +33,8 @@ class Derived:
         return self._value
 
     def refresh(self) -> None:
-        """Make it anew where the weights are no longer what they were."""
-        state = state_of(*self._weights())
+        """Recompute it if the pointer or version of a weight has changed."""
+        state = weights_version(*self._weights())
         if state == self._state:
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -51,24 +51,24 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
-    """What the fast layers share: the operations, the choices of ways, tricks.
+class CudaLayerContext:
+    """What the layers share: operations, autotuner, optimizations.
 
-    `derived` are all tensors that the layers have made of weights.
+    `packed` are all tensors that the layers have packed from weights.
     """
 
     operations: Operations
-    choices: Choices
-    tricks: CudaTricks = field(default_factory=CudaTricks)
-    derived: list[Derived] = field(default_factory=list)
+    autotuner: Autotuner
+    optimizations: CudaOptimizations = field(default_factory=CudaOptimizations)
+    packed: list[PackedWeight] = field(default_factory=list)
 
-    def derive(self, weights: Weights, make: Callable[[], Tensor]) -> Derived:
-        """A tensor of these weights, kept up to date with them."""
-        made = Derived(weights, make)
-        self.derived.append(made)
+    def pack(self, weights: Weights, make: Callable[[], Tensor]) -> PackedWeight:
+        """A tensor computed from these weights, kept up to date with them."""
+        made = PackedWeight(weights, make)
+        self.packed.append(made)
         return made
 
     def refresh(self) -> None:
-        """Make all anew whose weights have changed."""
-        for each in self.derived:
+        """Recompute those whose weights have changed."""
+        for each in self.packed:
             each.refresh()

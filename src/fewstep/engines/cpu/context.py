@@ -1,25 +1,25 @@
-"""What the fast layers share."""
+"""What all fast layers of a CPU engine share."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cpu.compiled import Kernels
-from fewstep.engines.cpu.tricks import Tricks
+from fewstep.engines.cpu.optimizations import Optimizations
 
 
 @dataclass(kw_only=True)
-class Means:
-    """Choices of ways, kernels where there are any, tricks, and how many bytes of transformed weights may be kept yet.
+class LayerContext:
+    """Autotuner, compiled kernels if any, optimizations, and how many more bytes of transformed weights may be cached.
 
     `strict`: only convolutions whose rounding errors are no larger than those of the definition.
     """
 
-    choices: Choices
+    autotuner: Autotuner
     kernels: Kernels | None
-    tricks: Tricks
+    optimizations: Optimizations
     budget: int
     strict: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

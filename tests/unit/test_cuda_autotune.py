@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.engines.choices import Choices
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda import clock
 from fewstep.engines.cuda.clock import DeviceClock
-from fewstep.engines.cuda.derived import Means
-from fewstep.engines.cuda.layers import CudaConv, Doubled
-from fewstep.engines.cuda.linear import gated_product, product_attention, product_of
+from fewstep.engines.cuda.context import CudaLayerContext
+from fewstep.engines.cuda.layers import CudaConv, UpsampleConv
+from fewstep.engines.cuda.linear import fused_geglu, fused_linear, matmul_attention
 from fewstep.engines.cuda.operations import PlainOperations
-from fewstep.engines.cuda.tricks import CudaTricks
+from fewstep.engines.cuda.optimizations import CudaOptimizations
 
 PLAIN = PlainOperations()
 DTYPES = [torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]
@@ -43,28 +43,28 @@ def two() -> Tensor:
 
 
 def failing(error: Exception) -> Callable[[], Tensor]:
-    def way() -> Tensor:
+    def candidate() -> Tensor:
         raise error
 
-    return way
+    return candidate
 
 
 class Scripted:
     """A device with known seconds for each function, whatever the host takes."""
 
     def __init__(self, seconds: dict[Callable[[], Tensor], Iterable[float]], *, capturing: bool = False) -> None:
-        self.script, self.capturing = {way: iter(each) for way, each in seconds.items()}, capturing
+        self.script, self.capturing = {candidate: iter(each) for candidate, each in seconds.items()}, capturing
 
     def ready(self) -> bool:
         return not self.capturing
 
-    def seconds(self, way: Callable[[], object]) -> float:
+    def seconds(self, candidate: Callable[[], object]) -> float:
         assert not self.capturing
-        way()
-        return next(self.script[way])  # type: ignore[index]
+        candidate()
+        return next(self.script[candidate])  # type: ignore[index]
 
 
-# choices
+# autotuner
 
 
 def test_a_slow_host_changes_no_choice(tmp_path: Path) -> None:
@@ -72,61 +72,61 @@ def test_a_slow_host_changes_no_choice(tmp_path: Path) -> None:
         sleep(0.02)
         return torch.ones(3)
 
-    choices = Choices(tmp_path / "a.json", Scripted({one: repeat(2e-5), slow_host: repeat(1e-5)}))
-    choices.run("key", {"slow kernel": one, "fast kernel": slow_host})
+    autotuner = Autotuner(tmp_path / "a.json", Scripted({one: repeat(2e-5), slow_host: repeat(1e-5)}))
+    autotuner.run("key", {"slow kernel": one, "fast kernel": slow_host})
     assert json.loads((tmp_path / "a.json").read_text()) == {"key": "fast kernel"}
 
 
 def test_the_better_of_two_runs_counts() -> None:
-    choices = Choices(None, Scripted({one: [2e-5, 2e-5], also_one: [9e-5, 1e-5]}))
-    choices.run("key", {"steady": one, "disturbed": also_one})
-    assert choices.known == {"key": "disturbed"}
+    autotuner = Autotuner(None, Scripted({one: [2e-5, 2e-5], also_one: [9e-5, 1e-5]}))
+    autotuner.run("key", {"steady": one, "disturbed": also_one})
+    assert autotuner.known == {"key": "disturbed"}
 
 
 def test_nothing_is_measured_or_stored_during_a_capture(tmp_path: Path) -> None:
     clock = Scripted({one: repeat(2e-5), two: repeat(1e-5)}, capturing=True)
-    choices, ways = Choices(tmp_path / "a.json", clock), {"first": one, "second": two}
-    assert choices.run("key", ways)[0] == 1, "the first one is the one to fall back to"
-    assert not choices.known
+    autotuner, candidates = Autotuner(tmp_path / "a.json", clock), {"first": one, "second": two}
+    assert autotuner.run("key", candidates)[0] == 1, "the first one is the one to fall back to"
+    assert not autotuner.known
     assert not (tmp_path / "a.json").exists()
     clock.capturing = False
-    assert choices.run("key", ways)[0] == 2
+    assert autotuner.run("key", candidates)[0] == 2
     clock.capturing = True
-    assert choices.run("key", ways)[0] == 2, "what is known is taken"
+    assert autotuner.run("key", candidates)[0] == 2, "what is known is taken"
 
 
 def test_a_way_that_raises_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ways = {"broken": failing(ValueError("no such shape")), "sound": one}
-    choices = Choices(tmp_path / "a.json", Scripted({one: repeat(1.0)}))
+    candidates = {"broken": failing(ValueError("no such shape")), "sound": one}
+    autotuner = Autotuner(tmp_path / "a.json", Scripted({one: repeat(1.0)}))
     with caplog.at_level(logging.DEBUG, logger="fewstep"):
         for _ in range(3):
-            choices.run("key", ways)
-    assert [record.message for record in caplog.records] == ["key: the way 'broken' is left out: no such shape"]
+            autotuner.run("key", candidates)
+    assert [record.message for record in caplog.records] == ["key: candidate 'broken' is excluded: no such shape"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"key": "sound"}
 
 
 def test_where_all_ways_raise_the_first_error_is_raised() -> None:
-    choices = Choices(None, Scripted({}))
+    autotuner = Autotuner(None, Scripted({}))
     with pytest.raises(ValueError, match="first"):
-        choices.run("key", {"a": failing(ValueError("first")), "b": failing(KeyError("second"))})
-    assert not choices.known
+        autotuner.run("key", {"a": failing(ValueError("first")), "b": failing(KeyError("second"))})
+    assert not autotuner.known
 
 
 def test_a_choice_made_when_memory_was_short_is_not_written(tmp_path: Path) -> None:
     path, hungry = tmp_path / "a.json", failing(torch.OutOfMemoryError("2 GiB"))
-    choices = Choices(path, Scripted({one: repeat(1.0), two: repeat(2.0)}))
-    assert choices.run("short", {"hungry": hungry, "modest": one})[0] == 1
-    assert choices.known == {"short": "modest"}, "it stays for as long as the process"
-    choices.run("other", {"one": one, "two": two})
+    autotuner = Autotuner(path, Scripted({one: repeat(1.0), two: repeat(2.0)}))
+    assert autotuner.run("short", {"hungry": hungry, "modest": one})[0] == 1
+    assert autotuner.known == {"short": "modest"}, "it stays for as long as the process"
+    autotuner.run("other", {"one": one, "two": two})
     assert json.loads(path.read_text()) == {"other": "one"}
 
 
 def test_a_way_that_computes_something_else_is_never_taken() -> None:
     times = {one: repeat(3.0), also_one: repeat(2.0), two: repeat(1.0)}
-    ways = {"reference": one, "rounded": also_one, "wrong": two}
-    choices = Choices(None, Scripted(times), tolerance=0.05)
-    assert choices.run("key", ways) is not None
-    assert choices.known == {"key": "rounded"}
+    candidates = {"reference": one, "rounded": also_one, "wrong": two}
+    autotuner = Autotuner(None, Scripted(times), tolerance=0.05)
+    assert autotuner.run("key", candidates) is not None
+    assert autotuner.known == {"key": "rounded"}
 
 
 # the clock of a card
@@ -142,7 +142,7 @@ class Stream:
     def queue(self, seconds: float) -> None:
         self.device = max(self.device, self.host) + seconds
 
-    def way(self) -> Tensor:
+    def candidate(self) -> Tensor:
         self.host += self.launch + next(self.delays, 0.0)
         self.queue(self.kernel)
         return torch.ones(1)
@@ -170,13 +170,13 @@ class Stream:
 def test_launches_do_not_count(monkeypatch: pytest.MonkeyPatch, launch: float, kernel: float) -> None:
     stream = Stream(launch, kernel)
     stream.patch(monkeypatch)
-    assert DeviceClock(torch.device("cuda")).seconds(stream.way) == pytest.approx(kernel, rel=1e-3)
+    assert DeviceClock(torch.device("cuda")).seconds(stream.candidate) == pytest.approx(kernel, rel=1e-3)
 
 
 def test_a_host_that_falls_behind_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(5e-5, 3e-6, delays=[0, 0, 0, 0.005])
     stream.patch(monkeypatch)
-    assert DeviceClock(torch.device("cuda")).seconds(stream.way) == pytest.approx(3e-6, rel=1e-3)
+    assert DeviceClock(torch.device("cuda")).seconds(stream.candidate) == pytest.approx(3e-6, rel=1e-3)
 
 
 @NO_CARD
@@ -201,8 +201,8 @@ def test_the_clock_of_a_card_tells_kernels_from_launches() -> None:
 def test_attention_by_products(batch: int, heads: int, queries: int, keys: int, width: int, most_scores: int) -> None:
     q, k, v = (torch.randn(batch, heads, count, width) for count in (queries, keys, keys))
     wanted = F.scaled_dot_product_attention(q, k, v)
-    assert torch.allclose(product_attention(q, k, v, most_scores=most_scores), wanted, atol=1e-5)
-    half = product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), most_scores=most_scores)
+    assert torch.allclose(matmul_attention(q, k, v, most_scores=most_scores), wanted, atol=1e-5)
+    half = matmul_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), most_scores=most_scores)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - wanted).norm() / wanted.norm()) < 0.02
 
@@ -211,13 +211,13 @@ def test_attention_by_products_of_slices_of_one_product() -> None:
     rows = torch.randn(2, 30, 3 * 64)
     q, k, v = (part[:, None] for part in rows.chunk(3, dim=2))
     wanted = F.scaled_dot_product_attention(q, k, v)
-    assert torch.allclose(product_attention(q, k, v, most_scores=400), wanted, atol=1e-5)
+    assert torch.allclose(matmul_attention(q, k, v, most_scores=400), wanted, atol=1e-5)
 
 
 def test_attention_by_products_never_takes_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     largest, softmax = [], Tensor.softmax
     monkeypatch.setattr(Tensor, "softmax", lambda rows, dim: largest.append(rows.numel()) or softmax(rows, dim))
-    product_attention(*torch.randn(3, 1, 1, 128, 8), most_scores=1000)
+    matmul_attention(*torch.randn(3, 1, 1, 128, 8), most_scores=1000)
     assert max(largest) <= 1000
     assert sum(largest) == 128 * 128
 
@@ -276,11 +276,11 @@ def test_which_maps_are_small(small: Any, device: torch.device) -> None:
     assert not small.small_conv_candidates(odd, filters, None), "rows of filters would not be aligned"
 
 
-class Last(Choices):
-    """Takes the last way each time: never the library's."""
+class Last(Autotuner):
+    """Runs the last candidate each time: never the library's."""
 
-    def run(self, key: str, ways: Any) -> Tensor:
-        return list(ways.values())[-1]()  # type: ignore[no-any-return]
+    def run(self, key: str, candidates: Any) -> Tensor:
+        return list(candidates.values())[-1]()  # type: ignore[no-any-return]
 
 
 def test_a_convolution_of_the_engine_takes_the_kernel_for_small_maps(small: Any, device: torch.device) -> None:
@@ -288,8 +288,10 @@ def test_a_convolution_of_the_engine_takes_the_kernel_for_small_maps(small: Any,
 
     conv = nn.Conv2d(32, 48, 3, padding=1).to(device, torch.float16).requires_grad_(False)
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-    x, choices = laid(torch.randn(2, 32, 6, 5), torch.float16, device), Last()
-    fast, plain = (CudaConv(conv, Means(operations=each, choices=choices)) for each in (TritonOperations(), PLAIN))
+    x, autotuner = laid(torch.randn(2, 32, 6, 5), torch.float16, device), Last()
+    fast, plain = (
+        CudaConv(conv, CudaLayerContext(operations=each, autotuner=autotuner)) for each in (TritonOperations(), PLAIN)
+    )
     assert torch.allclose(fast(x), plain(x), atol=1e-2)
     assert torch.allclose(fast.bare(x), plain.bare(x), atol=1e-2)
     assert torch.allclose(fast(x) - fast.bare(x), conv.bias[:, None, None].expand_as(fast(x)), atol=1e-2)
@@ -301,14 +303,14 @@ def test_few_outputs_are_padded_and_cut(small: Any, device: torch.device, bias: 
 
     conv = nn.Conv2d(20, 3, 3, padding=1, bias=bias).to(device).requires_grad_(False)
     fast, x = (
-        CudaConv(conv, Means(operations=TritonOperations(), choices=Last())),
+        CudaConv(conv, CudaLayerContext(operations=TritonOperations(), autotuner=Last())),
         laid(torch.randn(2, 20, 5, 7), torch.float32, device),
     )
     for _ in range(2):
         assert fast(x).shape == (2, 3, 5, 7)
         assert torch.allclose(fast(x), conv(x), atol=1e-5)
         conv.weight.mul_(2)
-        fast.means.refresh()
+        fast.ctx.refresh()
 
 
 def test_doubling_takes_the_kernel_for_small_maps(small: Any, device: torch.device) -> None:
@@ -316,10 +318,10 @@ def test_doubling_takes_the_kernel_for_small_maps(small: Any, device: torch.devi
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     from fewstep.engines.cuda.kernels import TritonOperations
 
-    x, tricks = laid(torch.randn(1, 32, 3, 4), torch.float16, device), CudaTricks(upsampled=False)
-    means = Means(operations=TritonOperations(), choices=Last(), tricks=tricks)
+    x, optimizations = laid(torch.randn(1, 32, 3, 4), torch.float16, device), CudaOptimizations(upsampled=False)
+    ctx = CudaLayerContext(operations=TritonOperations(), autotuner=Last(), optimizations=optimizations)
     wanted = F.conv2d(F.interpolate(x, scale_factor=2.0), conv.weight, conv.bias, padding=1)
-    assert torch.allclose(Doubled(conv, means)(x), wanted, atol=1e-2)
+    assert torch.allclose(UpsampleConv(conv, ctx)(x), wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("option", [{"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "dilation": 2}])
@@ -329,7 +331,7 @@ def test_other_convolutions_are_the_librarys(small: Any, device: torch.device, o
     conv = nn.Conv2d(32, 48, 3, **option).to(device, torch.float16).requires_grad_(False)
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     x = laid(torch.randn(1, 32, 6, 5), torch.float16, device)
-    fast = CudaConv(conv, Means(operations=TritonOperations(), choices=Last()))
+    fast = CudaConv(conv, CudaLayerContext(operations=TritonOperations(), autotuner=Last()))
     assert torch.equal(fast(x), conv(x))
 
 
@@ -365,11 +367,11 @@ def test_a_transformer_takes_one_kernel_for_product_and_gate(gate: Any, device: 
     from fewstep.engines.cuda.kernels import TritonOperations
 
     layer = nn.Linear(64, 2 * 48).to(device, torch.float16).requires_grad_(False)
-    rows, choices = torch.randn(2, 5, 64).to(device, torch.float16), Last()
+    rows, autotuner = torch.randn(2, 5, 64).to(device, torch.float16), Last()
     found = []
     for operations in (TritonOperations(), PLAIN):
-        means = Means(operations=operations, choices=choices)
-        found.append(gated_product(product_of(means, layer), rows, means))
+        ctx = CudaLayerContext(operations=operations, autotuner=autotuner)
+        found.append(fused_geglu(fused_linear(ctx, layer), rows, ctx))
     assert torch.allclose(*found, atol=1e-2)
     assert not gate.geglu_candidates(rows.float(), layer.weight.float(), None)
 
@@ -388,8 +390,8 @@ def test_small_convolutions_on_a_card(small: Any, dtype: torch.dtype, batch: int
     wanted = F.conv2d(x.float().cpu(), weight.float().cpu(), padding=1)
     found = small.small_conv_candidates(x, weight, None)
     assert len(found) == 2
-    assert {name: error(way(), wanted) < 0.01 for name, way in found.items()} == dict.fromkeys(found, True)
-    assert all(torch.equal(way(), way()) for way in found.values()), "the order of sums is fixed"
+    assert {name: error(candidate(), wanted) < 0.01 for name, candidate in found.items()} == dict.fromkeys(found, True)
+    assert all(torch.equal(candidate(), candidate()) for candidate in found.values()), "the order of sums is fixed"
 
 
 @NO_CARD
@@ -398,11 +400,11 @@ def test_small_convolutions_on_a_card(small: Any, dtype: torch.dtype, batch: int
 def test_wide_attention_and_gates_on_a_card(gate: Any, dtype: torch.dtype) -> None:
     q, k, v = torch.randn(3, 2, 1, 1024, 512).to("cuda", dtype)
     wanted = F.scaled_dot_product_attention(q.float().cpu(), k.float().cpu(), v.float().cpu())
-    assert error(product_attention(q, k, v, most_scores=1 << 20), wanted) < 0.01
+    assert error(matmul_attention(q, k, v, most_scores=1 << 20), wanted) < 0.01
     x, weight = torch.randn(500, 640).to("cuda", dtype), (torch.randn(2 * 2560, 640) / 25).to("cuda", dtype)
     wanted = PLAIN.gated(F.linear(x.float().cpu(), weight.float().cpu()))
     found = gate.geglu_candidates(x, weight, None)
-    assert {name: error(way(), wanted) < 0.01 for name, way in found.items()} == dict.fromkeys(found, True)
+    assert {name: error(candidate(), wanted) < 0.01 for name, candidate in found.items()} == dict.fromkeys(found, True)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
