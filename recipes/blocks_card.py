@@ -1,4 +1,4 @@
-r"""The blocks models anew on a card, in five minutes: sharper pictures from more of them.
+r"""The blocks models anew on a card, planned for five minutes: sharper pictures from more of them.
 
     fewstep train recipes/blocks_card.py --out runs/blocks-card
     python recipes/blocks_card.py pack runs/blocks-card runs/packed    a file for each model, in half precision
@@ -10,7 +10,7 @@ times as many scenes as before. Then come small, turbo and tiny, as their recipe
 shipped UNet had 555,000 pictures; a card sees as many in less than a minute. Steps are recorded as CUDA graphs
 (`plan.replayed`), in bfloat16.
 
-Hardware: one NVIDIA H100.
+Hardware: for one NVIDIA H100 or H200, where its first stage has run; not run whole yet, and what ships is not from it.
 """
 
 from __future__ import annotations
