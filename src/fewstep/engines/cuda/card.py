@@ -68,7 +68,8 @@ def operations(device: torch.device, autotuner: Autotuner) -> Operations:
     except Exception as error:  # Triton is missing, or its driver, or a linker
         _log.warning("there are no kernels for %s (%s): PyTorch's operations take their place", device, error)
         return plain
-    failed = dict(_failed(found, plain, device))
+    with on_card(device):  # Triton launches on the current one
+        failed = dict(_failed(found, plain, device))
     for name in failed:
         vars(found)[name] = getattr(plain, name)
     if failed:
