@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, sleep
 
-SECONDS = 2.0
-"""Of computing, on the slowest machine: half of it is what a refusal may take here."""
+SECONDS = 1.0
+"""Of processor time, which other work on the machine does not add to."""
 
 BYTES = 64 << 20
 """Of memory, beyond what was there before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fewstep.data.raw import Damage
 from fewstep.errors import quoted
@@ -17,12 +17,13 @@ from fewstep.errors import quoted
 BLOCK = 512
 LONGEST_NAME = 4096  # bytes
 LARGEST_EXTENSION = 1 << 20  # bytes of a pax header; those of macOS hold icons
-MOST_RECORDS = 1000  # of a pax header
+MOST_RECORDS = 100  # of a pax header; tar writes ten or so
 MOST_MEMBERS = 1_000_000
-LARGEST_GAP = 1 << 28  # bytes of one file that are searched for the next header, all gaps together
+LARGEST_GAP = 1 << 27  # bytes of one file that are searched for the next header, all gaps together
 _PIECE = 1 << 20  # of a gap, read at a time
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _DIGITS = 8  # of the length of a pax record
+_HIGH_BYTES = bytes(range(128, 256))
 
 
 class Kind(Enum):
@@ -75,7 +76,7 @@ class TarReader:
     (tars written one after another) are read as well. Of `file` only headers are read.
     """
 
-    def __init__(self, file: io.FileIO, damage: Damage) -> None:
+    def __init__(self, file: BinaryIO, damage: Damage) -> None:
         self.file, self.length = file, file.seek(0, io.SEEK_END)
         self.damage = damage
         self._searched, self._filled = 0, False  # bytes of gaps, and whether the last one holds any but zeros
@@ -102,7 +103,7 @@ class TarReader:
 
     def _read(self, start: int, length: int) -> bytes:
         self.file.seek(start)
-        return self.file.read(length) or b""
+        return self.file.read(length)
 
     def _after(self, at: int, size: int) -> int:
         """Where the header after the data of the one at `at` is; if that is out of the file, the next one in it."""
@@ -195,15 +196,19 @@ def _header(block: bytes) -> _Header | None:
     if len(block) < BLOCK:
         return None
     claimed, size = _number(block[148:156]), _number(block[124:136])
-    rest = block[:148] + b" " * 8 + block[156:]
-    if claimed is None or size is None:
+    if claimed is None or size is None or claimed not in _checksums(block):
         return None
-    if claimed not in (total := sum(rest), total - 256 * sum(byte > 127 for byte in rest)):
-        return None  # the second is what programs found that summed up signed bytes
     name, prefix = block[:100].split(b"\0")[0], block[345:500].split(b"\0")[0]
     if prefix and block[_MAGIC_AT : _MAGIC_AT + 6] == _MAGIC + b"\0":
         name = prefix + b"/" + name
     return _Header(name, block[156:157], size)
+
+
+def _checksums(block: bytes) -> Iterator[int]:
+    """What programs write as the checksum of a header: the sum of its bytes, or that of its bytes as signed ones."""
+    rest = block[:148] + b" " * 8 + block[156:]
+    yield (total := sum(rest))
+    yield total - 256 * (len(rest) - len(rest.translate(None, _HIGH_BYTES)))
 
 
 def _number(field: bytes) -> int | None:

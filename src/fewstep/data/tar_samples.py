@@ -8,13 +8,12 @@ JSON under its own name.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fewstep.data.columns import Record, clean_caption, completed, decoded_text, record_from
 from fewstep.data.filters import Reason
@@ -56,7 +55,7 @@ def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[Fou
     sample at a time.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             groups: Groups = {}
             yield from _grouped(TarReader(file, damage), groups)
             yield from _set_apart(groups, table)
@@ -144,7 +143,7 @@ def _further(sample: _Sample) -> Iterator[Leftover]:
     return (Leftover(f"{sample.key}.{part.kind}", Unused.SECOND_MEMBER) for part in _pictures(sample)[1:])
 
 
-def _found(file: io.FileIO, sample: _Sample, row: Record) -> Found:
+def _found(file: BinaryIO, sample: _Sample, row: Record) -> Found:
     pictures = _pictures(sample)
     texts = sorted((part for part in sample.parts if part.kind in _TEXTS), key=lambda part: _TEXTS.index(part.kind))
     members = len(texts) + min(1, len(pictures))
@@ -175,7 +174,7 @@ class _ShortError(Exception):
     """The file has become shorter, or the disk does not give what it holds."""
 
 
-def _content(file: io.FileIO, part: _Part) -> bytes:
+def _content(file: BinaryIO, part: _Part) -> bytes:
     try:
         file.seek(part.start)
         data = file.read(part.size)
