@@ -15,12 +15,12 @@ import datetime
 from pathlib import Path
 
 import fewstep
-from fewstep.evaluate.blocks_report import sheet_name, write_blocks
-from fewstep.evaluate.blocks_suite import Extent
-from fewstep.evaluate.contestants import contestants
-from fewstep.evaluate.drawing import Easel
-from fewstep.evaluate.features import load_features
-from fewstep.evaluate.report import write_text
+from fewstep.evaluate.blocks.report import sheet_name, write_blocks
+from fewstep.evaluate.blocks.suite import Extent
+from fewstep.evaluate.candidates import contestants
+from fewstep.evaluate.image_cache import Easel
+from fewstep.metrics.features import load_features
+from fewstep.tables import write_text
 
 RESULTS = Path(__file__).parent / "results"
 SHEETS = ("answers", "neighbours")

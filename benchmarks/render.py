@@ -17,7 +17,7 @@ def rates(size: int, count: int) -> tuple[float, float, float]:
     """Seconds of tracing the sprites, then pictures a second by the clock and by processor time, in this process."""
     import torch
 
-    from fewstep.data.blockworld import render, scenes
+    from fewstep.blockworld import render, scenes
 
     torch.set_num_threads(1)
     drawn = scenes(count, seed=7)

@@ -34,10 +34,10 @@ import fewstep
 from fewstep.data.cache import latent_key, open_cache
 from fewstep.data.shards import open_shards
 from fewstep.engines.device import choose_device
+from fewstep.train.datasets import CachedLatents, Prepared
 from fewstep.train.diffusion import DiffusionTask
+from fewstep.train.forward_process import computing_in
 from fewstep.train.plan import Part, Plan, Precision
-from fewstep.train.process import computing_in
-from fewstep.train.sources import CachedLatents, Prepared
 from fewstep.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-"""block-clip: the two towers that give block pictures a CLIP score and features; see `fewstep.evaluate.block_clip`.
+"""block-clip: the two towers that give block pictures a CLIP score and features; see `fewstep.blockworld.clip`.
 
     fewstep train recipes/block_clip.py
 
@@ -21,16 +21,16 @@ from second_reader import bytes_of, recoloured, soft
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.data.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, Scenes, captions, render, require_train, scenes
-from fewstep.data.blockworld.scene import LEFT, RIGHT
-from fewstep.evaluate.block_clip import EMBEDDING, TEXT, ImageTower, block_tokenizer
-from fewstep.evaluate.networks import save_network
-from fewstep.evaluate.trunk import SIDE
+from fewstep.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, Scenes, captions, render, require_train, scenes
+from fewstep.blockworld.backbone import SIDE
+from fewstep.blockworld.clip import EMBEDDING, TEXT, ImageTower, block_tokenizer
+from fewstep.blockworld.scene import LEFT, RIGHT
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.text.prompt import tokenize
 from fewstep.train.plan import Part, Plan
-from fewstep.train.run import Run, Work
+from fewstep.train.stages import Run, Work
 from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.weights.auxiliary import save_network
 
 SEED = 9_000_000_000  # no other recipe draws scenes from here on
 SLOTS = (len(COLOURS), len(SHAPES), len(SIZES)) * 2 + (len(RELATIONS),)

@@ -39,17 +39,17 @@ from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.data.blockworld import Scenes, render, require_train, scenes
+from fewstep.blockworld import Scenes, render, require_train, scenes
 from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
-from fewstep.train.fold import fold_statistics
+from fewstep.train.forward_process import Process
 from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps
+from fewstep.train.normalize_latents import fold_statistics
 from fewstep.train.plan import Part, Plan, mixed_seed
-from fewstep.train.process import Process
-from fewstep.train.run import Run, Work
+from fewstep.train.stages import Run, Work
 from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
@@ -113,7 +113,7 @@ class Autoencoder:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`."""
+        """See `fewstep.train.stages.Task`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         model = AutoencoderKL(AUTOENCODER).to(memory_format=layout_on(device))
@@ -168,7 +168,7 @@ class Text:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`."""
+        """See `fewstep.train.stages.Task`."""
         torch.manual_seed(plan.seed)
         drawn = scenes(self.captions, seed=mixed_seed("captions"), single=0.35)
         require_train(drawn)
@@ -211,7 +211,7 @@ class Diffusion:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`."""
+        """See `fewstep.train.stages.Task`."""
         device = choose_device(self.device)
         model = self._model().to(device)
         autoencoder = AutoencoderKL(AUTOENCODER).eval().to(device, memory_format=layout_on(device))

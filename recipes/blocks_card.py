@@ -32,14 +32,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.distill.add import AddSettings
-from fewstep.distill.small import SmallTask
+from fewstep.distill.pruning import SmallTask
+from fewstep.distill.trajectories import Walks, WalkSettings, WalkTask
 from fewstep.distill.turbo import TurboTask
-from fewstep.distill.walks import Walks, WalkSettings, WalkTask
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run, Task
+from fewstep.train.stages import Run, Task
 from fewstep.weights.fetch import ASSETS
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_parts, save_tiny, write_tensors

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.blockworld import COLOURS, SHAPES, Scenes, captions, render, require_train, scenes, vocabulary
+from fewstep.blockworld import COLOURS, SHAPES, Scenes, captions, render, require_train, scenes, vocabulary
 from fewstep.errors import InputError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
+from fewstep.train.datasets import Examples
+from fewstep.train.distributed import join_ranks, meet_ranks
 from fewstep.train.plan import Part, mixed_seed
-from fewstep.train.ranks import join_ranks, meet_ranks
-from fewstep.train.sources import Examples
 
 SMALL, SIZE = 64, 128  # sides of the pictures of the first stages and of the last
 WINDOW = 24
@@ -123,7 +123,7 @@ class Cached:
     varied: float = 0.7
 
     def examples(self, part: Part) -> Examples:
-        """See `fewstep.train.sources.Source`."""
+        """See `fewstep.train.datasets.Source`."""
         cached = read_once(self.folder)
         index, ids, _ = cached.words(part, self.varied)
         return Examples(captions=[said(row) for row in ids.tolist()], latents=cached.latents[index])

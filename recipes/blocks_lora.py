@@ -23,12 +23,12 @@ from torch import Tensor
 
 import fewstep
 from fewstep.adapters.inject import CONVOLUTIONS, TRANSFORMERS
-from fewstep.data.blockworld import captions, scenes
+from fewstep.blockworld import captions, scenes
 from fewstep.images import contact_sheet
+from fewstep.train.datasets import Blockworld, Examples
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Part, Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Blockworld, Examples
+from fewstep.train.stages import Run
 
 PAPER, INK = (0.97, 0.93, 0.82), (0.22, 0.12, 0.10)
 SEED, COLUMNS, ROWS = 7, 6, 3  # of the sheets
@@ -59,7 +59,7 @@ class InkAndWash:
     data: Blockworld = field(default_factory=lambda: Blockworld(size=128))
 
     def examples(self, part: Part) -> Examples:
-        """See `fewstep.train.sources.Source`."""
+        """See `fewstep.train.datasets.Source`."""
         plain = self.data.examples(part)
         assert plain.pictures is not None
         return replace(plain, pictures=ink_and_wash(plain.pictures))

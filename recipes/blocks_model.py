@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from blocks_data import SIZE, WINDOW
 from torch import Tensor, nn
 
-from fewstep.data.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, vocabulary
+from fewstep.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, vocabulary
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet

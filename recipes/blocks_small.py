@@ -23,9 +23,9 @@ import torch
 from blocks_data import Cached
 from blocks_turbo import PROMPTS
 
-from fewstep.distill.small import SmallTask
+from fewstep.distill.pruning import SmallTask
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
+from fewstep.train.stages import Run
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from fewstep.engines.device import choose_device
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
+from fewstep.train.datasets import Source
 from fewstep.train.losses import AutoencoderLoss
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan
-from fewstep.train.run import Run, Work
-from fewstep.train.sources import Source
+from fewstep.train.stages import Run, Work
 from fewstep.train.trainer import Trainer, Turn
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_tiny
@@ -55,7 +55,7 @@ class Tiny:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`."""
+        """See `fewstep.train.stages.Task`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         large = load_parts(self.model, dtype=torch.float32, device=device).autoencoder

@@ -30,14 +30,14 @@ import torch
 from blocks_data import Cached
 from safetensors.torch import save_file
 
-from fewstep.adapters.edition import FILE, VECTORS, vectors
+from fewstep.adapters.derived_model import FILE, VECTORS, vectors
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings
+from fewstep.distill.trajectories import Walks, WalkSettings, WalkTask
 from fewstep.distill.turbo import TurboTask
-from fewstep.distill.walks import Walks, WalkSettings, WalkTask
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
+from fewstep.train.stages import Run
 from fewstep.weights.load import load_parts
 
 RANK = 36

@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep.train.autoencoder import AutoencoderTask
+from fewstep.train.datasets import Prepared
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Prepared
+from fewstep.train.stages import Run
 
 RATE = 4.5e-6  # for each picture of a step
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.data.filters import Filter
+from fewstep.train.datasets import Prepared
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Prepared
+from fewstep.train.stages import Run
 
 NONE = Filter(min_size=None, min_aesthetic=None, max_watermark=None, max_unsafe=None, missing="keep")
 IMPROVED = Filter(min_size=512, min_aesthetic=5.0, max_watermark=0.5, max_unsafe=None)

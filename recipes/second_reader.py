@@ -1,4 +1,4 @@
-"""second-reader: the network that reads block pictures beside the algorithm; see `fewstep.evaluate.second_reader`.
+"""second-reader: the network that reads block pictures beside the algorithm; see `fewstep.blockworld.learned_detector`.
 
     fewstep train recipes/second_reader.py
 
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.data.blockworld import Scenes, captions, render, scenes
-from fewstep.data.blockworld.layout import COS
-from fewstep.data.blockworld.scene import HALF_WIDTHS, HEIGHTS, LEFT, RADII, RIGHT
-from fewstep.evaluate.networks import save_network
-from fewstep.evaluate.readers import grade
-from fewstep.evaluate.second_reader import GRID, FindingNetwork, SecondReader, parts_of
-from fewstep.evaluate.trunk import SIDE
+from fewstep.blockworld import Scenes, captions, render, scenes
+from fewstep.blockworld.backbone import SIDE
+from fewstep.blockworld.detector import grade
+from fewstep.blockworld.layout import COS
+from fewstep.blockworld.learned_detector import GRID, FindingNetwork, SecondReader, parts_of
+from fewstep.blockworld.scene import HALF_WIDTHS, HEIGHTS, LEFT, RADII, RIGHT
 from fewstep.train.plan import Part, Plan
-from fewstep.train.run import Run, Work
+from fewstep.train.stages import Run, Work
 from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.weights.auxiliary import save_network
 
 SEED = 7_000_000_000  # no other recipe draws scenes from here on
 SPLITS = {"train": 0.5, "heldout": 0.25, "unseen_atoms": 0.25}

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.distill.small import SmallTask
+from fewstep.distill.pruning import SmallTask
+from fewstep.train.datasets import Prepared
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Prepared
+from fewstep.train.stages import Run
 
 DATA = Prepared(folder=Path("data/improved-aesthetics-6plus"))
 V1_4, V1_5 = "sd-v1-4", "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from fewstep.distill.add import AddSettings
 from fewstep.distill.turbo import TurboTask
+from fewstep.train.datasets import Prepared
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Prepared
+from fewstep.train.stages import Run
 
 
 def stages(out: Path) -> Sequence[Run]:

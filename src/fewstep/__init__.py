@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fewstep.errors import CheckpointError, InputError, MissingExtraError, NotFiniteError
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import load
-    from fewstep.pipeline.options import Progress, SizeConditioning
     from fewstep.pipeline.pipeline import Pipeline
+    from fewstep.pipeline.request import Progress, SizeConditioning
     from fewstep.pipeline.result import Result
     from fewstep.pipeline.run import Run
 
@@ -37,12 +37,12 @@ _HOMES = {
     "MissingExtraError": "fewstep.errors",
     "NotFiniteError": "fewstep.errors",
     "Pipeline": "fewstep.pipeline.pipeline",
-    "Progress": "fewstep.pipeline.options",
+    "Progress": "fewstep.pipeline.request",
     "Result": "fewstep.pipeline.result",
     "Run": "fewstep.pipeline.run",
     "SAMPLERS": "fewstep.diffusion.samplers",
     "SCHEDULES": "fewstep.diffusion.schedule",
-    "SizeConditioning": "fewstep.pipeline.options",
+    "SizeConditioning": "fewstep.pipeline.request",
     "add_lora": "fewstep.adapters.merge",
     "load": "fewstep.pipeline.load",
     "remove_lora": "fewstep.adapters.merge",

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import fewstep
+from fewstep.cards.training_record import DataSource, Training, TrainingStage
 from fewstep.cli import main
-from fewstep.evaluate.study import read_study
-from fewstep.evaluate.training import DataSource, Training, TrainingStage
-from fewstep.evaluate.votes import QUESTIONS, Ballot, Vote
+from fewstep.compare.study import read_study
+from fewstep.compare.votes import QUESTIONS, Ballot, Vote
 
 ONE, TWO = "blocks-base:steps=1,width=64,height=64", "blocks-base:steps=2,width=64,height=64"
 

@@ -52,7 +52,7 @@ def test_a_flawed_collection_is_sorted_out(tars, prepared, cli):
 
 def test_scenes_that_are_held_out_are_never_written(prepared):
     """Captions in the world's plain words: none is the canonical caption of a held-out scene."""
-    from fewstep.data.blockworld import captions, keys, scenes, split_of
+    from fewstep.blockworld import captions, keys, scenes, split_of
     from fewstep.data.shards import open_shards
 
     shards = open_shards(prepared)

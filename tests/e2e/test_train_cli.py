@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 import fewstep
+from fewstep.cards.training_record import read_training
 from fewstep.cli import main
-from fewstep.evaluate.training import read_training
 
 RECIPE = """
 from pathlib import Path
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
-from fewstep.train.sources import Blockworld
+from fewstep.train.stages import Run
+from fewstep.train.datasets import Blockworld
 
 def stages(out):
     data = Blockworld(size=32)

@@ -18,9 +18,9 @@ import torch  # noqa: F401  which the children need not import each
 from frame import BYTES, SECONDS, Outcome, assert_cheap, attempt
 from PIL import Image
 
+from fewstep.data.filter_inputs import Settings
 from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
-from fewstep.data.sift import Settings
 from fewstep.data.sources import samples
 from fewstep.data.tables import SETTINGS as READER_SETTINGS
 

@@ -21,18 +21,18 @@ FILES = sorted(SRC.rglob("*.py"))
 
 FACE = "fewstep"  # src/fewstep/__init__.py
 FLOORS = {
-    "errors": 0, "files": 0, "finite": 0, "locks": 0, "memory": 0, "rng": 0, "images": 0, "version": 0,
-    "nn": 1, "diffusion": 1, "notebook": 1,
+    "errors": 0, "files": 0, "finite": 0, "locks": 0, "memory": 0, "rng": 0, "images": 0, "tables": 0, "version": 0,
+    "nn": 1, "diffusion": 1, "notebook": 1, "charts": 1,
     "models": 2, "text": 2, "formats": 2,
     "weights": 3,
-    "engines": 4, "safety": 4, "adapters": 4,
-    "pipeline": 5, "data": 5,
-    "train": 6, "evaluate": 6, "export": 6, "serve": 6,
-    "distill": 7, FACE: 7,
+    "engines": 4, "safety": 4, "adapters": 4, "blockworld": 4, "cards": 4,
+    "pipeline": 5, "data": 5, "metrics": 5,
+    "train": 6, "export": 6, "serve": 6,
+    "distill": 7, "evaluate": 7, "compare": 7, FACE: 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
-FOR_ALL = {"errors", "files", "memory"}  # which their own floor may import too
+FOR_ALL = {"errors", "files", "memory", "images"}  # which their own floor may import too
 
 CORE_ROOMS = ("nn", "diffusion", "models", "text", "weights", "pipeline")
 CORE_PACKAGES = {"torch", "numpy", "safetensors", "PIL", "tokenizers", "huggingface_hub", "typer", "rich"}
@@ -247,13 +247,13 @@ def statements(path: Path) -> int:
     return sum(not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)) for n in nodes)
 
 
-def test_the_core_is_under_1950_statements():
+def test_the_core_is_under_2100_statements():
     counts = dict.fromkeys(CORE_ROOMS, 0)
     for path in FILES:
         if room(path) in counts:
             counts[room(path)] += statements(path)
     total = sum(counts.values())
-    assert total < 1950, f"the core has {total} statements, the rule is under 1,950: {counts}"
+    assert total < 2100, f"the core has {total} statements, the rule is under 2,100: {counts}"
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:

@@ -12,9 +12,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from fewstep.distill.dinov2 import load_dinov2
-from fewstep.distill.pictures import MEAN, STD, DinoNetwork
+from fewstep.distill.pixel_features import MEAN, STD, DinoNetwork
 from fewstep.errors import CheckpointError
+from fewstep.weights.auxiliary import load_dinov2
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {

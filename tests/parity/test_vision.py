@@ -12,8 +12,8 @@ import transformers
 from PIL import Image
 
 from fewstep.errors import CheckpointError
-from fewstep.evaluate.clip_score import UserClip, clip_scores, load_clip
-from fewstep.evaluate.features import load_features
+from fewstep.metrics.clip_score import UserClip, clip_scores, load_clip
+from fewstep.metrics.features import load_features
 
 PROMPTS = ["a red cube", "a blue sphere on top of a red cube", "ugly photo"]
 

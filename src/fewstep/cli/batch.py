@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fewstep.cli import checks, options, outputs, progress, recipe
+from fewstep.cli import checks, options, outputs, progress
 from fewstep.cli.generate import tell, unknown_words
+from fewstep.cli.settings import Settings, complete_settings, picture_metadata, task_keywords
 from fewstep.errors import InputError, quoted
 from fewstep.files import file_size
 
@@ -74,7 +75,7 @@ def batch(
         "decoder": decoder,
         "dtype": dtype,
     }
-    wanted = recipe.complete({"prompt": "", **{name: value for name, value in asked.items() if value is not None}})
+    wanted = complete_settings({"prompt": "", **{name: value for name, value in asked.items() if value is not None}})
     checks.check(wanted)
     pipe = None
     load = partial(_loaded, wanted, device=device, quiet=quiet or rank > 0)
@@ -122,7 +123,7 @@ def read(prompts: Path, folder: Path) -> list[Line]:
     return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in prompted]
 
 
-def sort(lines: list[Line], settings: recipe.Recipe, seed: int, *, force: bool) -> tuple[list[Line], int]:
+def sort(lines: list[Line], settings: Settings, seed: int, *, force: bool) -> tuple[list[Line], int]:
     """The lines to draw with `settings`, and how many of their pictures are there but were drawn otherwise.
 
     InputError for files that something else made, unless `force` lets them go.
@@ -159,7 +160,7 @@ def _made(path: Path) -> dict[str, Any] | None:
     return {name: found.get(name) for name in COMPARED} if images.is_whole(path) else {}
 
 
-def _is_embedded(wanted: recipe.Recipe) -> bool:
+def _is_embedded(wanted: Settings) -> bool:
     """Whether the model comes with fewstep, which knows all about it before it is loaded."""
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
@@ -168,25 +169,25 @@ def _is_embedded(wanted: recipe.Recipe) -> bool:
     return known is not None and known.source is None
 
 
-def _settings(wanted: recipe.Recipe, pipe: Pipeline | None, folder: Path) -> recipe.Recipe:
+def _settings(wanted: Settings, pipe: Pipeline | None, folder: Path) -> Settings:
     """What pictures in `folder` say of themselves, but for prompt and seed; of an embedded model without loading it."""
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
-    from fewstep.pipeline.options import sampler_named
+    from fewstep.pipeline.request import sampler_named
 
-    settings: recipe.Recipe = dict.fromkeys(("negative_prompt", "decoder", "dtype"))
+    settings: Settings = dict.fromkeys(("negative_prompt", "decoder", "dtype"))
     if pipe is not None:
-        settings |= pipe.start(**{**recipe.keywords(wanted), "seed": 0}).settings
+        settings |= pipe.start(**{**task_keywords(wanted), "seed": 0}).settings
     elif _is_embedded(wanted):
         model = wanted.get("model", EMBEDDED)
-        settings |= {"model": model, **vars(checks.defaults_of(CATALOGUE[model])), **recipe.keywords(wanted)}
+        settings |= {"model": model, **vars(checks.defaults_of(CATALOGUE[model])), **task_keywords(wanted)}
         settings["sampler"], schedule = sampler_named(settings["sampler"])
         settings["schedule"] = wanted.get("schedule") or schedule or settings["schedule"]
-    settings = recipe.metadata(wanted, settings, folder)
+    settings = picture_metadata(wanted, settings, folder)
     return {name: settings[name] for name in COMPARED if name in settings}
 
 
-def _loaded(wanted: recipe.Recipe, *, device: str | None, quiet: bool) -> Pipeline:
+def _loaded(wanted: Settings, *, device: str | None, quiet: bool) -> Pipeline:
     with progress.bar(shown=not quiet) as bar:
         bar.stage("loading")
         import fewstep
@@ -202,7 +203,7 @@ def strange_words(pipe: Pipeline, lines: list[Line]) -> list[str]:
 
 
 def drawn(
-    pipe: Pipeline, wanted: recipe.Recipe, parts: Sequence[list[Line]], seed: int
+    pipe: Pipeline, wanted: Settings, parts: Sequence[list[Line]], seed: int
 ) -> Iterator[tuple[list[Line], Result]]:
     """The parts' lines, each part drawn in one batch; a card begins with the next while the caller has the last."""
     from fewstep.engines.engine import Recorder
@@ -212,7 +213,7 @@ def drawn(
     try:
         for lines in parts:
             seeds = [seed + line.number - 1 for line in lines]
-            given = {**recipe.keywords(wanted), "prompt": [line.prompt for line in lines], "seed": seeds}
+            given = {**task_keywords(wanted), "prompt": [line.prompt for line in lines], "seed": seeds}
             under_way.append((lines, pipe.start(**given).launch()))
             while len(under_way) > most:
                 yield _finished(under_way.pop(0))
@@ -227,12 +228,12 @@ def _finished(drawing: tuple[list[Line], Run]) -> tuple[list[Line], Result]:
     return lines, run.result()
 
 
-def save(result: Result, wanted: recipe.Recipe, lines: list[Line]) -> list[Path]:
-    """Save the pictures of these lines, each with its own recipe; their paths."""
+def save(result: Result, wanted: Settings, lines: list[Line]) -> list[Path]:
+    """Save the pictures of these lines, each with its own settings; their paths."""
     from fewstep import images
 
     for line, one, picture in zip(lines, result.seeds, result.images, strict=True):
-        settings = recipe.metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
+        settings = picture_metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
         images.save_png(picture, line.path, {**settings, "seed": one})
     return [line.path for line in lines]
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewstep.cli import options, progress, recipe
+from fewstep.cli import options, progress
+from fewstep.cli.settings import Settings, complete_settings, task_keywords
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def bench(
 ) -> None:
     """Measure how long a model takes to load and to draw on this machine."""
     asked = {"prompt": prompt(0), "steps": steps, "size": size}
-    wanted = recipe.keywords(recipe.complete({name: value for name, value in asked.items() if value is not None}))
+    wanted = task_keywords(complete_settings({name: value for name, value in asked.items() if value is not None}))
     with progress.bar(shown=not as_json) as bar:
         bar.stage("loading")
         began = perf_counter()
@@ -138,7 +139,7 @@ def _loaded(model: str | None, threads: int | None, **how: Any) -> Pipeline:
     return fewstep.load(model, **how)
 
 
-def _warm(pipe: Pipeline, wanted: recipe.Recipe, runs: int) -> dict[str, Any]:
+def _warm(pipe: Pipeline, wanted: Settings, runs: int) -> dict[str, Any]:
     """The seconds of `runs` pictures, and of their stages."""
     seconds: list[float] = []
     results: list[Result] = []
@@ -156,7 +157,7 @@ def _warm(pipe: Pipeline, wanted: recipe.Recipe, runs: int) -> dict[str, Any]:
     }
 
 
-def _drawn(pipe: Pipeline, wanted: recipe.Recipe, number: int) -> Result:
+def _drawn(pipe: Pipeline, wanted: Settings, number: int) -> Result:
     return pipe.text_to_image(**{**wanted, "prompt": prompt(number), "seed": number})
 
 

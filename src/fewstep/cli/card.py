@@ -17,8 +17,8 @@ def card(
     scores: Annotated[list[Path] | None, typer.Option(help="JSON files with lists of scores to put in.")] = None,
 ) -> None:
     """Write or update a model's README.md; what people wrote into it stays."""
-    from fewstep.evaluate.cards import write_card
-    from fewstep.evaluate.training import read_scores, read_training
+    from fewstep.cards.model_card import write_card
+    from fewstep.cards.training_record import read_scores, read_training
 
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name that of a model")
@@ -37,6 +37,6 @@ def emissions(
     pue: Annotated[float, typer.Option(help="What the building draws for each watt of the hardware.")] = 1.0,
 ) -> None:
     """Show the carbon dioxide of a run, and all that the figure rests on."""
-    from fewstep.evaluate.emissions import Emissions
+    from fewstep.cards.emissions import Emissions
 
     typer.echo(Emissions(hours=hours, watts=watts, kg_per_kwh=kg_per_kwh, pue=pue).statement())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli import recipe
+from fewstep.cli.settings import Settings, redraws, task_keywords
 from fewstep.errors import InputError, quoted, unknown
 
 if TYPE_CHECKING:
@@ -14,15 +14,15 @@ LATENTS = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl", "bl
 """Families with the same latents have the same name here: a refiner takes over latents of its own kind."""
 
 
-def check(wanted: recipe.Recipe) -> None:
+def check(wanted: Settings) -> None:
     """InputError for values out of range, unknown names, and models that do not go together; loads nothing."""
     from fewstep.pipeline.load import EMBEDDED
-    from fewstep.pipeline.options import TaskOptions, make_job, strength_steps
+    from fewstep.pipeline.request import TaskOptions, make_job, strength_steps
 
     model = _entry(wanted.get("model", EMBEDDED))
     _check_kinds(wanted, model)
     native = defaults_of(model)
-    keywords = recipe.keywords(wanted)
+    keywords = task_keywords(wanted)
     options: Any = {name: value for name, value in keywords.items() if name in TaskOptions.__annotations__}
     job = make_job(keywords["prompt"], options, native or _any(), multiple=8 if model else 1)
     if "strength" in keywords:
@@ -55,7 +55,7 @@ def _any() -> Defaults:
     return Defaults(guidance_scale=1.0, sampler="euler", width=512, height=512)
 
 
-def _check_kinds(wanted: recipe.Recipe, model: Entry | None) -> None:
+def _check_kinds(wanted: Settings, model: Entry | None) -> None:
     """InputError where a decoder is to draw, a model to decode, or a refiner to go on with latents of another kind."""
     from fewstep.models.zoo import TINY_NAMES
     from fewstep.weights.scheduler import PREDICTIONS
@@ -68,7 +68,7 @@ def _check_kinds(wanted: recipe.Recipe, model: Entry | None) -> None:
         raise InputError(f"--decoder {decoder.name} is a whole model; the decoders are tiny, {', '.join(TINY_NAMES)}")
     if "prediction" in wanted and wanted["prediction"] not in PREDICTIONS:
         raise InputError(unknown("prediction", wanted["prediction"], PREDICTIONS))
-    if model is None or refiner is None or recipe.redraws(wanted):
+    if model is None or refiner is None or redraws(wanted):
         return
     if LATENTS[model.family] != LATENTS[refiner.family]:
         raise InputError(

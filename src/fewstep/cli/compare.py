@@ -14,7 +14,7 @@ from fewstep.cli.contenders import Contender
 from fewstep.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from fewstep.evaluate.tally import Outcome
+    from fewstep.compare.tally import Outcome
 
 
 def compare(
@@ -57,14 +57,14 @@ def compare(
 
 def _check_judge(judge: str | None) -> None:
     if judge is not None:
-        from fewstep.evaluate.judges import JUDGES
+        from fewstep.compare.judges import JUDGES
 
         if judge not in JUDGES:
             raise InputError(unknown("judge", judge, JUDGES))
 
 
 def _vacant(out: Path | None) -> Path:
-    from fewstep.evaluate.study import check_vacant
+    from fewstep.compare.study import check_vacant
 
     if out is None:
         raise InputError("no --out; name a new folder for the page")
@@ -85,7 +85,7 @@ def _make(
 ) -> None:
     """Draw the pictures, one model after the other in memory, and write the page."""
     import fewstep
-    from fewstep.evaluate.study import make_study
+    from fewstep.compare.study import make_study
 
     texts = read_prompts(prompts, count) if prompts else held_out_prompts(count, seed)
     drawings = {}
@@ -113,7 +113,7 @@ def read_prompts(file: Path, count: int) -> list[str]:
 
 def held_out_prompts(count: int, seed: int) -> list[str]:
     """Different captions of block scenes that no training has seen."""
-    from fewstep.data.blockworld import captions, scenes
+    from fewstep.blockworld import captions, scenes
 
     drawn = scenes(4 * count, seed=seed, split="heldout")
     return list(dict.fromkeys(captions(drawn, seed=seed, style="canonical")))[:count]
@@ -121,13 +121,13 @@ def held_out_prompts(count: int, seed: int) -> list[str]:
 
 def _count(folder: Path, files: Sequence[Path], judge: str | None) -> Outcome:
     """Count votes, and write chart and table beside the page."""
+    from fewstep.compare.chart import write_chart
+    from fewstep.compare.judges import JUDGES, judged
+    from fewstep.compare.study import read_study
+    from fewstep.compare.tally import tallied
+    from fewstep.compare.votes import read_ballot
     from fewstep.engines.cpu.limits import cap_threads
-    from fewstep.evaluate.judges import JUDGES, judged
-    from fewstep.evaluate.preference_chart import write_chart
-    from fewstep.evaluate.report import csv_text, write_text
-    from fewstep.evaluate.study import read_study
-    from fewstep.evaluate.tally import tallied
-    from fewstep.evaluate.votes import read_ballot
+    from fewstep.tables import csv_text, write_text
 
     study = read_study(folder)
     ballots = [read_ballot(file, study.digest, {pair.id for pair in study.pairs}) for file in files]
@@ -145,7 +145,7 @@ def _count(folder: Path, files: Sequence[Path], judge: str | None) -> Outcome:
 
 def summary(outcome: Outcome) -> str:
     """What the votes say, for people: a line for each pair of models, and their strengths where there are many."""
-    from fewstep.evaluate.preference_chart import counted
+    from fewstep.compare.chart import counted
 
     lines = [outcome.title, *(tally.statement() for tally in outcome.tallies), counted(outcome)]
     if outcome.left_out:
@@ -155,7 +155,7 @@ def summary(outcome: Outcome) -> str:
 
 def _strengths(outcome: Outcome) -> list[str]:
     """Bradley-Terry strengths of three models or more, with a word where the votes do not bound them."""
-    from fewstep.evaluate.preference import strengths
+    from fewstep.metrics.bradley_terry import strengths
 
     lines = []
     for question in dict.fromkeys(tally.question for tally in outcome.tallies):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fewstep import Pipeline, Progress
-    from fewstep.evaluate.study import Drawing
+    from fewstep.compare.study import Drawing
 
 BATCH = 4
 SETTINGS: dict[str, type[int] | type[float] | type[str]] = {
@@ -75,7 +75,7 @@ def drawing(
     pipe: Pipeline, one: Contender, prompts: Sequence[str], *, seed: int, on_step: Callable[[Progress], None]
 ) -> Drawing:
     """The pictures of `prompts` by `pipe`, that of prompt i from seed + i."""
-    from fewstep.evaluate.study import Drawing
+    from fewstep.compare.study import Drawing
 
     pictures: list[Image] = []
     settings: dict[str, Any] = {}

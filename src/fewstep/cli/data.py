@@ -69,10 +69,10 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Filter, check, deduplicate and cut pictures to buckets; the same command goes on after an interruption."""
-    from fewstep.data.crew import Crew
+    from fewstep.data.executor import Crew
+    from fewstep.data.filter_inputs import Settings
     from fewstep.data.filters import Filter, read_blocklist
     from fewstep.data.prepare import prepare as prepared
-    from fewstep.data.sift import Settings
 
     rule = Filter(
         min_size=min_size,
@@ -114,7 +114,7 @@ def blockworld(
     """Write blockworld as a collection from the web: tars with captions, scores, duplicates and flaws."""
     import torch
 
-    from fewstep.data.blockworld.tars import write_blockworld
+    from fewstep.blockworld.tars import write_blockworld
 
     torch.set_num_threads(1)  # on a busy machine more threads wait for each other at every small operation
     for path in write_blockworld(out, count, size=size, seed=seed, per_tar=per_tar):
@@ -181,7 +181,7 @@ def _progress(what: str, quiet: bool) -> Iterator[Shown]:
 
 def _print(manifest: Manifest) -> None:
     """The account in a few lines, on stderr: stdout is for programs."""
-    from fewstep.data.sift import PART
+    from fewstep.data.filter_inputs import PART
 
     share = manifest.accepted / manifest.samples if manifest.samples else 0.0
     lines = [f"{manifest.accepted:,} of {manifest.samples:,} pictures accepted ({share:.1%})"]

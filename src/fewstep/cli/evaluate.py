@@ -15,7 +15,7 @@ from fewstep.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from fewstep.evaluate.drawing import Easel
+    from fewstep.evaluate.image_cache import Easel
 
     SetUp = Callable[[str], Easel]
 
@@ -59,10 +59,10 @@ def blocks(
     A model that draws in 4 steps or fewer is taken at 1 and at 4, and so is the base.
     """
     with _studio(output, device, shown=not quiet) as set_up:
-        from fewstep.evaluate.blocks_report import write_blocks
-        from fewstep.evaluate.blocks_suite import Extent
-        from fewstep.evaluate.contestants import contestants
-        from fewstep.evaluate.features import load_features
+        from fewstep.evaluate.blocks.report import write_blocks
+        from fewstep.evaluate.blocks.suite import Extent
+        from fewstep.evaluate.candidates import contestants
+        from fewstep.metrics.features import load_features
 
         extent = Extent(count=count, varied=varied, training=training, trained_on=trained_on)
         path = write_blocks(
@@ -92,9 +92,9 @@ def pareto(
     """FID against CLIP score over guidance scales: table and chart, as the card of Stable Diffusion v1-4 has it."""
     chosen = _scales(scales)
     with _studio(output, device, shown=not quiet) as set_up:
-        from fewstep.evaluate.clip_score import load_clip
-        from fewstep.evaluate.features import load_features
-        from fewstep.evaluate.pareto_suite import Scales, Sweep, subject, write_pareto
+        from fewstep.evaluate.pareto.suite import Scales, Sweep, subject, write_pareto
+        from fewstep.metrics.clip_score import load_clip
+        from fewstep.metrics.features import load_features
 
         easels = [set_up(name) for name in dict.fromkeys(models or [EMBEDDED])]
         place = _place(device)
@@ -116,8 +116,8 @@ def fid(
     device: Device = None,
 ) -> None:
     """FID and KID of the pictures in one folder against those in another."""
-    from fewstep.evaluate.features import load_features
     from fewstep.evaluate.folders import write_fid
+    from fewstep.metrics.features import load_features
 
     typer.echo(write_fid(drawn, real, load_features(features, device=_place(device)), output))
 
@@ -128,7 +128,7 @@ def _studio(output: Path, device: str | None, *, shown: bool) -> Iterator[SetUp]
     with progress.bar(shown=shown) as bar:
         bar.stage("loading")
         import fewstep
-        from fewstep.evaluate.drawing import Easel
+        from fewstep.evaluate.image_cache import Easel
 
         def told(done: int, total: int) -> None:
             bar.bars.update(bar.task, description="drawing", total=total, completed=done)

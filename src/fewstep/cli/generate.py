@@ -9,7 +9,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from fewstep.cli import checks, options, outputs, progress, recipe
+from fewstep.cli import checks, options, outputs, progress
+from fewstep.cli.settings import Settings, complete_settings, picture_metadata, redraws, task_keywords
 from fewstep.errors import printable, quoted
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def generate(
     for name in ("output", "force", "quiet"):
         asked.pop(name, None)
     where = outputs.destination(output)
-    wanted = recipe.complete(asked)
+    wanted = complete_settings(asked)
     checks.check(wanted)
     outputs.check_vacant(where, wanted.get("images_per_prompt", 1), force=force)
     outputs.show(_generate(wanted, where, quiet))
 
 
-def _generate(wanted: recipe.Recipe, where: outputs.Destination, quiet: bool) -> list[Path]:
+def _generate(wanted: Settings, where: outputs.Destination, quiet: bool) -> list[Path]:
     started = perf_counter()
     with progress.bar(shown=not quiet) as bar:
         bar.stage("loading")
@@ -72,17 +73,17 @@ def _generate(wanted: recipe.Recipe, where: outputs.Destination, quiet: bool) ->
             fewstep.add_lora(pipe, file, scale)
         loaded = perf_counter() - started
         result = draw(pipe, refiner, wanted, bar)
-        settings = recipe.metadata(wanted, result.settings, where.folder)
+        settings = picture_metadata(wanted, result.settings, where.folder)
         written = outputs.save(result, settings, where)
     if not quiet:
         tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.parts.name))
     return written
 
 
-def draw(pipe: Pipeline, refiner: Pipeline | None, wanted: recipe.Recipe, bar: progress.Bar) -> Result:
-    """The pictures of the recipe `wanted`, by the task that its entries make it."""
-    keywords = recipe.keywords(wanted)
-    if refiner is None or not recipe.redraws(wanted):
+def draw(pipe: Pipeline, refiner: Pipeline | None, wanted: Settings, bar: progress.Bar) -> Result:
+    """The pictures of the settings `wanted`, by the task that its entries make it."""
+    keywords = task_keywords(wanted)
+    if refiner is None or not redraws(wanted):
         return _watched(pipe.start(**keywords, refiner=refiner), bar)
     strength = keywords.pop("strength")
     first = _watched(pipe.start(**keywords), bar)
@@ -134,7 +135,7 @@ def _watched(run: Run, bar: progress.Bar) -> Result:
     return run.result()
 
 
-def _redrawn(first: Result, refiner: Pipeline, keywords: recipe.Recipe, bar: progress.Bar) -> Result:
+def _redrawn(first: Result, refiner: Pipeline, keywords: Settings, bar: progress.Bar) -> Result:
     """The pictures of `first` redrawn by `refiner` with the steps, guidance and sampler that drew them."""
     kept = {name: first.settings[name] for name in ("steps", "guidance_scale", "sampler", "schedule")}
     one_each = {

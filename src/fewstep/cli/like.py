@@ -1,4 +1,4 @@
-"""The recipe that a picture carries, and how far it is trusted: a picture may come from anybody.
+"""The settings that a picture carries, and how far they are trusted: a picture may come from anybody.
 
 Its word loads models of the catalogue, hub ids that are in the cache, and files below the current folder or its own.
 All else, and more work than an honest picture asks for, has to be repeated on the command line.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from fewstep.cli.recipe import MODELS, NUMBERS, PICTURES, TEXTS, Recipe
+from fewstep.cli.settings import MODELS, NUMBERS, PICTURES, TEXTS, Settings
 from fewstep.errors import InputError, quoted
 from fewstep.files import checksum
 
@@ -21,10 +21,10 @@ MOST_LETTERS = 5_000  # of a prompt
 MOST_LORAS = 16
 
 
-def from_picture(path: Path, instead: Mapping[str, Any]) -> Recipe:
-    """The recipe that the picture at `path` carries, but for the entries `instead`; paths in it start at its folder.
+def from_picture(path: Path, instead: Mapping[str, Any]) -> Settings:
+    """The settings that the picture at `path` carries, but for the entries `instead`; paths in it start at its folder.
 
-    Raises InputError if it carries none, one of another version, if a file it names is gone or has changed, and for
+    Raises InputError if it carries none, those of another version, if a file it names is gone or has changed, and for
     what it may not ask for.
     """
     from fewstep import images
@@ -33,37 +33,37 @@ def from_picture(path: Path, instead: Mapping[str, Any]) -> Recipe:
     if found is None or "fewstep" not in found:
         raise InputError(f"{quoted(path)} does not say how fewstep drew it; fewstep inspect shows what it does say")
     digests = {name: found.pop(f"{name}_sha256", None) for name in PICTURES}
-    recipe = {name: value for name, value in found.items() if value is not None}
+    settings = {name: value for name, value in found.items() if value is not None}
     for name in ("fewstep", "task"):
-        recipe.pop(name, None)
-    _check_kinds(recipe, f"{quoted(path)}, by fewstep {quoted(found['fewstep'], 20)},")
-    _drop_replaced(recipe, instead)
-    _check_work(recipe, instead, path)
+        settings.pop(name, None)
+    _check_kinds(settings, f"{quoted(path)}, by fewstep {quoted(found['fewstep'], 20)},")
+    _drop_replaced(settings, instead)
+    _check_work(settings, instead, path)
     for name in MODELS:
-        if name in recipe:
-            recipe[name] = _weights(name, recipe[name], path, recipe.get("revision"))
+        if name in settings:
+            settings[name] = _weights(name, settings[name], path, settings.get("revision"))
     for name in PICTURES:
-        if name in recipe:
-            recipe[name] = _unchanged(recipe[name], digests[name], path, f"--{name}")
-    if "lora" in recipe:
-        entries = [(_unchanged(one["file"], one["sha256"], path, "--lora"), one["scale"]) for one in recipe["lora"]]
-        recipe["lora"] = entries
-    return recipe | dict(instead)
+        if name in settings:
+            settings[name] = _unchanged(settings[name], digests[name], path, f"--{name}")
+    if "lora" in settings:
+        entries = [(_unchanged(one["file"], one["sha256"], path, "--lora"), one["scale"]) for one in settings["lora"]]
+        settings["lora"] = entries
+    return settings | dict(instead)
 
 
-def _drop_replaced(recipe: Recipe, instead: Mapping[str, Any]) -> None:
+def _drop_replaced(settings: Settings, instead: Mapping[str, Any]) -> None:
     """Take out what the command line says too, and what belongs to a model that it replaces by another."""
-    told, own = instead.get("model"), recipe.get("model")
+    told, own = instead.get("model"), settings.get("model")
     if told is not None and (own is None or Path(told).name != Path(own).name):
         for name in ("revision", "prediction", "tokenizer"):
-            recipe.pop(name, None)
+            settings.pop(name, None)
     for name in instead:
-        recipe.pop(name, None)
+        settings.pop(name, None)
 
 
-def _check_kinds(recipe: Recipe, source: str) -> None:
+def _check_kinds(settings: Settings, source: str) -> None:
     """A picture may come from anybody, or from a later version."""
-    for name, value in recipe.items():
+    for name, value in settings.items():
         number, text = name in NUMBERS and _is_number(value), name in TEXTS and isinstance(value, str)
         if not (number or text or (name == "lora" and _are_loras(value))):
             raise InputError(f"{source} says {quoted(name)[1:-1]} = {quoted(value)}, which is unknown here")
@@ -89,21 +89,21 @@ def _are_loras(value: Any) -> bool:
     )
 
 
-def _check_work(recipe: Recipe, instead: Mapping[str, Any], png: Path) -> None:
+def _check_work(settings: Settings, instead: Mapping[str, Any], png: Path) -> None:
     """InputError if the picture's own word, and not the command line, would keep the machine busy for long."""
-    both = {**recipe, **instead}
+    both = {**settings, **instead}
     steps, width, height = (both.get(name, 1) for name in ("steps", "width", "height"))
     pixels = width * height
-    much = pixels > MOST_PIXELS and recipe.keys() & {"width", "height"}
-    if much or (pixels * steps > MOST_WORK and recipe.keys() & {"steps", "width", "height"}):
+    much = pixels > MOST_PIXELS and settings.keys() & {"width", "height"}
+    if much or (pixels * steps > MOST_WORK and settings.keys() & {"steps", "width", "height"}):
         raise InputError(
             f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on a "
             f"picture's word; to draw it all the same add --steps {steps} --size {width}x{height}"
         )
     for name in ("prompt", "negative_prompt"):
-        if len(recipe.get(name, "")) > MOST_LETTERS:
+        if len(settings.get(name, "")) > MOST_LETTERS:
             raise InputError(
-                f"{quoted(png)} has a {name.replace('_', ' ')} of {len(recipe[name])} letters, more than the "
+                f"{quoted(png)} has a {name.replace('_', ' ')} of {len(settings[name])} letters, more than the "
                 f"{MOST_LETTERS} that are read on a picture's word; give one of your own"
             )
 

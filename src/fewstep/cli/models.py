@@ -58,7 +58,7 @@ def folder_of(known: Entry) -> Path | None:
 
 def _words() -> dict[str, Any]:
     """The words of the blocks models by what they say, and a prompt made of them."""
-    from fewstep.data.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, vocabulary
+    from fewstep.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, vocabulary
 
     kinds = {"shapes": SHAPES, "colours": COLOURS, "sizes": SIZES, "relations": RELATIONS[1:]}
     listed = {word for names in kinds.values() for name in names for word in name.split()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import rich.progress
 
-    from fewstep.pipeline.options import Progress
+    from fewstep.pipeline.request import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import typer
 from fewstep.cli.exits import Exit, code_for
 
 if TYPE_CHECKING:
-    from fewstep.train.run import Run
+    from fewstep.train.stages import Run
     from fewstep.train.trainer import Trainer
 
 
@@ -46,10 +46,10 @@ def _stages_stopped(
     recipe: Path, changes: Sequence[str], out: Path | None, names: Sequence[str], *, dry_run: bool, only_print: bool
 ) -> bool:
     """Carry the stages out, or try them, or print them; whether a signal stopped one."""
+    from fewstep.train.distributed import leave_ranks
     from fewstep.train.overrides import overridden
-    from fewstep.train.ranks import leave_ranks
     from fewstep.train.recipe import recipe_stages
-    from fewstep.train.run import chosen
+    from fewstep.train.stages import chosen
 
     runs = list(overridden(chosen(recipe_stages(recipe, out or Path("runs") / recipe.stem), names), changes).values())
     stopped = False
@@ -66,7 +66,7 @@ def _stages_stopped(
 
 def _try(run: Run, earlier: Sequence[Run]) -> None:
     """Do what a stage does before its first step, if all that it begins with is there."""
-    from fewstep.train.run import dry_run, waits_for
+    from fewstep.train.stages import dry_run, waits_for
 
     if (other := waits_for(run, earlier)) is not None:
         _say(f"  begins with what {other.name} leaves in {other.plan.folder}, and is checked when that is there")
@@ -80,7 +80,7 @@ def _try(run: Run, earlier: Sequence[Run]) -> None:
 
 def _finished(run: Run) -> bool:
     """Whether a stage is at its end: trained now, or before; not where it was told to stop."""
-    from fewstep.train.run import carry_out
+    from fewstep.train.stages import carry_out
 
     trainer = carry_out(run, before=_print_preflight)
     if trainer is None:
@@ -97,7 +97,7 @@ def _finished(run: Run) -> bool:
 
 def _write_record(run: Run, trainer: Trainer) -> None:
     """Leave `training.json` beside the weights, with the stages that the model went through before."""
-    from fewstep.evaluate.training import FILE, Training, TrainingStage, read_training
+    from fewstep.cards.training_record import FILE, Training, TrainingStage, read_training
     from fewstep.files import atomic_write
     from fewstep.train.overrides import settings
     from fewstep.train.preflight import KG_PER_KWH, assumed_watts

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from fewstep.data.tar_writer import TarWriter
 from fewstep.files import atomic_write, write_json
+from fewstep.formats.tar_writer import TarWriter
 
 
 @dataclass(frozen=True, kw_only=True)

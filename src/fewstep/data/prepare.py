@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.buckets import Size
-from fewstep.data.crew import Crew
 from fewstep.data.duplicates import Seen
+from fewstep.data.executor import Crew
+from fewstep.data.filter_inputs import PART, Json, Settings, SiftTask, sift
 from fewstep.data.filters import Reason
 from fewstep.data.manifest import (
     FORMAT,
@@ -35,7 +36,6 @@ from fewstep.data.manifest import (
     write_manifest,
 )
 from fewstep.data.pack import PackTask, Piece, pack
-from fewstep.data.sift import PART, Json, Settings, SiftTask, sift
 from fewstep.data.sources import input_files
 from fewstep.errors import InputError, printable, quoted
 from fewstep.files import PARTIAL, atomic_write, read_json, write_json

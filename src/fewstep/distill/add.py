@@ -14,10 +14,10 @@ from fewstep.distill.teacher import Teacher
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.models.unet import UNet
+from fewstep.train.datasets import Walked
 from fewstep.train.diffusion import Clean
+from fewstep.train.forward_process import of_rows, predicted
 from fewstep.train.plan import Part
-from fewstep.train.process import of_rows, predicted
-from fewstep.train.sources import Walked
 from fewstep.train.trainer import Turn
 
 
@@ -32,7 +32,7 @@ class AddSettings:
     sees the teacher's features of them, low for texture and high for layout. `mismatched`: how much real latents under
     another picture's words count as drawn (not published; 0 leaves them out). `anchor`: the weight of the distance,
     from noise alone, to where the teacher's whole walk led from the same noise, which keeps as many pictures of a
-    prompt as the teacher has (not published here, but in arXiv:2311.18828; needs `fewstep.distill.walks.Walks`).
+    prompt as the teacher has (not published here, but in arXiv:2311.18828; needs `fewstep.distill.trajectories.Walks`).
     `walked`: the student starts from points of these walks at all time steps, not from real latents with noise, and all
     that it draws is anchored: in several steps it comes by such points, and errors would add up (not published).
     """
@@ -209,7 +209,7 @@ class AdversarialDistillation:
 
 def _walks_of(clean: Clean) -> Walked:
     if clean.walked is None:
-        raise InputError("there are no walks of the teacher; give `fewstep.distill.walks.Walks` as data")
+        raise InputError("there are no walks of the teacher; give `fewstep.distill.trajectories.Walks` as data")
     return clean.walked
 
 

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fewstep.engines.engine import Conditioning
 from fewstep.models.unet import UNet
+from fewstep.train.forward_process import Process
 from fewstep.train.plan import Part
-from fewstep.train.process import Process
 
 HEAD_WIDTH = 64
 

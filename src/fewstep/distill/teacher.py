@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewstep.engines.engine import Conditioning, stacked
 from fewstep.models.unet import UNet
-from fewstep.train.process import Process, of_rows, predicted
+from fewstep.train.forward_process import Process, of_rows, predicted
 
 
 class Teacher:

@@ -10,17 +10,17 @@ import torch
 
 from fewstep.distill.add import AddSettings, AdversarialDistillation
 from fewstep.distill.discriminator import Features, NoisyLatentFeatures
-from fewstep.distill.pictures import PictureFeatures, picture_network
+from fewstep.distill.pixel_features import PictureFeatures, picture_network
 from fewstep.distill.teacher import Teacher
 from fewstep.engines.device import choose_device
 from fewstep.models.unet import UNet
+from fewstep.train.activation_checkpointing import checkpoint_blocks
+from fewstep.train.datasets import Ahead, Examples, Source
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.memory import checkpoint_blocks
+from fewstep.train.forward_process import Process
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
-from fewstep.train.process import Process
-from fewstep.train.run import Work
-from fewstep.train.sources import Ahead, Examples, Source
+from fewstep.train.stages import Work
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
@@ -47,7 +47,7 @@ class TurboTask:
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`."""
+        """See `fewstep.train.stages.Task`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
         turbo = replace(turbo_edition(parts), unet=student)

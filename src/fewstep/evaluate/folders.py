@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.evaluate.distances import distances
-from fewstep.evaluate.features import Features
-from fewstep.evaluate.pixels import PictureFiles, is_black, picture_files
-from fewstep.evaluate.report import Cell, csv_text, spelt, table, write_text
+from fewstep.metrics.distances import distances
+from fewstep.metrics.features import Features
+from fewstep.metrics.intervals import format_interval
+from fewstep.metrics.pixels import PictureFiles, is_black, picture_files
+from fewstep.tables import Cell, csv_text, table, write_text
 
 
 def write_fid(drawn: Path, real: Path, features: Features, folder: Path) -> Path:
@@ -30,7 +31,8 @@ def write_fid(drawn: Path, real: Path, features: Features, folder: Path) -> Path
     }
     text = [
         f"# FID of {drawn.name} against {real.name}",
-        f"FID {spelt(found.fid)}, by {features.card}. Only numbers of one network and one N stand side by side.",
+        f"FID {format_interval(found.fid)}, by {features.card}. "
+        "Only numbers of one network and one N stand side by side.",
         table([row]),
         found.doubt() or "",
     ]

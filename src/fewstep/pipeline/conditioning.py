@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.engines.engine import Conditioning, Engine
-from fewstep.pipeline.options import Job
+from fewstep.pipeline.request import Job
 from fewstep.text.prompt import Tokens, tokenize
 from fewstep.weights.parts import Parts
 

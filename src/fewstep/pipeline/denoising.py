@@ -13,7 +13,7 @@ from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.step import Noise, Step
 from fewstep.engines.engine import Conditioning, Engine, stacked
 from fewstep.pipeline.conditioning import Conditions
-from fewstep.pipeline.options import Job
+from fewstep.pipeline.request import Job
 from fewstep.weights.parts import Parts
 
 

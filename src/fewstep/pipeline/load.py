@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fewstep.adapters.edition import edition
+from fewstep.adapters.derived_model import edition
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, unknown

@@ -19,9 +19,9 @@ from fewstep.engines.select import select_engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
 from fewstep.notebook import table_of
-from fewstep.pipeline.canvas import Canvas, ImageLike, fitted, read_canvas
 from fewstep.pipeline.denoising import Model
-from fewstep.pipeline.options import Job, SizeConditioning, TaskOptions, make_job
+from fewstep.pipeline.init_image import Canvas, ImageLike, fitted, read_canvas
+from fewstep.pipeline.request import Job, SizeConditioning, TaskOptions, make_job
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Run
 from fewstep.weights.parts import Parts

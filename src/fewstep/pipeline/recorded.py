@@ -14,7 +14,7 @@ from fewstep.engines.engine import NotRecordable, Recorder
 from fewstep.images import to_uint8
 from fewstep.pipeline.conditioning import PromptInputs
 from fewstep.pipeline.denoising import Model, model_denoiser, sampled
-from fewstep.pipeline.options import Job
+from fewstep.pipeline.request import Job
 
 MOST_PREDICTIONS = 16
 """Calls of the UNet above which a run is not recorded: the host is hidden behind them, and recording costs as many."""

@@ -22,11 +22,11 @@ from fewstep.engines.engine import Recorder
 from fewstep.errors import InputError
 from fewstep.finite import FiniteChecks, require_finite
 from fewstep.images import pil_of_uint8, to_numpy, to_uint8
-from fewstep.pipeline.canvas import Canvas, drawn_latents, keeping, latent_mask, masked_channels, rows_of
 from fewstep.pipeline.conditioning import Conditions, prompt_inputs, with_channels
 from fewstep.pipeline.denoising import Model, model_denoiser, sampled
-from fewstep.pipeline.options import Job, Progress, strength_steps
+from fewstep.pipeline.init_image import Canvas, drawn_latents, keeping, latent_mask, masked_channels, rows_of
 from fewstep.pipeline.recorded import Drawn, launch_recorded
+from fewstep.pipeline.request import Job, Progress, strength_steps
 from fewstep.pipeline.result import Result
 from fewstep.rng import SeededNoise
 from fewstep.weights.parts import Parts

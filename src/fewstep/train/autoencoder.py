@@ -15,10 +15,10 @@ from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.train.patches import PatchDiscriminator, adaptive_weight, hinge_loss
+from fewstep.train.datasets import Ahead, Source
+from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
 from fewstep.train.plan import Part, Plan, moved
-from fewstep.train.run import Work
-from fewstep.train.sources import Ahead, Source
+from fewstep.train.stages import Work
 from fewstep.train.trainer import Trainer, Turn
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
@@ -62,7 +62,7 @@ class AutoencoderTask:
             raise InputError("fresh and decoder_only would train a decoder of random latents; leave one of them out")
 
     def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.run.Task`. Raises `InputError` for a plan that this training cannot follow."""
+        """See `fewstep.train.stages.Task`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
         device = choose_device(self.device)

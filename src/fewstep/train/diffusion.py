@@ -21,11 +21,11 @@ from fewstep.images import contact_sheet
 from fewstep.models.unet import UNet
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.text.prompt import tokenize
+from fewstep.train.datasets import Ahead, Examples, Source, Walked
+from fewstep.train.forward_process import Process, predicted
 from fewstep.train.losses import min_snr_weight, stratified_timesteps
 from fewstep.train.plan import Part, Plan
-from fewstep.train.process import Process, predicted
-from fewstep.train.run import Work
-from fewstep.train.sources import Ahead, Examples, Source, Walked
+from fewstep.train.stages import Work
 from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts

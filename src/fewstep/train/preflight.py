@@ -10,7 +10,7 @@ import time
 import torch
 
 from fewstep.errors import InputError
-from fewstep.train.run import Run
+from fewstep.train.stages import Run
 from fewstep.train.trainer import Trainer
 
 BYTES_PER_TRAINED = 4 * 5

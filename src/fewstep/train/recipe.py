@@ -15,7 +15,7 @@ from typing import Any
 
 from fewstep.errors import InputError, quoted
 from fewstep.train.plan import Plan
-from fewstep.train.run import Run
+from fewstep.train.stages import Run
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = (str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.files import partial_path
+from fewstep.train.activation_checkpointing import checkpoint_blocks
 from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.train.distributed import average, join_ranks, shard
 from fewstep.train.ema import Ema
-from fewstep.train.journal import Journal
-from fewstep.train.memory import checkpoint_blocks
+from fewstep.train.forward_process import computing_in
+from fewstep.train.metrics_logger import Journal
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Part, Plan, mixed_seed
-from fewstep.train.process import computing_in
-from fewstep.train.ranks import average, join_ranks, shard
 from fewstep.train.replay import Replay
-from fewstep.train.states import (
+from fewstep.train.state_dicts import (
     State,
     check_finite,
     load_network,

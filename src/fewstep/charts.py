@@ -1,0 +1,31 @@
+"""Charts by matplotlib, in files that are whole or not there; equal charts give equal files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import MissingExtraError
+
+LOOK: dict[Any, Any] = {"svg.hashsalt": "fewstep", "font.size": 10}
+"""With the salt the same points give the same file."""
+
+
+def require_matplotlib() -> Any:
+    """The package; MissingExtraError without it, better before the pictures are drawn than after."""
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise MissingExtraError('charts need matplotlib: pip install "fewstep[train]"') from error
+    return matplotlib
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a chart that appears, or is replaced, when all of it is on the disk; equal charts give equal files."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

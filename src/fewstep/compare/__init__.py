@@ -1,0 +1,1 @@
+"""Blind comparisons: pairs of pictures, votes, and what they say."""

@@ -1,0 +1,225 @@
+"""A student of one residual block per level, begun with its teacher's layers and taught by its outputs and features."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.engines.device import choose_device
+from fewstep.files import atomic_write
+from fewstep.models.config import UNetConfig
+from fewstep.models.unet import UNet
+from fewstep.train.datasets import Ahead, Source
+from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
+from fewstep.train.forward_process import predicted
+from fewstep.train.norms import norms_in_half
+from fewstep.train.plan import Part, Plan
+from fewstep.train.stages import Work
+from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.weights.load import load_parts
+from fewstep.weights.parts import Parts
+
+Features = dict[str, Tensor]
+"""The output of each block of a UNet by the block's name, in the order of computing."""
+
+_SECOND_ON_THE_WAY_UP = re.compile(r"up_blocks\.(\d+)\.(resnets|attentions)\.1\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inheritance:
+    """What a student has from its teacher; `str` of it is a report of one line.
+
+    `copied`: each of the student's tensors with the teacher's that it is a copy of. `dropped`: the teacher's tensors
+    without a place in the student. The parameters are those of all these tensors together.
+    """
+
+    copied: Mapping[str, str]
+    dropped: tuple[str, ...]
+    copied_parameters: int
+    dropped_parameters: int
+
+    def __str__(self) -> str:
+        layers = dict.fromkeys(".".join(name.split(".")[:4]) for name in self.dropped)
+        dropped = f"{len(self.dropped)} ({self.dropped_parameters:,}) dropped: {', '.join(layers)}"
+        return (
+            f"{len(self.copied)} tensors ({self.copied_parameters:,} parameters) copied, "
+            f"{dropped if layers else 'none dropped'}"
+        )
+
+
+def small_config(config: UNetConfig) -> UNetConfig:
+    """The shape with one residual block (and transformer) per level down, two up: small-sd's from sd-v1-4's."""
+    return replace(config, stages=tuple(replace(stage, resnets=1) for stage in config.stages))
+
+
+def teacher_tensor(name: str, config: UNetConfig) -> str:
+    """The tensor of a teacher of shape `config` that the student's tensor `name` starts from.
+
+    Each has the teacher's name but one layer per level. On the way up the student's second residual block reads the
+    skip connection that leaves the level above, whose channels only the teacher's last block fits; its transformer
+    goes with it (arXiv:2305.15798 does the same).
+    """
+    second = _SECOND_ON_THE_WAY_UP.match(name)
+    if second is None:
+        return name
+    block, kind = second.groups()
+    last = config.stages[-1 - int(block)].resnets  # a level has one residual block more on the way up than down
+    return f"up_blocks.{block}.{kind}.{last}.{name[second.end() :]}"
+
+
+def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
+    """A UNet of the small shape, every tensor copied from its place in `teacher`, and the report of that.
+
+    It trains, and has the teacher's device and number format: train it in float32 (`student.float()`). The teacher
+    may be any UNet of the family, and shares no memory with the student.
+    """
+    theirs = teacher.state_dict()
+    with torch.device("meta"):
+        student = UNet(small_config(teacher.config))
+    ours = student.state_dict()
+    copied = {name: teacher_tensor(name, teacher.config) for name in ours}
+    for name, source in copied.items():
+        shapes = tuple(ours[name].shape), tuple(theirs[source].shape)
+        assert shapes[0] == shapes[1], f"{name} is {shapes[0]}, but the teacher's {source} {shapes[1]}"
+    student.load_state_dict({name: theirs[source].clone() for name, source in copied.items()}, assign=True)
+    kept = set(copied.values())
+    dropped = tuple(name for name in theirs if name not in kept)
+    return student, Inheritance(
+        copied=copied,
+        dropped=dropped,
+        copied_parameters=sum(tensor.numel() for tensor in ours.values()),
+        dropped_parameters=sum(theirs[name].numel() for name in dropped),
+    )
+
+
+@contextmanager
+def block_features(unet: UNet) -> Iterator[Features]:
+    """The outputs of the down, mid and up blocks of `unet`, anew in each forward pass until the context ends.
+
+    Blocks are found in the module itself: give the bare UNet and call it, or the wrapper (DDP) it lies in. A compiled
+    model does not see hooks that come after its compilation: enter before its first pass, and stay.
+    """
+    features: Features = {}
+    handles = [block.register_forward_hook(partial(_record, features, name)) for name, block in _blocks(unet).items()]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
+def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, Features]:
+    """Output and block features of `teacher` for a UNet's inputs, without gradients; the teacher stays as it is."""
+    with block_features(teacher) as features:
+        return teacher(*inputs), features
+
+
+def distillation_loss(
+    student_out: Tensor,
+    teacher_out: Tensor,
+    student_features: Mapping[str, Tensor],
+    teacher_features: Mapping[str, Tensor],
+    *,
+    output_weight: float = 1.0,
+    feature_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """The terms of arXiv:2305.15798 that need a teacher, as float32 scalars.
+
+    "output": mean squared error of the outputs. "features": sum over the blocks of the mean squared error of their
+    outputs; the published code leaves the middle block out, so take "mid_block" from both sides to repeat it. "loss":
+    their weighted sum, to which the training's own loss is added (weight 1 in the paper). Gradients reach the student
+    alone.
+    """
+    names = student_features.keys()
+    assert names == teacher_features.keys(), f"blocks of the student {[*names]}, of the teacher {[*teacher_features]}"
+    assert names or not feature_weight, "no features were recorded; run both networks inside block_features"
+    output = _squared_error(student_out, teacher_out)
+    errors = [_squared_error(student_features[name], teacher_features[name]) for name in names]
+    features = torch.stack(errors).sum() if errors else torch.zeros_like(output)
+    return {"loss": output_weight * output + feature_weight * features, "output": output, "features": features}
+
+
+def _blocks(unet: UNet) -> dict[str, nn.Module]:
+    downs = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    ups = {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+    return {**downs, "mid_block": unet.mid_block, **ups}
+
+
+def _record(features: Features, name: str, block: nn.Module, inputs: object, output: Tensor) -> None:
+    del block, inputs
+    features[name] = output
+
+
+def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    assert student.shape == teacher.shape, f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+    return F.mse_loss(student.float(), teacher.detach().float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallTask:
+    """Train a student of the small shape on what its teacher `model` puts out, and on the data.
+
+    `student`: a model to go on from; without one it begins with the teacher's layers. `own`: weight of the training's
+    own loss; `output` and `features`: of the teacher's output and blocks (arXiv:2305.15798 has 1 for all three).
+    """
+
+    model: str | Path
+    data: Source
+    student: Path | None = None
+    text_drop: float = 0.1
+    own: float = 1.0
+    output: float = 1.0
+    features: float = 1.0
+    device: str | None = None
+    sample_prompts: tuple[str, ...] = ()
+
+    def prepare(self, plan: Plan) -> Work:
+        """See `fewstep.train.stages.Task`."""
+        device = choose_device(self.device)
+        parts = load_parts(self.model, dtype=torch.float32, device=device)
+        if self.student is None:
+            student, inherited = student_of(parts.unet)
+        else:
+            inherited = None
+            student = load_parts(self.student, dtype=torch.float32, device=device).unet
+        student.train().requires_grad_(True)
+        norms_in_half(parts.unet, plan.precision)
+        source, small = Ahead(self.data), replace(parts, unet=student)
+        noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
+        return Work(
+            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)},
+            finish=lambda trainer: self._keep(small, trainer, student, inherited),
+            sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
+            waited=lambda: source.waited,
+        )
+
+    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: Inheritance | None) -> None:
+        """Write the student, and which of its weights were the teacher's."""
+        save_result(small, trainer, student)
+        if inherited is not None and trainer.rank == 0:
+            with atomic_write(trainer.plan.folder / "inherited.txt") as file:
+                file.write(f"{inherited}\n".encode())
+
+    def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
+        def loss(part: Part) -> dict[str, Tensor]:
+            x, t, told, target = noisy(part)
+            with torch.no_grad(), block_features(teacher) as wanted:
+                theirs = predicted(teacher, x, t, told)
+            with block_features(student) as features:
+                ours = predicted(student, x, t, told)
+            terms = distillation_loss(
+                ours, theirs, features, wanted, output_weight=self.output, feature_weight=self.features
+            )
+            own = F.mse_loss(ours.float(), target)
+            return terms | {"loss": terms["loss"] + self.own * own, "own": own}
+
+        return loss

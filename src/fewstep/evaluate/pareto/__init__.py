@@ -1,0 +1,1 @@
+"""FID against CLIP score over guidance scales."""

@@ -1,0 +1,1 @@
+"""Numbers about pictures: tensors in, measures with their intervals out."""

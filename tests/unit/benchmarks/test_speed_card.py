@@ -1,0 +1,326 @@
+"""The suite for a card, on a CPU and with small models: which rows, what stands in its file, what is ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.speed import alone, card, ours, sheet, waterfall
+from benchmarks.speed.alone import Measured, measured_alone, measured_here
+from benchmarks.speed.card import FIRST, Row
+from benchmarks.speed.contenders import CUDA, Contender, chosen, version_of
+from benchmarks.speed.machine import flops
+from benchmarks.speed.models import _save_model, _save_tiny, random_parts, random_parts_of
+from benchmarks.speed.request import Request
+from benchmarks.speed.tasks import Piece, Task, inputs
+from benchmarks.speed.theirs import module
+from tests.unit.benchmarks import speed_fakes
+
+from fewstep.models import zoo
+from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+from fewstep.weights.load import load_parts, load_tiny
+
+LEVELS = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
+TEXT = TextConfig(vocabulary=10, width=32, layers=2, heads=2, inner=32, eos=2)
+TURBO = Row(model="little-turbo", size=64, must=1e6, aim=1e-6)
+XL = Row(model="little-xl", size=64, steps=2, must=1e-9, aim=1e-9, unit="s")
+BY_NAME = {each.name: each for each in CUDA}
+
+
+def little(name: str, like: str, unet: UNetConfig, *texts: TextConfig) -> zoo.Entry:
+    known = zoo.entry(like)
+    assert known.defaults is not None
+    shape = AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)
+    defaults = replace(known.defaults, width=64, height=64)
+    return replace(known, name=name, unet=unet, autoencoder=shape, texts=texts, defaults=defaults)
+
+
+@pytest.fixture(autouse=True)
+def catalogue(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two little models, of one text tower and of two."""
+    xl = UNetConfig(stages=LEVELS, context=64, linear_projection=True, addition=32 + 6 * 256)
+    for known in (
+        little("little-turbo", "sd-turbo", UNetConfig(stages=LEVELS, context=32), TEXT),
+        little("little-xl", "sdxl-base", xl, TEXT, replace(TEXT, projection=32)),
+    ):
+        monkeypatch.setitem(zoo.CATALOGUE, known.name, known)
+        monkeypatch.setitem(zoo._SPELLINGS, zoo._key(known.name), known.name)
+    monkeypatch.setattr(alone, "RUNS", 2)
+    monkeypatch.setattr(alone, "FEW", 1)
+    random_parts.cache_clear()
+    yield
+    random_parts.cache_clear()
+
+
+@pytest.fixture
+def request_here(tmp_path: Path) -> Request:
+    return Request(hardware="box", results=tmp_path, cache=tmp_path / "cache", peers="fewstep")
+
+
+def here(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+    """Measures in this process, which knows the little models."""
+    return (measured_here(*job) for job in jobs)
+
+
+def drawn(rows: Sequence[Row], request: Request, monkeypatch: pytest.MonkeyPatch, name: str = "cuda") -> str:
+    """The file of a suite of `rows`."""
+    monkeypatch.setitem(card._SUITES, name, tuple(rows))
+    card.run_card_suite(name, request, "abc1234", alone=here, first=here)
+    (path,) = request.results.glob(f"speed_{name}-suite_box_*.md")
+    return path.read_text(encoding="utf-8")
+
+
+def cells(text: str) -> list[dict[str, str]]:
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+# the rows
+
+
+def test_the_suite_has_every_target_of_the_table():
+    rows = card._SUITES["cuda"]
+    targets = {(row.model, row.part, row.decoder, row.batch): (row.must, row.aim) for row in rows}
+    assert len(targets) == len(rows)
+    assert targets["sd-turbo", "whole", "kl", 1] == (8.5, 6.5)
+    assert targets["sd-turbo", "whole", "tiny", 1] == (4, 2.5)
+    assert targets["sd-turbo", "whole", "tiny", 32] == (400, 600)
+    assert targets["sd-turbo", FIRST, "kl", 1] == (6, 4)
+    assert targets["sdxl-turbo", "whole", "kl", 1] == (12, 9)
+    assert targets["small-sd", "whole", "kl", 1] == (42, 32)
+    assert targets["sd-v1-4", "whole", "kl", 1] == (280, 200)
+    assert targets["sdxl-base", "whole", "kl", 1] == (1.45, 1.25)
+
+
+def test_rows_draw_as_their_models_do(request_here):
+    titles = {row.title() for row in card._SUITES["cuda"]}
+    assert "sd-v1-4, whole, 512 px, 50 steps of plms, guided" in titles
+    assert "sdxl-base, whole, 1024 px, 50 steps of euler, guided" in titles
+    assert "sd-turbo, whole, 512 px, 1 step of euler, tiny decoder, batch 32" in titles
+    task = next(row for row in card._SUITES["cuda"] if row.model == "small-sd").task(request_here)
+    assert (task.steps, task.guidance, task.sampler) == (10, 7.5, "dpmpp_2m")
+
+
+def test_the_rows_of_a_model_share_a_process_for_each_contender(request_here):
+    request = replace(request_here, peers="fewstep+fewstep, plain engine")
+    batches = card.jobs("cuda", request)
+    kinds = [{(job.row.model, job.row.part == FIRST, job.contender.name) for job in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert len({next(iter(kind)) for kind in kinds}) == len(kinds)
+
+
+def test_a_waterfall_is_one_process(request_here):
+    (batch,) = card.jobs("cuda-waterfall", replace(request_here, peers="all"))
+    assert [job.contender.name for job in batch][:2] == ["plain engine", "+ huge_pages"]
+
+
+# models made in place
+
+
+def test_models_made_in_place_are_the_same_each_time():
+    first = random_parts("little-xl", "cpu", torch.float32)
+    random_parts.cache_clear()
+    second = random_parts("little-xl", "cpu", torch.float32)
+    assert first is not second
+    for a, b in zip((first.unet, *first.text_encoders), (second.unet, *second.text_encoders), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not any(weight.requires_grad or weight.is_meta for weight in second.unet.parameters())
+    assert (second.unet.conv_norm_out.weight != 1).any()
+
+
+def test_a_folder_has_the_weights_that_are_made_in_place(request_here):
+    task = replace(TURBO, decoder="tiny").task(request_here)
+    assert task.decoder is not None
+    _save_model(task)
+    _save_tiny(task)
+    read = replace(load_parts(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
+    made = random_parts_of(task)
+    for name in ("unet", "autoencoder", "tiny"):
+        weights, others = (getattr(parts, name).state_dict() for parts in (made, read))
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder"), [("text", "kl"), ("unet", "kl"), ("decode", "kl"), ("decode", "tiny"), ("encode", "kl")]
+)
+def test_diffusers_networks_are_filled_with_the_same_weights(request_here, kind, decoder):
+    task = replace(TURBO, decoder=decoder).task(request_here)
+    given = [torch.from_numpy(value) for value in inputs(task, Piece(kind, 1))]
+    parts = random_parts_of(task)
+    own = {
+        "text": lambda ids: parts.text_encoders[0](ids).last,
+        "unet": parts.unet,
+        "decode": (parts.tiny or parts.autoencoder).decode,
+        "encode": lambda image: parts.autoencoder.encode(image).chunk(2, dim=1)[0],
+    }
+    with torch.inference_mode():
+        torch.testing.assert_close(module(task, Piece(kind, 1))(*given), own[kind](*given), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_alone_draws_wholes_of_two_text_towers_by_fewstep(request_here):
+    task = replace(XL.task(request_here), pictures=False)
+    names = [each.name for each in chosen("all", task)]
+    assert names == ["fewstep", "fewstep, plain engine", "fewstep, strict"]
+    with pytest.raises(SystemExit, match="two text towers"):
+        chosen("diffusers", task)
+    made = ours.load(task, plain=True)()
+    assert made.output.shape == (1, 3, 64, 64)
+    assert made.stages.keys() == {"text", "unet", "decode"}
+    assert list(flops(task)) == ["text", "unet", "decode"]
+
+
+def test_fewstep_has_a_version_where_it_is_not_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    from fewstep.version import __version__
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("benchmarks.speed.contenders.version", absent)
+    assert version_of("fewstep") == __version__
+    assert BY_NAME["fewstep"].missing() == "pip install fewstep torch"
+    with pytest.raises(PackageNotFoundError):
+        version_of("torch")
+
+
+# the whole suite
+
+
+def test_wholes_of_one_and_of_two_text_towers_beside_their_targets(request_here, monkeypatch):
+    rows = [TURBO, replace(TURBO, decoder="tiny", batch=2, unit="pictures/s"), XL]
+    text = drawn(rows, request_here, monkeypatch)
+    one, many, xl = cells(text)
+    assert one["row"] == "little-turbo, whole, 64 px, 1 step of euler"
+    assert one["must / aim"] == "1e+06 / 1e-06"
+    assert one["reached"] == "must"
+    assert many["median"].endswith(" pictures/s")
+    assert xl["median"].endswith(" s")
+    assert xl["reached"].startswith("no, x ")
+    assert "commit abc1234" in text
+    assert "torch " in text
+    assert "not run" not in text
+
+
+def test_peers_stand_below_fewstep_with_its_ratio_and_errors(request_here, monkeypatch):
+    request = replace(request_here, peers="fewstep+diffusers, float32+tensorrt")
+    text = drawn([replace(TURBO, part="unet"), TURBO], request, monkeypatch)
+    rows = cells(text)
+    names = ["fewstep", "diffusers, float32"]
+    assert [row["contender"] for row in rows] == [*names, *names]
+    assert rows[0]["row"] == rows[1]["row"] == "little-turbo, unet, 64 px"
+    assert rows[1]["fewstep is faster by"].startswith("x ")
+    assert 0 < float(rows[0]["error"]) < 1e-3
+    assert rows[1]["error"] == rows[1]["must / aim"] == ""
+    assert "- tensorrt: not run, not installed; `pip install tensorrt onnxscript diffusers`" in text
+
+
+def test_a_waterfall_says_what_each_optimization_gives(request_here, monkeypatch):
+    without = tuple(name for name in waterfall.names("cpu") if name not in ("huge_pages", "kernels"))
+    text = drawn([TURBO], replace(request_here, without=without), monkeypatch, "cuda-waterfall")
+    rows = cells(text)
+    assert [row["contender"] for row in rows] == ["plain engine", "+ huge_pages", "+ kernels"]
+    assert rows[0]["gives"] == rows[0]["in all"] == "x 1.00"
+    assert "- + kernels: " in text
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_measured(request_here, monkeypatch):
+    strange = replace(TURBO, sampler="no-such-sampler")
+    monkeypatch.setitem(card._SUITES, "cuda", (strange, TURBO))
+    assert card.run_card_suite("cuda", request_here, "", alone=here, first=here) == 1
+    (path,) = request_here.results.glob("*.md")
+    text = path.read_text(encoding="utf-8")
+    assert len(cells(text)) == 1
+    assert "not run. InputError: " in text
+
+
+def test_the_file_is_there_after_each_row(request_here, monkeypatch):
+    monkeypatch.setitem(card._SUITES, "cuda", (TURBO, replace(TURBO, part="unet")))
+    seen: list[int] = []
+
+    def watched(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+        for _ in jobs:
+            (path,) = request_here.results.glob("*.md")
+            seen.append(len(cells(path.read_text(encoding="utf-8"))))
+            yield Measured(seconds=(1.0, 2.0, 3.0))
+
+    card.run_card_suite("cuda", request_here, "", alone=watched, first=watched)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("unit", "seconds", "expected"),
+    [
+        ("ms", 0.006, "aim"),
+        ("ms", 0.008, "must"),
+        ("ms", 0.017, "no, x 2.00"),
+        ("pictures/s", 0.1, "aim"),
+        ("pictures/s", 0.5, "aim"),
+        ("pictures/s", 0.7, "must"),
+        ("pictures/s", 2.0, "no, x 2.12"),
+    ],
+)
+def test_targets_are_reached_or_missed_by_a_factor(unit, seconds, expected):
+    row = replace(TURBO, batch=8, unit=unit, must=8.5, aim=12.0) if unit != "ms" else replace(TURBO, must=8.5, aim=6.5)
+    assert sheet.reached(row, Measured(seconds=(seconds,))) == expected
+
+
+def test_errors_are_shares_of_the_largest_value(request_here):
+    unet = replace(TURBO, part="unet")
+    page = sheet.Sheet.of("cuda", request_here, "", {})
+    page.add(unet, BY_NAME["fewstep"], Measured(seconds=(1.0,), output=np.array([1.5, 2.0])))
+    page.add(unet, BY_NAME["diffusers"], Measured(seconds=(3.0,), output=np.array([1.0, 2.0])))
+    mine, other = cells(page.text())
+    assert mine["error"] == "2.5e-01"
+    assert other["fewstep is faster by"] == "x 3.00"
+
+
+# processes
+
+
+def test_after_a_failure_or_an_end_the_rest_is_measured_in_a_new_process():
+    contender = Contender(name="fake", load=speed_fakes.load, packages=())
+    tasks = [Task(model=model, folder=Path(), made=True) for model in ("runs", "fails", "dies", "runs")]
+    found = list(measured_alone([(contender, task) for task in tasks], 120))
+    assert [one.problem for one in found] == [
+        None,
+        "RuntimeError: no such kernel",
+        "its process ended (out of memory?)",
+        None,
+    ]
+
+
+def test_what_takes_too_long_is_ended_and_said_to_be():
+    contender = Contender(name="fake", load=speed_fakes.load, packages=())
+    (found,) = measured_alone([(contender, Task(model="hangs", folder=Path(), made=True))], 0.5)
+    assert found.problem == "no answer in 0.5 s: ended"
+
+
+def test_a_first_picture_that_fails_is_told():
+    task = Task(model="no-such-model", folder=Path(), made=True)
+    (found,) = alone.first_pictures([(BY_NAME["fewstep"], task)], 120)
+    assert found.problem is not None
+    assert "no-such-model" in found.problem
+
+
+def test_a_first_picture_counts_no_making_of_weights(monkeypatch, capsys):
+    from benchmarks.speed import first
+
+    first.main("little-turbo", "cpu", "float32", 64)
+    reply = capsys.readouterr().out
+    assert '"made": ' in reply
+
+    class Ended:
+        returncode, stderr = 0, ""
+        stdout = 'warning\n{"drawn": 105.0, "made": 1.0}\n'
+
+    monkeypatch.setattr(alone.subprocess, "run", lambda *command, **options: Ended)
+    monkeypatch.setattr(alone, "perf_counter", lambda: 100.0)
+    (found,) = alone.first_pictures([(BY_NAME["fewstep"], Task(model="little-turbo", folder=Path()))], 120)
+    assert found.seconds == (4.0, 4.0)
+    assert found.loaded == 1.0

@@ -1,0 +1,140 @@
+"""Drawn pictures are kept and never mistaken for others; models are set up once; reports appear whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep import tables as report
+from fewstep.errors import InputError, NotFiniteError
+from fewstep.evaluate.candidates import contestants
+from fewstep.evaluate.image_cache import Easel
+from fewstep.metrics.intervals import Interval
+
+
+class Pipe:
+    """Draws plain pictures whose colour says prompt, seed and steps; chokes on the prompt "nan"."""
+
+    def __init__(self, name: str = "stub", weight: float = 1.0, steps: int = 10) -> None:
+        network = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(network.weight, weight)
+        torch.nn.init.zeros_(network.bias)
+        defaults = SimpleNamespace(steps=steps)
+        self.parts = SimpleNamespace(name=name, unet=network, autoencoder=network, text_encoders=(), defaults=defaults)
+        self.drawn: list[tuple[str, int]] = []
+
+    def start(self, prompt, *, seed, **options):
+        steps = options.get("steps", self.parts.defaults.steps)
+        return SimpleNamespace(settings={"prompt": prompt, "steps": steps, "width": 8, "height": 8})
+
+    def text_to_image(self, prompts, *, seed, **options):
+        if "nan" in prompts:
+            raise NotFiniteError("the decoder gave NaN or infinity")
+        self.drawn += list(zip(prompts, seed, strict=True))
+        steps = options.get("steps", self.parts.defaults.steps)
+        images = [Image.new("RGB", (8, 8), (len(p), 100 + s, steps)) for p, s in zip(prompts, seed, strict=True)]
+        return SimpleNamespace(images=images)
+
+
+def test_a_picture_is_drawn_once(tmp_path):
+    pipe = Pipe()
+    first = Easel("stub", pipe, tmp_path).draw(["a", "bb"], [0, 1], {})
+    again = Easel("stub", pipe, tmp_path).draw(["a", "bb", "ccc"], [0, 1, 2], {})
+    assert pipe.drawn == [("a", 0), ("bb", 1), ("ccc", 2)]
+    assert (first.fresh, again.fresh) == (2, 1)
+    assert [picture.getpixel((0, 0)) for picture in again.pictures] == [(1, 100, 10), (2, 101, 10), (3, 102, 10)]
+
+
+@pytest.mark.parametrize(
+    ("pipe", "prompt", "seed", "options"),
+    [
+        (Pipe(weight=2.0), "a", 0, {}),
+        (Pipe(), "b", 0, {}),
+        (Pipe(), "a", 1, {}),
+        (Pipe(), "a", 0, {"steps": 4}),
+    ],
+)
+def test_other_weights_prompts_seeds_and_settings_are_other_pictures(tmp_path, pipe, prompt, seed, options):
+    Easel("stub", Pipe(), tmp_path).draw(["a"], [0], {})
+    assert Easel("stub", pipe, tmp_path).draw([prompt], [seed], options).fresh == 1
+
+
+def test_nan_gives_one_black_picture_and_spares_the_batch(tmp_path):
+    pipe = Pipe()
+    drawn = Easel("stub", pipe, tmp_path).draw(["a", "nan", "bb"], [0, 1, 2], {})
+    assert drawn.black == 1
+    assert [picture.getpixel((0, 0))[0] for picture in drawn.pictures] == [1, 0, 2]
+    assert Easel("stub", pipe, tmp_path).draw(["nan"], [1], {}).black == 1, (
+        "it is black again when it comes from the file"
+    )
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    pipe = Pipe()
+
+    def interrupted(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Easel("stub", pipe, tmp_path, interrupted).draw(["a"] * 60, range(60), {})
+    told: list[tuple[int, int]] = []
+    Easel("stub", pipe, tmp_path, lambda *done: told.append(done)).draw(["a"] * 60, range(60), {})
+    assert sorted(seed for _, seed in pipe.drawn) == list(range(60))
+    assert told[-1] == (60, 60)
+
+
+# contestants
+
+
+def set_up(name, folder, made):
+    made.append(name)
+    return Easel(name, Pipe(name, steps=1 if "turbo" in name else 10), folder)
+
+
+def labels(texts, tmp_path):
+    made: list[str] = []
+    return [one.label for one in contestants(texts, "base", lambda name: set_up(name, tmp_path, made))], made
+
+
+def test_models_are_set_up_once_and_the_base_comes_first(tmp_path):
+    found, made = labels(["small", "small:steps=4", "base"], tmp_path)
+    assert found == ["base, 10 steps", "small, 10 steps", "small, 4 steps"]
+    assert made == ["base", "small"]
+
+
+def test_a_turbo_model_brings_the_base_at_few_steps(tmp_path):
+    found, _ = labels(["turbo"], tmp_path)
+    assert found == ["base, 10 steps", "turbo, 1 step", "turbo, 4 steps", "base, 1 step", "base, 4 steps"]
+
+
+def test_settings_are_heard_and_unknown_ones_refused(tmp_path):
+    found, _ = labels(["small:steps=2,guidance_scale=1.5"], tmp_path)
+    assert found[1] == "small, 2 steps, guidance_scale 1.5"
+    with pytest.raises(InputError, match="did you mean 'steps'"):
+        labels(["small:step=2"], tmp_path)
+    with pytest.raises(InputError, match="'few' is not a number"):
+        labels(["small:steps=few"], tmp_path)
+
+
+# reports
+
+
+def test_a_report_replaces_another_or_leaves_it(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.md"
+    report.write_text(path, "one")
+    report.write_text(path, "two")
+    assert path.read_text() == "two"
+    with pytest.raises(UnicodeEncodeError):
+        report.write_text(path, "\ud800")
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tables_are_for_people_and_csv_for_programs():
+    rows = [{"name": "a", "share": 0.98765, "many": 1234.5, "none": None}]
+    assert report.table(rows).splitlines()[2] == "| a | 0.988 | 1234 |  |"
+    assert report.csv_text(rows).splitlines() == ["name,share,many,none", "a,0.98765,1234.5,"]
+    assert report.spelt(Interval(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
