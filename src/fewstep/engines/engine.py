@@ -1,4 +1,4 @@
-"""What an engine is: four functions of tensors, behind which a pipeline does not look."""
+"""The engine protocol: four functions of tensors, behind which a pipeline does not look."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Embedding = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the UNet is told besides the noisy latents; one row a picture.
+    """What conditions the UNet besides the noisy latents; one row a picture.
 
     `context` (B, M, D) text states. Of SDXL alone: `pooled` (B, P) and `sizes` (B, 6 or 5). Of inpainting UNets alone:
     `channels` (B, 5, h, w), the mask and the masked latents, appended to the latents.
@@ -51,8 +51,8 @@ class Engine(Protocol):
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """Ids (B, chunks, window) of each text tower -> context (B, chunks * window, D), pooled (B, P) or None."""
 
-    def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
-        """Latents (B, 4, h, w) of unit variance at time step `t` -> the UNet's output (B, 4, h, w)."""
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents (B, 4, h, w) of unit variance at time steps t (B,), one a row -> the UNet's output (B, 4, h, w)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]."""

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from fewstep.weights.parts import Parts
+from fewstep.models.networks import Network, Networks
 
-Network = TypeVar("Network", bound=nn.Module)
 Parameters = dict[str, nn.Parameter | None]
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class SourceLayer(Generic[Layer]):
+    """The layer that an engine's own one stands for, and whose parameters it reads.
+
+    It keeps the layer out of the module tree: its parameters belong to the caller's network alone, and are not listed,
+    moved or saved a second time.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +55,9 @@ def replace_layers(network: Network, layer_map: LayerMap) -> Network:
     return _replaced(network, layer_map)  # type: ignore[return-value]  # the outermost is never replaced
 
 
-def replace_model_layers(parts: Parts, layer_map: LayerMap) -> Parts:
+def replace_model_layers(networks: Networks, layer_map: LayerMap) -> Networks:
     """`replace_layers` for all networks of a model."""
-    return replace(
-        parts,
-        unet=replace_layers(parts.unet, layer_map),
-        autoencoder=replace_layers(parts.autoencoder, layer_map),
-        text_encoders=tuple(replace_layers(tower, layer_map) for tower in parts.text_encoders),
-        tiny=None if parts.tiny is None else replace_layers(parts.tiny, layer_map),
-    )
+    return networks.map(lambda network: replace_layers(network, layer_map))
 
 
 def _replaced(module: nn.Module, layer_map: LayerMap) -> nn.Module:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def normed_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`conv(silu(norm(x)))`; an engine's convolution may do all of it in one pass, with a method `after`."""
-    after = getattr(conv, "after", None)
-    return conv(F.silu(norm(x))) if after is None else after(norm, x)  # type: ignore[no-any-return]
+@runtime_checkable
+class NormedConv(Protocol):
+    """A convolution of an engine that computes norm, SiLU and itself in one pass."""
+
+    def normed(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """The convolution of `silu(norm(x))`."""
+
+
+def normed_conv(norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+    """`conv(silu(norm(x)))`, in one pass where an engine has put a `NormedConv` in the convolution's place."""
+    if isinstance(conv, NormedConv):
+        return conv.normed(norm, x)
+    return conv(F.silu(norm(x)))  # type: ignore[no-any-return]
 
 
 class Downsample(nn.Module):

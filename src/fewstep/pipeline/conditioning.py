@@ -1,4 +1,4 @@
-"""Prompts and sizes as what the UNet is told."""
+"""Prompts and sizes as the UNet's conditioning."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fewstep.engines.engine import Conditioning, Engine
-from fewstep.pipeline.request import Job
+from fewstep.pipeline.request import Request
 from fewstep.text.prompt import Tokens, tokenize
-from fewstep.weights.parts import Parts
+from fewstep.text.tokenizer import Tokenizer
+from fewstep.weights.model import ModelSpec
 
 Conditions = tuple[Conditioning, Conditioning | None]
 """With the prompts, and without them where guidance acts."""
@@ -52,19 +53,21 @@ def with_channels(conditions: Conditions, channels: Tensor) -> Conditions:
     return replace(cond, channels=channels), uncond and replace(uncond, channels=channels)
 
 
-def prompt_inputs(parts: Parts, job: Job) -> tuple[PromptInputs, dict[str, Any]]:
-    """The tokens and sizes of `job`, every different text once; and what `Result` says of the tokens."""
-    guided = job.guidance.scale > 1
-    blank = guided and job.negative_prompts is None and parts.force_zeros_for_empty_prompt
-    negatives = job.negative_prompts or ("",) * len(job.prompts)
-    texts = list(dict.fromkeys((*job.prompts, *(negatives if guided and not blank else ()))))
-    tokens, row = _tokens(parts, texts, chunk=job.chunk), {text: i for i, text in enumerate(texts)}
-    size, rows = job.size_conditioning, [row[text] for text in job.prompts]
+def prompt_inputs(
+    spec: ModelSpec, tokenizers: Sequence[Tokenizer], request: Request
+) -> tuple[PromptInputs, dict[str, Any]]:
+    """The tokens and sizes of `request`, every different text once; and what `Result` says of the tokens."""
+    guided = request.guidance.scale > 1
+    blank = guided and request.negative_prompts is None and spec.force_zeros_for_empty_prompt
+    negatives = request.negative_prompts or ("",) * len(request.prompts)
+    texts = list(dict.fromkeys((*request.prompts, *(negatives if guided and not blank else ()))))
+    tokens, row = _tokens(tokenizers, texts, chunk=request.chunk), {text: i for i, text in enumerate(texts)}
+    size, rows = request.size_conditioning, [row[text] for text in request.prompts]
     tensors = (
         torch.tensor(rows),
         torch.tensor([row[text] for text in negatives]) if guided and not blank else None,
-        _sizes(parts, job, size.aesthetic_score),
-        _sizes(parts, job, size.negative_aesthetic_score) if guided else None,
+        _sizes(spec, request, size.aesthetic_score),
+        _sizes(spec, request, size.negative_aesthetic_score) if guided else None,
         *(each.ids for each in tokens),
     )
     counts = {
@@ -75,12 +78,12 @@ def prompt_inputs(parts: Parts, job: Job) -> tuple[PromptInputs, dict[str, Any]]
     return PromptInputs(tensors=tensors, blank=blank), counts
 
 
-def _tokens(parts: Parts, texts: list[str], *, chunk: bool) -> list[Tokens]:
-    tokens = [tokenize(texts, tokenizer, chunk=chunk) for tokenizer in parts.tokenizers]
+def _tokens(tokenizers: Sequence[Tokenizer], texts: list[str], *, chunk: bool) -> list[Tokens]:
+    tokens = [tokenize(texts, tokenizer, chunk=chunk) for tokenizer in tokenizers]
     most = max(each.ids.shape[1] for each in tokens)
     return [
         each if each.ids.shape[1] == most else tokenize(texts, tokenizer, chunk=chunk, chunks=most)
-        for each, tokenizer in zip(tokens, parts.tokenizers, strict=True)
+        for each, tokenizer in zip(tokens, tokenizers, strict=True)
     ]
 
 
@@ -90,12 +93,12 @@ def _blank(like: Conditioning, sizes: Tensor | None) -> Conditioning:
     return Conditioning(context=torch.zeros_like(like.context), pooled=pooled, sizes=sizes)
 
 
-def _sizes(parts: Parts, job: Job, score: float) -> Tensor | None:
+def _sizes(spec: ModelSpec, request: Request, score: float) -> Tensor | None:
     """The size numbers (B, 6) of SDXL's base: original, crop, target; or (B, 5) of its refiner, the score last."""
-    count = parts.unet.config.size_numbers
+    count = spec.unet.size_numbers
     if not count:
         return None
-    size, drawn = job.size_conditioning, (job.height, job.width)
+    size, drawn = request.size_conditioning, (request.height, request.width)
     last = (size.target or drawn) if count == 6 else (score,)
     numbers = (*(size.original or drawn), *size.crop, *last)
-    return torch.tensor([numbers], dtype=torch.float32).repeat(len(job.prompts), 1)
+    return torch.tensor([numbers], dtype=torch.float32).repeat(len(request.prompts), 1)

@@ -27,7 +27,7 @@ LARGER = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canvas:
+class InitImage:
     """The pictures a run starts from, (B or 1, 3, H, W) or latents (B or 1, 4, h, w), and where to paint anew.
 
     `mask` (1, 1, H, W) is 1 there.
@@ -56,10 +56,10 @@ def fitted(image: ImageLike | Sequence[ImageLike], native: tuple[int, int], fact
     return width, height
 
 
-def read_canvas(
+def read_init_image(
     image: ImageLike | Sequence[ImageLike], mask: ImageLike | None, width: int | None, height: int | None
-) -> Canvas:
-    """The canvas of one picture, or of one for each prompt; all must come out equally large, in pixels."""
+) -> InitImage:
+    """The start from one picture, or of one for each prompt; all must come out equally large, in pixels."""
     images = list(image) if isinstance(image, Sequence) and not isinstance(image, str | Path) else [image]
     if not images:
         raise InputError("image is an empty list; give one picture, or one for each prompt")
@@ -70,10 +70,10 @@ def read_canvas(
         raise InputError(f"the pictures differ in size ({sizes}); give width and height to resize them")
     pixels = torch.cat(tensors)
     if mask is None:
-        return Canvas(image=pixels)
+        return InitImage(image=pixels)
     if _latent(pixels):
         raise InputError("a mask needs a picture to lie on; decode the latents first")
-    return Canvas(image=pixels, mask=mask_to_tensor(mask, pixels.shape[3], pixels.shape[2]))
+    return InitImage(image=pixels, mask=mask_to_tensor(mask, pixels.shape[3], pixels.shape[2]))
 
 
 def _latent(image: ImageLike) -> bool:
@@ -93,11 +93,11 @@ def drawn_latents(engine: Engine, image: Tensor, count: int, noise: Noise) -> Te
     return rows_of(mean, count) + rows_of(deviation, count) * noise().to(mean)
 
 
-def masked_channels(engine: Engine, canvas: Canvas, count: int, noise: Noise) -> Tensor:
+def masked_channels(engine: Engine, init: InitImage, count: int, noise: Noise) -> Tensor:
     """What an inpainting UNet reads besides the latents, (count, 5, h, w): mask, and latents of the masked picture."""
-    assert canvas.mask is not None
-    latents = drawn_latents(engine, canvas.image * (canvas.mask < 0.5), count, noise)
-    mask = latent_mask(canvas.mask, latents)
+    assert init.mask is not None
+    latents = drawn_latents(engine, init.image * (init.mask < 0.5), count, noise)
+    mask = latent_mask(init.mask, latents)
     return torch.cat([mask.expand(count, -1, -1, -1), latents], dim=1)
 
 
@@ -106,7 +106,7 @@ def latent_mask(mask: Tensor, latents: Tensor) -> Tensor:
     return F.interpolate(mask.to(latents), size=latents.shape[2:])
 
 
-def keeping(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor, start: float) -> Denoiser:
+def masked_denoiser(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor, start: float) -> Denoiser:
     """A denoiser that paints where `mask` is 1 and sees `known` elsewhere, at every level below `start`.
 
     known, noise (B, 4, h, w), mask (1, 1, h, w). Above, x holds the starting noise everywhere. The latent blending of

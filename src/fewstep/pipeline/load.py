@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fewstep.adapters.derived_model import edition
 from fewstep.engines.device import choose_device, choose_dtype
-from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, unknown
-from fewstep.models.zoo import TINY, Entry
+from fewstep.models.zoo import Entry
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.weights.fetch import named
-from fewstep.weights.load import load_parts, load_tiny
+from fewstep.weights.load import load_model
 
 EMBEDDED = "blocks-turbo"
 
@@ -46,24 +43,18 @@ def load(
     """
     if engine not in (None, "plain"):
         raise InputError(unknown("engine", str(engine), ("plain",)))
-    chosen, found = choose_device(device), named(EMBEDDED if what is None else what)
-    known = found if isinstance(found, Entry) else None
-    parts = load_parts(
-        found if not isinstance(found, Entry) else found.base or found.name,
+    chosen, what = choose_device(device), EMBEDDED if what is None else what
+    model = load_model(
+        what,
         dtype=choose_dtype(dtype, chosen),
         device=chosen,
         revision=revision,
         prediction=prediction,
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        decoder=decoder,
     )
-    if known is not None and known.base is not None:
-        parts = edition(parts, known)
-    if decoder is not None:
-        if (factor := parts.autoencoder.config.factor) != 8:
-            raise InputError(f"{parts.name} draws pictures {factor} times as wide as latents; a tiny decoder needs 8")
-        chosen_decoder = TINY[parts.family] if decoder == "tiny" else decoder
-        parts = replace(parts, tiny=load_tiny(chosen_decoder, dtype=choose_dtype(dtype, chosen), device=chosen))
-    asked = {"revision": revision, "prediction": prediction, "tokenizer": tokenizer, "decoder": decoder, "dtype": dtype}
-    said = {name: str(value).removeprefix("torch.") for name, value in asked.items() if value is not None}
-    plain = EagerEngine(parts) if engine == "plain" else None
-    return Pipeline(parts, plain, loaded=said if known is not None else {"model": str(what), **said})
+    given = {"revision": revision, "prediction": prediction, "tokenizer": tokenizer, "decoder": decoder, "dtype": dtype}
+    loaded = {name: str(value).removeprefix("torch.") for name, value in given.items() if value is not None}
+    if not isinstance(named(what), Entry):
+        loaded = {"model": str(what), **loaded}
+    return Pipeline.of(model, plain=engine == "plain", loaded=loaded)

@@ -18,33 +18,56 @@ from fewstep.engines.engine import Engine
 from fewstep.engines.select import select_engine
 from fewstep.errors import InputError
 from fewstep.images import to_pil
+from fewstep.models.networks import Networks
 from fewstep.notebook import table_of
 from fewstep.pipeline.denoising import Model
-from fewstep.pipeline.init_image import Canvas, ImageLike, fitted, read_canvas
-from fewstep.pipeline.request import Job, SizeConditioning, TaskOptions, make_job
+from fewstep.pipeline.init_image import ImageLike, InitImage, fitted, read_init_image
+from fewstep.pipeline.request import Request, SizeConditioning, TaskOptions, make_request
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Run
-from fewstep.weights.parts import Parts
-from fewstep.weights.save import save_parts
+from fewstep.text.tokenizer import Tokenizer
+from fewstep.weights.model import LoadedModel, ModelSpec
+from fewstep.weights.save import save_model
 
 
 class Pipeline:
     """Draws with one loaded model. `fewstep.load` makes it; `engine` defaults to the best here."""
 
-    def __init__(self, parts: Parts, engine: Engine | None = None, *, loaded: Mapping[str, Any] | None = None) -> None:
-        self.parts = parts
-        self.loaded = dict(loaded or {})  # what was asked of `load`, for the pictures' metadata
-        self.engine: Engine = engine or select_engine(parts)
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizers: Sequence[Tokenizer],
+        engine: Engine,
+        *,
+        loaded: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.spec, self.tokenizers, self.engine = spec, tuple(tokenizers), engine
+        self.loaded = dict(loaded or {})  # the arguments of `load`, for the pictures' metadata
+
+    @classmethod
+    def of(cls, model: LoadedModel, *, plain: bool = False, loaded: Mapping[str, Any] | None = None) -> Pipeline:
+        """The pipeline of a model in memory, with the fastest engine for it, or the `plain` one."""
+        engine = EagerEngine(model.spec, model.networks) if plain else select_engine(model.spec, model.networks)
+        return cls(model.spec, model.tokenizers, engine, loaded=loaded)
+
+    @property
+    def networks(self) -> Networks:
+        """The torch networks that the engine runs; InputError for an engine that has none."""
+        networks = getattr(self.engine, "networks", None)
+        if not isinstance(networks, Networks):
+            raise InputError(f"{self.spec.name} is run from compiled files: its weights cannot be changed or saved")
+        return networks
 
     def __repr__(self) -> str:
-        return f"Pipeline({self.parts.name!r}, {self.parts.family}, {self.engine.device})"
+        return f"Pipeline({self.spec.name!r}, {self.spec.family}, {self.engine.device})"
 
     def _repr_html_(self) -> str:
-        parts = self.parts
-        rows: dict[str, object] = {"model": parts.name, "family": parts.family, "licence": parts.licence}
-        rows["UNet"] = f"{sum(weight.numel() for weight in parts.unet.parameters()):,} parameters"
+        spec = self.spec
+        rows: dict[str, object] = {"model": spec.name, "family": spec.family, "licence": spec.licence}
+        if isinstance(networks := getattr(self.engine, "networks", None), Networks):
+            rows["UNet"] = f"{sum(weight.numel() for weight in networks.unet.parameters()):,} parameters"
         rows["runs on"] = f"{self.engine.device}, {type(self.engine).__name__}"
-        return table_of(rows | {name: value for name, value in vars(parts.defaults).items() if value is not None})
+        return table_of(rows | {name: value for name, value in vars(spec.defaults).items() if value is not None})
 
     def text_to_image(
         self,
@@ -121,43 +144,47 @@ class Pipeline:
         **options: Unpack[TaskOptions],
     ) -> Run:
         """A task under way: iterate it for previews, cancelling and custom loops, then call `result()` on it."""
-        canvas, factor, notes = None, self.parts.autoencoder.config.factor, list[str]()
-        if self.parts.unet.config.in_channels == 9 and (image is None or mask is None):
-            raise InputError(f"{self.parts.name} is an inpainting model; call inpaint() with a picture and a mask")
+        init, factor, notes = None, self.spec.autoencoder.factor, list[str]()
+        if self.spec.unet.in_channels == 9 and (image is None or mask is None):
+            raise InputError(f"{self.spec.name} is an inpainting model; call inpaint() with a picture and a mask")
         if image is None and mask is not None:
             raise InputError("a mask needs a picture to lie on; give image too")
         if image is not None:
             if not (options.get("width") or options.get("height")):
                 notes += self._fit(image, options)
             with engine_threads(self.engine):
-                canvas = read_canvas(image, mask, options.get("width"), options.get("height"))
-            options |= _size(canvas, factor)
-        job = make_job(prompt, options, self.parts.defaults, multiple=factor, scheduler=self.parts.scheduler)
-        if job.guidance.scale <= 1 and any(job.negative_prompts or ()):
+                init = read_init_image(image, mask, options.get("width"), options.get("height"))
+            options |= _size(init, factor)
+        request = make_request(prompt, options, self.spec.defaults, multiple=factor, scheduler=self.spec.scheduler)
+        if request.guidance.scale <= 1 and any(request.negative_prompts or ()):
             notes.append("The negative prompt has no effect without guidance: guidance_scale must be above 1.")
-        extra: dict[str, Any] = {} if canvas is None else {"strength": float(strength)}
+        extra: dict[str, Any] = {} if init is None else {"strength": float(strength)}
         second = None
         if refiner is not None:
-            _check_refiner(self.parts, refiner.parts)
-            second = Model(parts=refiner.parts, engine=refiner.engine)
-            extra |= {"refiner": refiner.parts.name, "handoff": handoff}
-        task = "text_to_image" if canvas is None else "image_to_image" if mask is None else "inpaint"
+            _check_refiner(self.spec, refiner.spec)
+            second = refiner._model
+            extra |= {"refiner": refiner.spec.name, "handoff": handoff}
+        task = "text_to_image" if init is None else "image_to_image" if mask is None else "inpaint"
         run = Run(
-            Model(parts=self.parts, engine=self.engine),
-            job,
-            canvas=canvas,
-            strength=strength if canvas else 1.0,
+            self._model,
+            request,
+            init=init,
+            strength=strength if init else 1.0,
             refiner=second,
             handoff=handoff,
-            settings={"task": task, "model": self.parts.name, **self.loaded} | _settings(job) | extra,
+            settings={"task": task, "model": self.spec.name, **self.loaded} | _settings(request) | extra,
         )
         run.notes += tuple(notes)
         return run
 
+    @property
+    def _model(self) -> Model:
+        return Model(spec=self.spec, tokenizers=self.tokenizers, engine=self.engine)
+
     def _fit(self, image: Any, options: TaskOptions) -> list[str]:
         """Set width and height for a picture that is too large to draw, and say so."""
-        native = self.parts.defaults.width, self.parts.defaults.height
-        size = fitted(image, native, self.parts.autoencoder.config.factor)
+        native = self.spec.defaults.width, self.spec.defaults.height
+        size = fitted(image, native, self.spec.autoencoder.factor)
         if size is None:
             return []
         options |= {"width": size[0], "height": size[1]}
@@ -170,13 +197,14 @@ class Pipeline:
 
         The plain engine stays the plain engine. Raises InputError for what this machine has not.
         """
-        chosen, parts = choose_device(device), self.parts
-        kept = choose_dtype(parts.unet.conv_in.weight.dtype if dtype is None else dtype, chosen)
-        with parts.lock.changing():
-            for network in (parts.unet, parts.autoencoder, *parts.text_encoders, parts.tiny):
-                if network is not None:
-                    network.to(chosen, kept)
-            self.engine = EagerEngine(parts) if type(self.engine) is EagerEngine else select_engine(parts)
+        chosen, networks = choose_device(device), self.networks
+        wanted = choose_dtype(networks.dtype if dtype is None else dtype, chosen)
+        layout = torch.channels_last if chosen.type == "cuda" else torch.preserve_format
+        with networks.lock.changing():
+            for network in networks:
+                network.to(chosen, wanted, memory_format=layout)  # type: ignore[call-overload]
+            plain = type(self.engine) is EagerEngine
+            self.engine = EagerEngine(self.spec, networks) if plain else select_engine(self.spec, networks)
         return self
 
     @torch.inference_mode()
@@ -187,7 +215,7 @@ class Pipeline:
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the model to a new diffusers folder, which diffusers itself reads."""
-        save_parts(self.parts, Path(folder), dtype=dtype)
+        save_model(self, Path(folder), dtype=dtype)
 
 
 def _check_picture(image: Any, name: str = "image") -> None:
@@ -195,14 +223,14 @@ def _check_picture(image: Any, name: str = "image") -> None:
         raise InputError(f"{name} is None; give a picture, an array, a tensor or a path, or call text_to_image()")
 
 
-def _check_refiner(base: Parts, refiner: Parts) -> None:
+def _check_refiner(base: ModelSpec, refiner: ModelSpec) -> None:
     """InputError for a model that cannot go on with the latents of another one."""
-    if bool(base.unet.config.addition) != bool(refiner.unet.config.addition) or refiner.unet.config.in_channels != 4:
+    if bool(base.unet.addition) != bool(refiner.unet.addition) or refiner.unet.in_channels != 4:
         raise InputError(
             f"{refiner.name} cannot refine what {base.name} draws: expected two SDXL models, such as 'sdxl-base' and "
             "'sdxl-refiner', or two that are none, and no inpainting model as the refiner"
         )
-    first, second = ((vae.config.factor, vae.config.scaling_factor) for vae in (base.autoencoder, refiner.autoencoder))
+    first, second = ((vae.factor, vae.scaling_factor) for vae in (base.autoencoder, refiner.autoencoder))
     if first != second:
         raise InputError(
             f"{base.name} and {refiner.name} have other latents: of 1/{first[0]} and 1/{second[0]} of a picture's "
@@ -225,31 +253,31 @@ def _finished(run: Run, options: TaskOptions) -> Result:
     return run.result()
 
 
-def _size(canvas: Canvas, factor: int) -> TaskOptions:
-    height, width = canvas.image.shape[2:]
-    scale = factor if canvas.is_latent else 1
+def _size(init: InitImage, factor: int) -> TaskOptions:
+    height, width = init.image.shape[2:]
+    scale = factor if init.is_latent else 1
     return {"width": width * scale, "height": height * scale}
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """What of `job` goes into a picture's metadata, all but its seed."""
-    guidance = job.guidance
+def _settings(request: Request) -> dict[str, Any]:
+    """What of `request` goes into a picture's metadata, all but its seed."""
+    guidance = request.guidance
     settings: dict[str, Any] = {
-        "prompt": _one(job.prompts),
-        "negative_prompt": job.negative_prompts and _one(job.negative_prompts),
-        "steps": job.steps,
+        "prompt": _one(request.prompts),
+        "negative_prompt": request.negative_prompts and _one(request.negative_prompts),
+        "steps": request.steps,
         "guidance_scale": guidance.scale,
-        "sampler": job.sampler,
-        "schedule": job.schedule,
-        "width": job.width,
-        "height": job.height,
+        "sampler": request.sampler,
+        "schedule": request.schedule,
+        "width": request.width,
+        "height": request.height,
     }
     unusual = {
         "guidance_rescale": (guidance.rescale, 0.0),
         "guidance_interval": (guidance.interval, Guidance().interval),
-        "eta": (job.eta, None),
-        "size_conditioning": (job.size_conditioning, SizeConditioning()),
-        "chunk": (job.chunk, True),
+        "eta": (request.eta, None),
+        "size_conditioning": (request.size_conditioning, SizeConditioning()),
+        "chunk": (request.chunk, True),
     }
     return settings | {name: value for name, (value, usual) in unusual.items() if value != usual}
 

@@ -14,7 +14,7 @@ from fewstep.engines.engine import NotRecordable, Recorder
 from fewstep.images import to_uint8
 from fewstep.pipeline.conditioning import PromptInputs
 from fewstep.pipeline.denoising import Model, model_denoiser, sampled
-from fewstep.pipeline.request import Job
+from fewstep.pipeline.request import Request
 
 MOST_PREDICTIONS = 16
 """Calls of the UNet above which a run is not recorded: the host is hidden behind them, and recording costs as many."""
@@ -29,29 +29,29 @@ class Drawn(NamedTuple):
 
 
 def launch_recorded(
-    engine: Recorder, model: Model, job: Job, sigmas: tuple[float, ...], inputs: PromptInputs, unit: Tensor
+    engine: Recorder, model: Model, request: Request, sigmas: tuple[float, ...], inputs: PromptInputs, unit: Tensor
 ) -> Callable[[], Drawn] | None:
     """Launch the recording of such a run; the function that waits for what it draws.
 
     `unit` (B, 4, h, w) is noise of unit variance. None where `engine`, the model's, has no recording (yet): see
     `Recorder.record`.
     """
-    sampler = SAMPLERS[job.sampler]
-    if (len(sigmas) - 1) * sampler.evaluations > MOST_PREDICTIONS or model.parts.unet.config.in_channels != 4:
+    sampler = SAMPLERS[request.sampler]
+    if (len(sigmas) - 1) * sampler.evaluations > MOST_PREDICTIONS or model.spec.unet.in_channels != 4:
         return None
-    scale = sampler.initial_scale(job.schedule, sigmas[0])
+    scale = sampler.initial_scale(request.schedule, sigmas[0])
 
     def function(unit: Tensor, *tensors: Tensor | None) -> Drawn:
         conditions, x = inputs.conditions(engine, tensors), unit * scale
-        denoise = model_denoiser(model, conditions, job)
-        for step in sampled(model, denoise, x, sigmas, job, _no_noise):
+        denoise = model_denoiser(model, conditions, request)
+        for step in sampled(model, denoise, x, sigmas, request, _no_noise):
             x = step.x
         latents = x / sqrt(1 + sigmas[-1] ** 2)
         pixels = engine.decode(latents)
         finite = torch.stack([each.isfinite().all() for each in (conditions[0].context, latents, pixels)])
         return Drawn(to_uint8(pixels), latents, finite)
 
-    key = (job.sampler, job.eta, job.guidance, sigmas, scale, inputs.blank, model.parts.scheduler)
+    key = (request.sampler, request.eta, request.guidance, sigmas, scale, inputs.blank, model.spec.scheduler)
     wait = engine.record(key, function, (unit, *inputs.tensors))
     return None if wait is None else lambda: Drawn(*wait())
 

@@ -1,4 +1,4 @@
-"""What a task can be told, checked and completed with the model's defaults."""
+"""The options of a task, checked and completed with the model's defaults."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Told after each step: its number (from 0), how many there are, the level reached, and the expected result.
+    """State after a step: its index (from 0), their total, the noise level reached, and the predicted result.
 
     `x0` (B, 4, h, w) are scaled latents; `Pipeline.decode` makes pictures of them.
     """
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConditioning:
-    """What SDXL is told about the size of the picture (arXiv:2307.01952, sec. 2.2), all (height, width) in pixels.
+    """The sizes that condition SDXL (arXiv:2307.01952, sec. 2.2), all (height, width) in pixels.
 
     None is the size drawn. The aesthetic scores, 1 to 10, are read by the refiner alone.
     """
@@ -96,8 +96,8 @@ class TaskOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One call of a task with everything decided; a row for each picture."""
+class Request:
+    """One call of a task with every option set; one row a picture."""
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...] | None
@@ -115,22 +115,22 @@ class Job:
     chunk: bool
 
 
-def make_job(
+def make_request(
     prompt: str | Sequence[str],
     options: TaskOptions,
     native: Defaults,
     *,
     multiple: int = 8,
     scheduler: SchedulerConfig | None = None,
-) -> Job:
-    """The job that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
+) -> Request:
+    """The request that `prompt` and `options` describe; InputError says what is wrong with a value and what to do."""
     _check_names(options)
     given = {key: _plain(value) for key, value in options.items() if value is not None}
     sampler, named = sampler_named(given.get("sampler", native.sampler))
     schedule = named or native.schedule or (scheduler or SchedulerConfig()).schedule_for(sampler)
     per_prompt = _number("images_per_prompt", given.get("images_per_prompt", 1), 1, 1000, whole=True)
     prompts = _repeated(_texts("prompt", prompt), per_prompt)
-    return Job(
+    return Request(
         prompts=prompts,
         negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), per_prompt),
         steps=_number("steps", given.get("steps", native.steps), 1, 1000, whole=True),

@@ -53,10 +53,10 @@ def seen_from(folder: Path, model: str) -> str:
     return f"./{Path(os.path.relpath(model, folder)).as_posix()}"
 
 
-def located(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
+def resolve(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
     """The folder or file that `what` names, downloaded if need be, and its entry of the catalogue, if any.
 
-    `half` prefers the files in half precision. InputError for a name that is none; see `named`.
+    For a model that is derived from another one, the folder of that. `half` prefers the files in half precision. InputError for a name that is none; see `named`.
     """
     found = named(what)
     if isinstance(found, Path):
@@ -65,7 +65,7 @@ def located(what: str | Path, *, half: bool, revision: str | None = None) -> tup
     if source is not None:
         return fetch(source, half=half, revision=revision), known
     assert known is not None
-    if not (folder := ASSETS / known.name).is_dir():
+    if not (folder := ASSETS / (known.base or known.name)).is_dir():
         raise CheckpointError(f"{known.name} should come with fewstep, but {folder} is missing; install fewstep again")
     return folder, known
 

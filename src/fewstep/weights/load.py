@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fewstep.diffusion.denoiser import Prediction
@@ -22,16 +22,18 @@ from fewstep.formats.tensors import TensorFile, joined, kind_of, read_safetensor
 from fewstep.formats.unpickle import read_torch
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig, tiny_width
+from fewstep.models.networks import Network, Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
-from fewstep.models.zoo import CATALOGUE, TINY_NAMES
+from fewstep.models.zoo import CATALOGUE, TINY, TINY_NAMES, Entry
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.compatible import check_parts
-from fewstep.weights.fetch import ASSETS, located
+from fewstep.weights.derived_model import derived_model
+from fewstep.weights.fetch import ASSETS, named, resolve
 from fewstep.weights.folder import parsed, parts_of, read_json, weight_files
 from fewstep.weights.layouts import Place, diffusers_places, single_places
-from fewstep.weights.parts import Parts, family_of, published, usual_defaults
+from fewstep.weights.model import LoadedModel, ModelSpec, family_of, published, usual_defaults
 from fewstep.weights.scheduler import PREDICTIONS, SchedulerConfig
 from fewstep.weights.single import DROPPED, recognise, stated_scheduler, tokenizers_of
 
@@ -59,10 +61,9 @@ _FOREIGN_PARTS = {  # by the class in a config.json
 }
 
 Config = TypeVar("Config", UNetConfig, AutoencoderConfig, TextConfig)
-Network = TypeVar("Network", bound=nn.Module)
 
 
-class Filling(NamedTuple):
+class LoadPlan(NamedTuple):
     """A file, the networks on the meta device and where their parameters lie in it, and the names left aside."""
 
     file: TensorFile
@@ -70,7 +71,7 @@ class Filling(NamedTuple):
     ignored: re.Pattern[str]
 
 
-def load_parts(
+def load_model(
     what: str | Path,
     *,
     dtype: torch.dtype,
@@ -78,36 +79,50 @@ def load_parts(
     revision: str | None = None,
     prediction: str | None = None,
     tokenizer: Path | None = None,
-) -> Parts:
-    """All parts of the model `what`, ready to run, in `dtype` on `device`; the options are those of `fewstep.load`.
+    decoder: str | Path | None = None,
+) -> LoadedModel:
+    """The model `what`, ready to run, in `dtype` on `device`; the options are those of `fewstep.load`.
 
     Raises CheckpointError for files that do not load, with nothing half loaded, and InputError for an unknown name.
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise InputError(unknown("prediction", prediction, PREDICTIONS))
-    if (tiny := CATALOGUE.get(str(what))) and tiny.family == "tiny":
+    if isinstance(entry := named(what), Entry) and entry.family == "tiny":
         raise InputError(f"{what} is a decoder alone and draws nothing; name a whole model")
-    path, known = located(what, half=dtype.itemsize == 2, revision=revision)
-    if path.is_dir():
-        parts, fillings = _folder_parts(path, half=dtype.itemsize == 2)
-    else:
-        parts, fillings = _single_file_parts(open_tensors(path), prediction, tokenizer)
-    texts = [tower.config for tower in parts.text_encoders]
-    check_parts(path, parts.unet.config, parts.autoencoder.config, texts, parts.tokenizers)
-    _fill(fillings, dtype, device)
-    if prediction is not None:
-        parts = replace(parts, scheduler=replace(parts.scheduler, prediction=prediction))
-    return parts if known is None else published(parts, known)
+    path, known = resolve(what, half=dtype.itemsize == 2, revision=revision)
+    folder = path.is_dir()
+    model, plans = _folder_model(path, half=dtype.itemsize == 2) if folder else _file_model(path, prediction, tokenizer)
+    spec, tokenizers, networks = model
+    check_parts(path, spec.unet, spec.autoencoder, spec.texts, tokenizers)
+    _fill(plans, dtype, device)
+    scheduler = spec.scheduler if prediction is None else replace(spec.scheduler, prediction=prediction)
+    spec = replace(spec, scheduler=scheduler, revision=revision)
+    if known is not None:
+        base = known if known.base is None else CATALOGUE[known.base]
+        model = LoadedModel(published(spec, base), tokenizers, networks)
+        model = model if known.base is None else derived_model(model, known)
+    if decoder is not None:
+        model = model._replace(networks=replace(model.networks, tiny=_decoder(decoder, model.spec, dtype, device)))
+    return model
+
+
+def _decoder(decoder: str | Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> TinyAutoencoder:
+    """The tiny autoencoder of that name, or that of the model's family for "tiny"."""
+    if spec.autoencoder.factor != 8:
+        raise InputError(
+            f"{spec.name} draws pictures {spec.autoencoder.factor} times as wide as latents; a tiny decoder needs 8"
+        )
+    return load_tiny(TINY[spec.family] if decoder == "tiny" else decoder, dtype=dtype, device=device)
 
 
 def load_tiny(what: str | Path, *, dtype: torch.dtype, device: torch.device = CPU) -> TinyAutoencoder:
-    """A tiny autoencoder by its name (of `TINY_NAMES`), folder or hub id; raises as `load_parts` does."""
-    path, _ = located(what, half=dtype.itemsize == 2)
+    """A tiny autoencoder by its name (of `TINY_NAMES`), folder or hub id; raises as `load_model` does."""
+    path, _ = resolve(what, half=dtype.itemsize == 2)
     if not path.is_dir() or (path / "model_index.json").is_file():
         raise InputError(f"{what} is not the folder of a tiny autoencoder; those are {', '.join(TINY_NAMES)}")
     with torch.device("meta"):
         network = TinyAutoencoder(parsed(path / "config.json", tiny_width))
-    _fill([_filling(path, network, half=dtype.itemsize == 2)], dtype, device)
+    _fill([_load_plan(path, network, half=dtype.itemsize == 2)], dtype, device)
     return network
 
 
@@ -122,8 +137,8 @@ def open_part(folder: Path, *, half: bool = False) -> TensorFile:
     return joined(path, map(open_tensors, shards)) if shards else open_tensors(path)
 
 
-def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
-    """The parts of a diffusers folder, and what is to fill them."""
+def _folder_model(folder: Path, *, half: bool) -> tuple[LoadedModel, list[LoadPlan]]:
+    """The model in a diffusers folder, without weights, and what is to fill them."""
     index, notes = _index(folder)
     names = [name for name in parts_of(index) if name.startswith("text_encoder")]
     home = {name: _home(folder, name, notes) for name in ("scheduler", "unet", "vae", *names)}
@@ -136,19 +151,21 @@ def _folder_parts(folder: Path, *, half: bool) -> tuple[Parts, list[Filling]]:
     networks = zip(("unet", "vae", *names), (unet, autoencoder, *towers), strict=True)
     family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
     noted = notes.get("defaults") or {}
-    parts = Parts(
+    spec = ModelSpec(
         name=str(notes.get("name", folder.name)),
         family=family,
-        unet=unet,
-        autoencoder=autoencoder,
-        text_encoders=tuple(towers),
-        tokenizers=tuple(tokenizers),
+        unet=unet.config,
+        autoencoder=autoencoder.config,
+        texts=tuple(tower.config for tower in towers),
         scheduler=scheduler,
         defaults=usual_defaults(family, scheduler, size, noted if isinstance(noted, dict) else {}),
         licence=str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
     )
-    return parts, [_filling(home[name], network, half=half) for name, network in networks]
+    model = LoadedModel(
+        spec, tuple(tokenizers), Networks(unet=unet, autoencoder=autoencoder, text_encoders=tuple(towers))
+    )
+    return model, [_load_plan(home[name], network, half=half) for name, network in networks]
 
 
 def read_scheduler(folder: Path, unet: UNetConfig) -> SchedulerConfig:
@@ -195,30 +212,34 @@ def _single_part(folder: Path) -> str:
     return found or f"not the diffusers folder of a whole model{other}"
 
 
-def _single_file_parts(
-    file: TensorFile, prediction: Prediction | None, tokenizer: Path | None
-) -> tuple[Parts, list[Filling]]:
-    """The parts of an original single file, and what is to fill them; see `load_parts`."""
-    contents = recognise(file)
-    family, path = contents.family, file.path
+def _file_model(
+    path: Path, prediction: Prediction | None, tokenizer: Path | None
+) -> tuple[LoadedModel, list[LoadPlan]]:
+    """The model in an original single file, without weights, and what is to fill them; see `load_model`."""
+    contents = recognise(file := open_tensors(path))
+    family = contents.family
     check_parts(path, contents.unet, contents.autoencoder, contents.texts)  # before the prediction is asked for
     scheduler = stated_scheduler(file, family, prediction)
     small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
     side = 512 if small else 768 if family == "sd2" else 1024
-    parts = Parts(
+    spec = ModelSpec(
         name=path.stem,
         family=family,
-        unet=_built(UNet, contents.unet, path),
-        autoencoder=_built(AutoencoderKL, contents.autoencoder, path),
-        text_encoders=tuple(_built(TextEncoder, config, path) for config in contents.texts),
-        tokenizers=tokenizers_of(path, family, tokenizer),
+        unet=contents.unet,
+        autoencoder=contents.autoencoder,
+        texts=contents.texts,
         scheduler=scheduler,
         defaults=usual_defaults(family, scheduler, (side, side)),
         licence=file.notes.get("modelspec.license", "unknown"),
         force_zeros_for_empty_prompt=family == "sdxl",
     )
-    networks = single_places(family, parts.unet, parts.autoencoder, parts.text_encoders)
-    return parts, [Filling(file, networks, DROPPED)]
+    networks = Networks(
+        unet=_built(UNet, contents.unet, path),
+        autoencoder=_built(AutoencoderKL, contents.autoencoder, path),
+        text_encoders=tuple(_built(TextEncoder, config, path) for config in contents.texts),
+    )
+    places = single_places(family, networks.unet, networks.autoencoder, networks.text_encoders)
+    return LoadedModel(spec, tokenizers_of(path, family, tokenizer), networks), [LoadPlan(file, places, DROPPED)]
 
 
 def _network(folder: Path, network: Callable[[Config], Network], parse: Callable[[dict[str, Any]], Config]) -> Network:
@@ -247,9 +268,9 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _filling(folder: Path, network: nn.Module, *, half: bool) -> Filling:
+def _load_plan(folder: Path, network: nn.Module, *, half: bool) -> LoadPlan:
     file = open_part(folder, half=half)
-    return Filling(file, [(network, diffusers_places(network.state_dict(), file.shapes))], _IGNORED)
+    return LoadPlan(file, [(network, diffusers_places(network.state_dict(), file.shapes))], _IGNORED)
 
 
 def _native_size(folder: Path, factor: int) -> tuple[int, int]:
@@ -263,22 +284,28 @@ def _native_size(folder: Path, factor: int) -> tuple[int, int]:
     return sides[1] * factor, sides[0] * factor
 
 
-def _fill(fillings: Sequence[Filling], dtype: torch.dtype, device: torch.device) -> None:
+def _fill(plans: Sequence[LoadPlan], dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter its tensor, in `dtype` on `device`, and set the networks to evaluation without gradients.
 
     Tensors that are in `dtype` already stay mapped to their file. One CheckpointError names all that is missing, of
     another shape, not of floating point, or unexpected; then nothing was read.
     """
-    if problems := [line for filling in fillings for line in _misfits(filling)]:
+    if problems := [line for plan in plans for line in _misfits(plan)]:
         raise CheckpointError("these weights do not fit; nothing was loaded.\n  " + "\n  ".join(problems))
-    for file, networks, _ in fillings:
+    for file, networks, _ in plans:
         for network, places in networks:
             state = {}
             for name, parameter in network.state_dict().items():
                 stored = file.read(places[name].key, file.dtypes[places[name].key] == dtype)
-                state[name] = places[name].take(stored, tuple(parameter.shape)).to(device, dtype)
+                value = places[name].take(stored, tuple(parameter.shape)).to(device, dtype)
+                state[name] = value.contiguous(memory_format=torch.channels_last) if _is_filter(value) else value
             network.load_state_dict(state, assign=True)
             network.requires_grad_(False).eval()
+
+
+def _is_filter(weight: Tensor) -> bool:
+    """Whether it is a convolution's on a card, whose library reads filters channels last."""
+    return weight.is_cuda and weight.ndim == 4
 
 
 def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
@@ -289,9 +316,9 @@ def _layers(config: UNetConfig | AutoencoderConfig | TextConfig) -> int:
     return config.mid_depth + sum(stage.resnets * (1 + stage.depth) for stage in config.stages)
 
 
-def _misfits(filling: Filling) -> list[str]:
+def _misfits(plan: LoadPlan) -> list[str]:
     """A line for each kind of tensor that the file has not, has differently, or has too much."""
-    file, networks, ignored = filling
+    file, networks, ignored = plan
     found = defaultdict[str, set[str]](set)
     unwanted = {key for key in file.shapes if not ignored.fullmatch(key)}
     for network, places in networks:

@@ -17,13 +17,13 @@ from fewstep.files import atomic_write, partial_folder, partial_path, recover_fo
 from fewstep.formats.tensors import TensorFile
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.layouts import gathered, single_places
-from fewstep.weights.parts import Parts, family_of
+from fewstep.weights.model import Loaded, ModelSpec, family_of
 from fewstep.weights.single import Contents, recognise
 
 _ABSENT = [None, None]
 
 
-def save_parts(parts: Parts, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Loaded, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a diffusers folder, with weights in `dtype` or as they are.
 
     The folder appears whole or not at all. An older model folder of that name is replaced, at once: a kill leaves the
@@ -32,7 +32,7 @@ def save_parts(parts: Parts, folder: str | Path, dtype: torch.dtype | None = Non
     folder = Path(folder)
     check_replaceable(folder)
     with partial_folder(folder) as partial:
-        _write_folder(parts, partial, dtype)
+        _write_folder(model, partial, dtype)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -42,21 +42,21 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder} exists and is not a model folder; name another one")
 
 
-def save_single_file(parts: Parts, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_single_file(model: Loaded, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write one .safetensors file in the original layout of the family.
 
     InputError for shapes that the layout cannot tell: it names no numbers of heads, for one.
     """
-    path, family, tensors = Path(path), family_of(parts.unet.config), dict[str, Tensor]()
-    for network, places in single_places(family, parts.unet, parts.autoencoder, parts.text_encoders):
+    spec, networks, path = model.spec, model.networks, Path(path)
+    family, tensors = family_of(spec.unet), dict[str, Tensor]()
+    for network, places in single_places(family, networks.unet, networks.autoencoder, networks.text_encoders):
         tensors |= gathered(places, network.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     read = recognise(TensorFile(path=path, shapes=shapes, dtypes={}, read=lambda name, _: tensors[name]))
-    texts = tuple(tower.config for tower in parts.text_encoders)
-    mine = Contents(family, parts.unet.config, parts.autoencoder.config, texts)
+    mine = Contents(family, spec.unet, spec.autoencoder, spec.texts)
     if read != mine:
         raise InputError(f"{path}: the single-file layout would read {read}, but the model is {mine}; save a folder")
-    notes = {"modelspec.prediction_type": parts.scheduler.prediction, "modelspec.license": parts.licence}
+    notes = {"modelspec.prediction_type": spec.scheduler.prediction, "modelspec.license": spec.licence}
     write_tensors(tensors, path, dtype, notes)
 
 
@@ -68,19 +68,22 @@ def save_tiny(network: TinyAutoencoder, folder: Path, dtype: torch.dtype | None 
     _write_part(folder, network, {"_class_name": "AutoencoderTiny", "latent_channels": 4, **config}, dtype)
 
 
-def _write_folder(parts: Parts, folder: Path, dtype: torch.dtype | None) -> None:
-    width, factor, index = parts.defaults.width, parts.autoencoder.config.factor, _index(parts)
-    _write_part(folder / "unet", parts.unet, parts.unet.config.to_diffusers(width // factor), dtype)
-    _write_part(folder / "vae", parts.autoencoder, parts.autoencoder.config.to_diffusers(width), dtype)
-    alone = family_of(parts.unet.config) == "sdxl-refiner"  # its one text tower stands second
+def _write_folder(model: Loaded, folder: Path, dtype: torch.dtype | None) -> None:
+    spec, networks = model.spec, model.networks
+    width, factor, index = spec.defaults.width, spec.autoencoder.factor, _index(spec)
+    _write_part(folder / "unet", networks.unet, spec.unet.to_diffusers(width // factor), dtype)
+    _write_part(folder / "vae", networks.autoencoder, spec.autoencoder.to_diffusers(width), dtype)
+    alone = family_of(spec.unet) == "sdxl-refiner"  # its one text encoder stands second
     names = ("text_encoder_2",) if alone else ("text_encoder", "text_encoder_2")
-    for name, tower, tokenizer in zip(names, parts.text_encoders, parts.tokenizers, strict=False):
-        config, words = tower.config.to_transformers(), name.replace("text_encoder", "tokenizer")
-        _write_part(folder / name, tower, config, dtype)
+    for name, text, encoder, tokenizer in zip(
+        names, spec.texts, networks.text_encoders, model.tokenizers, strict=False
+    ):
+        config, words = text.to_transformers(), name.replace("text_encoder", "tokenizer")
+        _write_part(folder / name, encoder, config, dtype)
         tokenizer.save(folder / words)
         index[name] = ["transformers", *config["architectures"]]
         index[words] = ["transformers", "CLIPTokenizer" if tokenizer.unk is None else "PreTrainedTokenizerFast"]
-    _write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler.to_diffusers())
+    _write_json(folder / "scheduler" / "scheduler_config.json", spec.scheduler.to_diffusers())
     _write_json(folder / "model_index.json", index)
 
 
@@ -90,15 +93,15 @@ def _write_part(folder: Path, network: nn.Module, config: Mapping[str, Any], dty
     write_tensors(network.state_dict(), folder / f"{stem}.safetensors", dtype)
 
 
-def _index(parts: Parts) -> dict[str, Any]:
+def _index(spec: ModelSpec) -> dict[str, Any]:
     """The model_index.json without the text towers, which are said to be absent where they need not be there."""
-    family, unet = family_of(parts.unet.config), parts.unet.config
+    family, unet = family_of(spec.unet), spec.unet
     kind = "Img2Img" if family == "sdxl-refiner" else "Inpaint" if unet.in_channels == 9 else ""
     index: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if unet.addition else ''}{kind}Pipeline",
         "_diffusers_version": "0.35.0",
-        "_fewstep": {"name": parts.name, "licence": parts.licence, "defaults": asdict(parts.defaults)},
-        "scheduler": ["diffusers", parts.scheduler.to_diffusers()["_class_name"]],
+        "_fewstep": {"name": spec.name, "licence": spec.licence, "defaults": asdict(spec.defaults)},
+        "scheduler": ["diffusers", spec.scheduler.to_diffusers()["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "feature_extractor": _ABSENT,
@@ -107,7 +110,7 @@ def _index(parts: Parts) -> dict[str, Any]:
     if not unet.addition:
         return index | {"safety_checker": _ABSENT, "requires_safety_checker": False}
     index |= {"text_encoder": _ABSENT, "tokenizer": _ABSENT}
-    index["force_zeros_for_empty_prompt"] = parts.force_zeros_for_empty_prompt
+    index["force_zeros_for_empty_prompt"] = spec.force_zeros_for_empty_prompt
     return index | ({"requires_aesthetics_score": True} if family == "sdxl-refiner" else {})
 
 

@@ -11,6 +11,7 @@ from fewstep.engines.cache import VersionedCache
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.convolution import normed
 from fewstep.engines.cpu.linear import fast_linear, gated_linear
+from fewstep.engines.replace_layers import SourceLayer
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.transformer import GEGLU, SpatialTransformer, TransformerBlock
 
@@ -36,11 +37,11 @@ class FastAttention(nn.Module):
 
     def __init__(self, attention: Attention, ctx: LayerContext) -> None:
         super().__init__()
-        self.attention, self.ctx = (attention,), ctx
+        self.source, self.ctx = SourceLayer(attention), ctx
         self._merged, self._text_kv = VersionedCache[Tensor](), VersionedCache[tuple[Tensor, ...]]()
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        layer, ctx = self.attention[0], self.ctx
+        layer, ctx = self.source.layer, self.ctx
         merges = ctx.optimizations.merged_projections
         if merges and context is not None:
             q, (k, v) = fast_linear(x, layer.to_q.weight, None, ctx), self._text_kv_of(context)
@@ -55,7 +56,7 @@ class FastAttention(nn.Module):
         return _out(layer.to_out, attention(q, k, v, layer.heads, ctx), ctx, residual)
 
     def _text_kv_of(self, context: Tensor) -> tuple[Tensor, ...]:
-        layers = self.attention[0].to_k, self.attention[0].to_v
+        layers = self.source.layer.to_k, self.source.layer.to_v
 
         def make() -> tuple[Tensor, ...]:
             return tuple(fast_linear(context, layer.weight, None, self.ctx) for layer in layers)
@@ -68,10 +69,10 @@ class FastPixelAttention(nn.Module):
 
     def __init__(self, attention: PixelAttention, ctx: LayerContext) -> None:
         super().__init__()
-        self.attention, self.ctx = (attention,), ctx
+        self.source, self.ctx = SourceLayer(attention), ctx
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, ctx = self.attention[0], self.ctx
+        layer, ctx = self.source.layer, self.ctx
         rows = _rows(normed(layer.group_norm, x))
         q, k, v = (fast_linear(rows, each.weight, each.bias, ctx) for each in (layer.to_q, layer.to_k, layer.to_v))
         return _map(_out(layer.to_out, attention(q, k, v, 1, ctx), ctx, _rows(x)), x)
@@ -82,11 +83,11 @@ class FastTransformerBlock(nn.Module):
 
     def __init__(self, block: TransformerBlock, ctx: LayerContext) -> None:
         super().__init__()
-        self.block, self.ctx = (block,), ctx
+        self.source, self.ctx = SourceLayer(block), ctx
         self.attn1, self.attn2 = FastAttention(block.attn1, ctx), FastAttention(block.attn2, ctx)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        block = self.block[0]
+        block = self.source.layer
         x = self.attn1(_layer_normed(block.norm1, x), residual=x)
         x = self.attn2(_layer_normed(block.norm2, x), context, residual=x)
         gated, back = block.ff.net[0], block.ff.net[2]
@@ -101,12 +102,12 @@ class FastTransformer(nn.Module):
 
     def __init__(self, layer: SpatialTransformer, ctx: LayerContext) -> None:
         super().__init__()
-        self.layer, self.ctx = (layer,), ctx
+        self.source, self.ctx = SourceLayer(layer), ctx
         blocks = (block for block in layer.transformer_blocks if isinstance(block, TransformerBlock))
         self.blocks = [FastTransformerBlock(block, ctx) for block in blocks]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        (layer,), ctx = self.layer, self.ctx
+        layer, ctx = self.source.layer, self.ctx
         proj_in, proj_out = layer.proj_in, layer.proj_out
         rows = fast_linear(_rows(normed(layer.norm, x)), proj_in.weight.flatten(1), proj_in.bias, ctx)
         for block in self.blocks:

@@ -24,6 +24,7 @@ from fewstep.engines.cpu.winograd import (
     products_by_torch,
     transformed_weight,
 )
+from fewstep.engines.replace_layers import SourceLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
@@ -62,19 +63,19 @@ class FastConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, ctx: LayerContext, *, upsample: bool = False) -> None:
         super().__init__()
-        self.conv, self.ctx, self.upsample = (conv,), ctx, upsample  # in a tuple, so as not to be a submodule
+        self.source, self.ctx, self.upsample = SourceLayer(conv), ctx, upsample
         self.scheme = UPSAMPLED if upsample else STRICT if ctx.strict else WINOGRAD
         self._transformed = VersionedCache[Tensor]()
 
     @property
     def weight(self) -> Tensor:
         """That of the convolution."""
-        return self.conv[0].weight
+        return self.source.layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(None, x)
+        return self.normed(None, x)
 
-    def after(
+    def normed(
         self,
         norm: nn.GroupNorm | None,
         x: Tensor,
@@ -104,7 +105,7 @@ class FastConv(nn.Module):
         )
 
     def _direct(self, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
-        kernels, bias, (outputs, channels) = self.ctx.kernels, self.conv[0].bias, self.weight.shape[:2]
+        kernels, bias, (outputs, channels) = self.ctx.kernels, self.source.layer.bias, self.weight.shape[:2]
         if kernels is not None and channels <= FEW_CHANNELS and outputs % kernels.wide == 0 and bias is not None:
             assert norm is None
             return epilogue.apply(kernels.conv3x3_small_cin(x, self.weight, bias))
@@ -115,14 +116,14 @@ class FastConv(nn.Module):
 
     def _plain(self, products: Products, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, in tensor operations."""
-        activate, bias = None if norm is None else normed_silu(x, norm), floats(self.conv[0].bias)
+        activate, bias = None if norm is None else normed_silu(x, norm), floats(self.source.layer.bias)
         more = epilogue.residual
         out = conv3x3(x, self._weight(), bias, self.scheme, products=products, activate=activate, residual=more)
         return replace(epilogue, residual=None).apply(out)
 
     def _compiled(self, kernels: Kernels, x: Tensor, norm: nn.GroupNorm | None, epilogue: ConvEpilogue) -> Tensor:
         """With fewer products, by the kernels, which were faster than the definition at all shapes of the family."""
-        pixels, bias, added = x.shape[2] * x.shape[3], self.conv[0].bias, epilogue.added
+        pixels, bias, added = x.shape[2] * x.shape[3], self.source.layer.bias, epilogue.added
         affine = None if norm is None else affine_of(kernels.sums(x), pixels, norm)
         whole = bias if added is None else added if bias is None else bias + added
         scheme = "upsampled" if self.upsample else _scheme(x, self.ctx)
@@ -194,10 +195,10 @@ class FastPointwise(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, ctx: LayerContext) -> None:
         super().__init__()
-        self.conv, self.ctx = (conv,), ctx
+        self.source, self.ctx = SourceLayer(conv), ctx
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pixelwise(x, self.conv[0], self.ctx)
+        return _pixelwise(x, self.source.layer, self.ctx)
 
 
 class FastUpsample(nn.Module):
@@ -209,8 +210,8 @@ class FastUpsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.fused.after(None, x)
-        return self.conv.after(None, F.interpolate(x, size=size, mode="nearest"))
+            return self.fused.normed(None, x)
+        return self.conv.normed(None, F.interpolate(x, size=size, mode="nearest"))
 
 
 class FastDownsample(nn.Module):
@@ -218,11 +219,11 @@ class FastDownsample(nn.Module):
 
     def __init__(self, layer: Downsample, ctx: LayerContext) -> None:
         super().__init__()
-        self.layer, self.ctx = (layer,), ctx
+        self.source, self.ctx = SourceLayer(layer), ctx
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels, conv = self.ctx.kernels, self.layer[0].conv
-        first = 1 if self.layer[0].conv.padding == (0, 0) else 0  # 1: padded below and right
+        kernels, conv = self.ctx.kernels, self.source.layer.conv
+        first = 1 if self.source.layer.conv.padding == (0, 0) else 0  # 1: padded below and right
 
         def direct() -> Tensor:
             padded = F.pad(x, (0, 1, 0, 1)) if first else x
@@ -247,8 +248,8 @@ class FastTinyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = self.convs
-        h = second.after(None, first.after(None, x, relu=True), relu=True)
-        return third.after(None, h, residual=x, relu=True)
+        h = second.normed(None, first.normed(None, x, relu=True), relu=True)
+        return third.normed(None, h, residual=x, relu=True)
 
 
 class FastResBlock(nn.Module):
@@ -256,26 +257,26 @@ class FastResBlock(nn.Module):
 
     def __init__(self, block: ResBlock, ctx: LayerContext) -> None:
         super().__init__()
-        self.block, self.ctx = (block,), ctx
+        self.source, self.ctx = SourceLayer(block), ctx
         self.conv1, self.conv2 = FastConv(block.conv1, ctx), FastConv(block.conv2, ctx)
         self._times = VersionedCache[Tensor]()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        block = self.block[0]
-        h = self.conv1.after(block.norm1, x, added=None if emb is None else self._time(emb))
+        block = self.source.layer
+        h = self.conv1.normed(block.norm1, x, added=None if emb is None else self._time(emb))
         residual = self._shortcut(x)
-        return self.conv2.after(block.norm2, h, residual=residual, inplace=residual is not x)
+        return self.conv2.normed(block.norm2, h, residual=residual, inplace=residual is not x)
 
     def _time(self, emb: Tensor) -> Tensor | None:
         """The time embedding, which conv1's epilogue adds; cached, since models of one step need it once."""
-        layer = self.block[0].time_emb_proj
+        layer = self.source.layer.time_emb_proj
         if layer is None:
             return None
         weight, bias = layer.weight, layer.bias
         return self._times.get((weight, bias), lambda: fast_linear(F.silu(emb), weight, bias, self.ctx), emb)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        conv = self.block[0].conv_shortcut
+        conv = self.source.layer.conv_shortcut
         return x if conv is None else _pixelwise(x, conv, self.ctx)
 
 

@@ -31,13 +31,14 @@ from fewstep.engines.cpu.linear import FastLinear
 from fewstep.engines.cpu.optimizations import Optimizations
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding
-from fewstep.engines.replace_layers import LayerMap, replace_model_layers
+from fewstep.engines.replace_layers import LayerMap, is_known, replace_model_layers
+from fewstep.models.networks import Networks
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.nn.attention import Attention, PixelAttention
 from fewstep.nn.convolution import Downsample, Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
-from fewstep.weights.parts import Parts
+from fewstep.weights.model import ModelSpec
 
 BUDGET = 1 << 30
 """Bytes of transformed weights that are kept without kernels; those of other layers are made at each call."""
@@ -49,42 +50,49 @@ _log = logging.getLogger(__name__)
 
 
 class CpuEngine:
-    """Runs `parts` on a CPU in float32, with the same result up to rounding; `strict` keeps rounding smaller still.
+    """Runs a model on a CPU in float32, with the same result up to rounding; `strict` keeps rounding smaller still.
 
-    Weights are those of `parts` themselves: what is merged into them or taken out again counts at the next call. They
+    The weights stay those of `networks`: what is merged into them or taken out again counts at the next call. They
     may be in float16, in half the memory: each is widened as it is read. If they are moved to another device or to a
     format that is neither, the plain engine takes over. `threads` run each call; see `threads_for`.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        spec: ModelSpec,
+        networks: Networks,
         *,
         strict: bool = False,
         optimizations: Optimizations | None = None,
         budget: int = BUDGET,
         autotuner: Autotuner | None = None,
     ) -> None:
-        assert supports(parts), "the engine for CPUs reads weights in float32 or float16 on a CPU"
-        self.threads = threads_for(sum(weight.numel() for weight in parts.unet.parameters()))
+        assert reads(networks), "the engine for CPUs reads weights in float32 or float16 on a CPU"
+        self.threads = threads_for(sum(weight.numel() for weight in networks.unet.parameters()))
         onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         optimizations = replace(optimizations or Optimizations(), **({} if onednn else {"onednn": False}))
         built = kernels() if optimizations.kernels else None
         chosen = autotuner or cpu_autotuner(self.threads)
         ctx = LayerContext(autotuner=chosen, kernels=built, optimizations=optimizations, budget=budget, strict=strict)
-        self.parts, self._fast = parts, EagerEngine(replace_model_layers(parts, layer_map(ctx)))
+        self.spec, self.networks = spec, networks
+        self._fast = EagerEngine(spec, replace_model_layers(networks, layer_map(ctx)))
         self._fast.dtype = torch.float32  # of what goes through the networks
         self.device, self.dtype = self._fast.device, self._fast.dtype
         self._prompts = PromptCache()
         self._said = False
 
+    @staticmethod
+    def supports(spec: ModelSpec, networks: Networks) -> bool:
+        """Networks of known layers, on a CPU, in float32 or float16."""
+        return reads(networks) and all(map(is_known, networks))
+
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The embeddings of the last prompts are cached until a tower's weight changes."""
-        weights = [weight for tower in self.parts.text_encoders for weight in tower.parameters()]
+        weights = [weight for tower in self.networks.text_encoders for weight in tower.parameters()]
         with self._ready() as engine:
             return self._prompts.get(ids, weights, lambda: engine.encode_text(ids))
 
-    def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready() as engine:
             return engine.predict(to_channels_last(x), t, conditioning)
@@ -102,18 +110,17 @@ class CpuEngine:
     @contextmanager
     def _ready(self) -> Iterator[EagerEngine]:
         """The fast engine, or the plain one for weights that it cannot compute with."""
-        fits = supports(self.parts)
+        fits = reads(self.networks)
         if not fits and not self._said:
-            _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.parts.name)
+            _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.spec.name)
             self._said = True
         with torch.no_grad(), memory_errors(), cap_threads(self.threads):
-            yield self._fast if fits else EagerEngine(self.parts)
+            yield self._fast if fits else EagerEngine(self.spec, self.networks)
 
 
-def supports(parts: Parts) -> bool:
-    """Whether the engine for CPUs can run `parts`."""
-    weights = [parts.unet.conv_in.weight, next(parts.autoencoder.parameters())]
-    weights += [next(tower.parameters()) for tower in parts.text_encoders]
+def reads(networks: Networks) -> bool:
+    """Whether all networks are on a CPU and in a format that the engine reads."""
+    weights = [next(network.parameters()) for network in networks]
     return all(each.device.type == "cpu" and each.dtype in STORED for each in weights)
 
 

@@ -7,6 +7,8 @@ from collections import UserDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.engines.replace_layers import SourceLayer
+
 
 class Float32Parameters(UserDict[str, Tensor | None]):
     """A view of a layer's parameters in float32: those of `data`, each converted whenever it is read."""
@@ -24,7 +26,7 @@ class FastEmbedding(nn.Module):
 
     def __init__(self, layer: nn.Embedding) -> None:
         super().__init__()
-        self.layer = (layer,)
+        self.source = SourceLayer(layer)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.layer[0].weight).float()
+        return F.embedding(ids, self.source.layer.weight).float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
 from fewstep.engines.cpu.context import LayerContext
+from fewstep.engines.replace_layers import SourceLayer
 
 
 class FastLinear(nn.Module):
@@ -17,17 +18,17 @@ class FastLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, ctx: LayerContext) -> None:
         super().__init__()
-        self.layer, self.ctx = (layer,), ctx
+        self.source, self.ctx = SourceLayer(layer), ctx
 
     @property
     def weight(self) -> Tensor:
         """That of the layer."""
-        return self.layer[0].weight
+        return self.source.layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """That of the layer."""
-        return self.layer[0].bias
+        return self.source.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return fast_linear(x, self.weight, self.bias, self.ctx)

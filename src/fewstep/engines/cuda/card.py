@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cuda.operations import Operations, PlainOperations
 from fewstep.locks import made_once
-from fewstep.weights.parts import Parts
+from fewstep.models.networks import Networks
 
 LEAST_CAPABILITY = (7, 5)
 """Of the oldest cards that PyTorch's builds for CUDA 13 run on."""
@@ -20,18 +20,11 @@ LEAST_CAPABILITY = (7, 5)
 _log = logging.getLogger(__name__)
 
 
-def supports(parts: Parts) -> bool:
-    """Whether the engine for NVIDIA cards can run `parts`: all on one card, of a kind that it knows."""
-    device = parts.unet.conv_in.weight.device
-    here = all(weight.device == device for network in networks(parts) for weight in network.parameters())
+def is_on_one_card(networks: Networks) -> bool:
+    """Whether all weights are on one NVIDIA card that is new enough."""
+    device = networks.device
+    here = all(weight.device == device for network in networks for weight in network.parameters())
     return here and device.type == "cuda" and torch.version.hip is None and _capability(device) >= LEAST_CAPABILITY
-
-
-def networks(parts: Parts) -> Iterator[nn.Module]:
-    """All networks of a model."""
-    yield from (parts.unet, parts.autoencoder, *parts.text_encoders)
-    if parts.tiny is not None:
-        yield parts.tiny
 
 
 def on_card(device: torch.device) -> AbstractContextManager[object]:

@@ -17,7 +17,10 @@ Weights = Callable[[], Sequence[Tensor]]
 
 
 class PackedWeight:
-    """A tensor that `make` computes from some weights; recomputed into the same memory when these change."""
+    """A tensor that `make` computes from some weights; recomputed into the same memory when these change.
+
+    Where `make` returns a weight itself there is nothing to compute, and nothing is written.
+    """
 
     def __init__(self, weights: Weights, make: Callable[[], Tensor]) -> None:
         self._weights, self._make = weights, make
@@ -34,13 +37,15 @@ class PackedWeight:
 
     def refresh(self) -> None:
         """Recompute it if the pointer or version of a weight has changed."""
-        state = weights_version(*self._weights())
+        weights = self._weights()
+        state = weights_version(*weights)
         if state == self._state:
             return
         with torch.inference_mode(False), torch.no_grad():
-            made = self._make()
-            if self._value is not None and _kind(made) == _kind(self._value):
-                self._value.copy_(made)
+            made, value = self._make(), self._value
+            is_own = not any(each is weight for each in (made, value) for weight in weights)
+            if is_own and value is not None and _kind(made) == _kind(value):
+                value.copy_(made)
             else:
                 self._value = made
         self._state = state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cache import PromptCache, WeightsWatch
-from fewstep.engines.cuda.card import StreamOrder, networks, on_card, operations
+from fewstep.engines.cuda.card import StreamOrder, is_on_one_card, on_card, operations
 from fewstep.engines.cuda.clock import cuda_autotuner
 from fewstep.engines.cuda.context import CudaLayerContext
 from fewstep.engines.cuda.graphs import EagerCall, Graphs
@@ -39,22 +39,24 @@ from fewstep.engines.cuda.optimizations import CudaOptimizations
 from fewstep.engines.cuda.recording import Recordings, on_the_host
 from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning, Embedding, Function, NotRecordable
-from fewstep.engines.replace_layers import LayerMap, replace_model_layers
+from fewstep.engines.replace_layers import LayerMap, is_known, replace_model_layers
 from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.config import AutoencoderConfig
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.models.unet import UNet
 from fewstep.nn.attention import PixelAttention
-from fewstep.nn.convolution import Downsample, Upsample
+from fewstep.nn.convolution import Upsample
 from fewstep.nn.resblock import ResBlock
 from fewstep.nn.transformer import SpatialTransformer
-from fewstep.weights.parts import Parts
+from fewstep.weights.model import ModelSpec
 
 _log = logging.getLogger(__name__)
 
 
 class CudaEngine:
-    """Runs `parts` on a card: text towers, UNet and autoencoder each as one CUDA graph for each shape.
+    """Runs a model on a card: text encoders, UNet and autoencoder each as one CUDA graph for each shape.
 
     What is merged into weights or taken out again counts at the next call, without a new capture; parameters that
     are put in the places of others need a new engine.
@@ -63,28 +65,33 @@ class CudaEngine:
 
     def __init__(
         self,
-        parts: Parts,
+        spec: ModelSpec,
+        networks: Networks,
         *,
         optimizations: CudaOptimizations | None = None,
         graphs: Graphs | None = None,
         autotuner: Autotuner | None = None,
     ) -> None:
-        weight = parts.unet.conv_in.weight
-        self.parts, self.device, self.dtype = parts, weight.device, weight.dtype
-        to_channels_last_(parts)
+        self.spec, self.networks = spec, networks
+        self.device, self.dtype = networks.device, networks.dtype
         optimizations, chosen = optimizations or CudaOptimizations(), autotuner or cuda_autotuner(self.device)
         found = operations(self.device, chosen) if optimizations.kernels else PlainOperations()
         self._ctx = CudaLayerContext(operations=found, autotuner=chosen, optimizations=optimizations)
         self._lock = threading.RLock()  # a graph has one set of inputs: one call at a time
         self._graphs = Graphs(None if optimizations.graphs else EagerCall) if graphs is None else graphs
-        vae = overflow_safe_vae(parts.autoencoder)
-        self._fast = replace_model_layers(replace(parts, autoencoder=vae), layer_map(self._ctx))
+        vae = overflow_safe_vae(networks.autoencoder, spec.autoencoder)
+        self._fast = replace_model_layers(replace(networks, autoencoder=vae), layer_map(self._ctx))
         self._vae_dtype = next(vae.parameters()).dtype
         self._text_kv = _fuse_projections(self._fast.unet, self._ctx)
-        self._plain, self._prompts = EagerEngine(self._fast), PromptCache()
+        self._plain, self._prompts = EagerEngine(spec, self._fast), PromptCache()
         self._texts: list[tuple[Tensor, Tensor]] = []
-        self._watch = WeightsWatch(weight for network in networks(parts) for weight in network.parameters())
+        self._watch = WeightsWatch(weight for network in networks for weight in network.parameters())
         self._recordings, self._order = Recordings(refused=not optimizations.graphs), StreamOrder()
+
+    @staticmethod
+    def supports(spec: ModelSpec, networks: Networks) -> bool:
+        """Networks of known layers, all on one card that is new enough."""
+        return is_on_one_card(networks) and all(map(is_known, networks))
 
     def encode_text(self, ids: Sequence[Tensor]) -> Embedding:
         """See `Engine`. The embeddings of the last prompts are cached until a tower's weight changes."""
@@ -99,14 +106,14 @@ class CudaEngine:
                 return self._plain.encode_text(ids)
             return self._prompts.get(ids, (), make)
 
-    def predict(self, x: Tensor, t: float, conditioning: Conditioning) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """See `Engine`."""
         with self._ready():
             text_kv = self._text_kv_of(conditioning.context)
-            rows = x, text_kv, conditioning.pooled, conditioning.sizes, conditioning.channels
+            rows = x, t, text_kv, conditioning.pooled, conditioning.sizes, conditioning.channels
             if self._recordings.running:
-                return self._predict(t, *rows)
-            return split_on_oom(partial(self._predict, t), rows, forget=self._forget)
+                return self._predict(*rows)
+            return split_on_oom(self._predict, rows, forget=self._forget)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `Engine`. What overflows half precision is decoded again in float32, and a debug message says so."""
@@ -117,11 +124,11 @@ class CudaEngine:
         if self.dtype == torch.float32 or bool(image.isfinite().all()):
             return image
         _log.debug("the decoder overflowed in %s: once more in float32", self._vae_dtype)
-        return self._in_float32("decode", latents / self.parts.autoencoder.config.scaling_factor)
+        return self._in_float32("decode", latents / self.spec.autoencoder.scaling_factor)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """See `Engine`. Like `decode`, again in float32 where half precision overflows."""
-        vae = self._fast.autoencoder
+        vae, scale = self._fast.autoencoder, self.spec.autoencoder.scaling_factor
         with self._ready():
             moments = self._run_one(
                 "encode", lambda rows: (vae.encode(self._channels_last(rows, self._vae_dtype)),), image
@@ -130,7 +137,7 @@ class CudaEngine:
             moments = self._in_float32("encode", image)
         mean, logvar = moments.chunk(2, dim=1)
         deviation = torch.exp(0.5 * logvar.clamp(-30, 20))
-        return mean * vae.config.scaling_factor, deviation * vae.config.scaling_factor
+        return mean * scale, deviation * scale
 
     def record(
         self, key: Hashable, function: Function, given: Sequence[Tensor | None]
@@ -157,25 +164,22 @@ class CudaEngine:
         self._texts = [*self._texts[-3:], (context, text_kv)]
         return text_kv
 
-    def _predict(self, t: float, *rows: Tensor | None) -> Tensor:
+    def _predict(self, *rows: Tensor | None) -> Tensor:
         def function(x: Tensor, times: Tensor, text_kv: Tensor, *more: Tensor | None) -> tuple[Tensor]:
             pooled, sizes, channels = more
             x = x if channels is None else torch.cat([x, channels.to(x)], dim=1)
             pooled = None if pooled is None else pooled.to(self.dtype)
             return (self._fast.unet(self._channels_last(x, self.dtype), times, text_kv, pooled, sizes),)
 
-        x, *others = rows
-        assert x is not None
-        times = torch.full((len(x),), t, device=self.device)
-        return self._run_one("unet", function, x, times, *others).float()
+        return self._run_one("unet", function, *rows).float()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        vae, tiny = self._fast.autoencoder, self._fast.tiny
+        vae, tiny, scale = self._fast.autoencoder, self._fast.tiny, self.spec.autoencoder.scaling_factor
 
         def function(rows: Tensor) -> tuple[Tensor]:
             if tiny is not None:
                 return (tiny.decode(self._channels_last(rows, self.dtype)),)
-            return (vae.decode(self._channels_last(rows / vae.config.scaling_factor, self._vae_dtype)),)
+            return (vae.decode(self._channels_last(rows / scale, self._vae_dtype)),)
 
         return self._run_one("decode", function, latents).float()
 
@@ -198,7 +202,7 @@ class CudaEngine:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """One call at a time, with packed weights up to date."""
-        with self.parts.lock.computing(), self._lock, on_card(self.device):
+        with self.networks.lock.computing(), self._lock, on_card(self.device):
             if not self._recordings.running:
                 self._order.follow(self.device)
                 self._refresh()
@@ -220,8 +224,8 @@ class CudaEngine:
             torch.cuda.empty_cache()
 
     def _in_float32(self, method: str, value: Tensor) -> Tensor:
-        with torch.no_grad(), self.parts.lock.computing():
-            vae = copy.deepcopy(self.parts.autoencoder).float()
+        with torch.no_grad(), self.networks.lock.computing():
+            vae = copy.deepcopy(self.networks.autoencoder).float()
             out: Tensor = getattr(vae, method)(value.to(self.device, torch.float32))
         return out
 
@@ -230,8 +234,6 @@ def layer_map(ctx: CudaLayerContext) -> LayerMap:
     """Which layers are replaced by which fast ones."""
     return LayerMap(
         layers={
-            Downsample: lambda layer: layer,
-            TinyBlock: CudaTinyBlock,
             **{kind: partial(layer, ctx=ctx) for kind, layer in _LAYERS.items()},
         },
         upsample_conv=partial(UpsampleConv, ctx=ctx),
@@ -243,6 +245,7 @@ _LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     ResBlock: CudaResBlock,
     SpatialTransformer: CudaTransformer,
     TextLayer: CudaTextLayer,
+    TinyBlock: CudaTinyBlock,
     Upsample: CudaUpsample,
     nn.Conv2d: CudaConv,
 }
@@ -255,15 +258,7 @@ def _fuse_projections(unet: UNet, ctx: CudaLayerContext) -> CrossAttentionKV:
     return CrossAttentionKV([each.attn2 for each in unet.modules() if isinstance(each, CudaTransformerBlock)], ctx)
 
 
-def overflow_safe_vae(vae: AutoencoderKL) -> AutoencoderKL:
+def overflow_safe_vae(vae: AutoencoderKL, config: AutoencoderConfig) -> AutoencoderKL:
     """The autoencoder, or a copy in bfloat16, which has the range of float32, if it overflows float16."""
-    fragile = vae.config.force_upcast and next(vae.parameters()).dtype == torch.float16
+    fragile = config.force_upcast and next(vae.parameters()).dtype == torch.float16
     return copy.deepcopy(vae).to(torch.bfloat16) if fragile else vae
-
-
-def to_channels_last_(parts: Parts) -> None:
-    """Lay out the filters of all convolutions as channels last, in place: cuDNN's fast kernels want that."""
-    for network in networks(parts):
-        for layer in network.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)

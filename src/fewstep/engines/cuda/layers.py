@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.engines.autotune import Candidates
-from fewstep.engines.cuda.context import CudaLayerContext
+from fewstep.engines.cuda.context import CudaLayerContext, PackedWeight
 from fewstep.engines.cuda.linear import attention, fused_geglu, fused_linear
 from fewstep.engines.cuda.operations import PlainOperations, maps, moments_of, pixels, with_moments
+from fewstep.engines.replace_layers import SourceLayer
 from fewstep.models.text_encoder import TextLayer
 from fewstep.models.tiny_autoencoder import TinyBlock
 from fewstep.models.unet import UNet
@@ -31,29 +32,38 @@ class CudaConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.conv, self.ctx = (conv,), ctx  # in a tuple, so as not to be a submodule
+        self.source, self.ctx = SourceLayer(conv), ctx
         sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         self.is_3x3 = sizes == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
         few = self.is_3x3 and conv.out_channels < min(PADDED_OUTPUTS)
         self.padded = [_Padded(conv, outputs, ctx) for outputs in PADDED_OUTPUTS if few]
+        self._filters = channels_last(conv, ctx)
 
     @property
     def weight(self) -> Tensor:
+        """The filters of the convolution, channels last."""
+        return self._filters.value
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
         """That of the convolution."""
-        return self.conv[0].weight
+        return self.source.layer.padding
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv[0]
         padded: Candidates = {f"padded {each.outputs}": partial(each, x) for each in self.padded}
-        return self._fastest(x, conv.bias, lambda: conv.forward(x), padded)
+        return self._fastest(x, self.source.layer.bias, padded)
 
     def bare(self, x: Tensor) -> Tensor:
         """The convolution without its bias, which the next kernel adds."""
-        conv = self.conv[0]
-        return self._fastest(x, None, lambda: F.conv2d(x, conv.weight, None, conv.stride, conv.padding), {})
+        return self._fastest(x, None, {})
 
-    def _fastest(self, x: Tensor, bias: Tensor | None, library: Callable[[], Tensor], more: Candidates) -> Tensor:
+    def _fastest(self, x: Tensor, bias: Tensor | None, more: Candidates) -> Tensor:
         """The library's convolution, one of `more`, or for small maps a kernel's, whichever is the fastest."""
+        conv = self.source.layer
+
+        def library() -> Tensor:
+            return F.conv2d(x, self.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
         if not self.is_3x3 or isinstance(self.ctx.operations, PlainOperations):
             return library()
         from fewstep.engines.cuda.small_conv import small_conv_candidates
@@ -62,9 +72,14 @@ class CudaConv(nn.Module):
         key = f"conv {tuple(x.shape)} {len(self.weight)} {bias is not None} {x.dtype}"
         return self.ctx.autotuner.run(key, candidates)
 
-    def after(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    def normed(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """The convolution of `silu(norm(x))`."""
         return self.forward(maps(self.ctx.operations.group_norm(pixels(x), norm, moments=moments_of(x)), x))
+
+
+def channels_last(conv: nn.Conv2d, ctx: CudaLayerContext) -> PackedWeight:
+    """The filters of a convolution as cuDNN's fast kernels read them: themselves where they lie so, else a copy."""
+    return ctx.pack(lambda: [conv.weight], lambda: conv.weight.contiguous(memory_format=torch.channels_last))
 
 
 class _Padded:
@@ -92,11 +107,11 @@ class UpsampleConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.conv, self.ctx, self.whole = (conv,), ctx, CudaConv(conv, ctx)
+        self.source, self.ctx, self.whole = SourceLayer(conv), ctx, CudaConv(conv, ctx)
         self.phase_filters = ctx.pack(lambda: [conv.weight], lambda: _four_filters(conv.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv[0]
+        conv = self.source.layer
 
         def plain() -> Tensor:
             return self.whole(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
@@ -109,7 +124,7 @@ class UpsampleConv(nn.Module):
     def _phases(self, x: Tensor) -> Tensor:
         """Runs the four phase convolutions as one with 4 * O channels, then interleaves them and adds the bias."""
         phases = F.conv2d(x, self.phase_filters.value, padding=1)
-        return self.ctx.operations.weave(phases, self.conv[0].bias)
+        return self.ctx.operations.weave(phases, self.source.layer.bias)
 
 
 def _four_filters(weight: Tensor) -> Tensor:
@@ -146,12 +161,12 @@ class CudaResBlock(nn.Module):
 
     def __init__(self, block: ResBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.block, self.ctx, self.part = (block,), ctx, slice(0, 0)
+        self.source, self.ctx, self.part = SourceLayer(block), ctx, slice(0, 0)
         self.conv1, self.conv2 = CudaConv(block.conv1, ctx), CudaConv(block.conv2, ctx)
         self.shortcut = fused_linear(ctx, block.conv_shortcut) if block.conv_shortcut else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        block, operations, rows = self.block[0], self.ctx.operations, pixels(x)
+        block, operations, rows = self.source.layer, self.ctx.operations, pixels(x)
         bias = block.conv1.bias
         assert bias is not None
         added = bias[None] if emb is None else emb[:, self.part]
@@ -169,7 +184,7 @@ class FusedTimeProjections:
 
     def __init__(self, unet: UNet, blocks: list[CudaResBlock], ctx: CudaLayerContext) -> None:
         self.unet = unet
-        layers = [block.block[0] for block in blocks]
+        layers = [block.source.layer for block in blocks]
         self.linear = fused_linear(ctx, *[layer.time_emb_proj for layer in layers if layer.time_emb_proj], bias=False)
         both = [(layer.time_emb_proj, layer.conv1) for layer in layers]
 
@@ -197,7 +212,7 @@ class CudaAttention(nn.Module):
 
     def __init__(self, attention: Attention, ctx: CudaLayerContext, *, text: bool) -> None:
         super().__init__()
-        self.attention, self.ctx, self.part = (attention,), ctx, slice(0, 0)
+        self.source, self.ctx, self.part = SourceLayer(attention), ctx, slice(0, 0)
         inner = [attention.to_q] if text else [attention.to_q, attention.to_k, attention.to_v]
         self.project_in, self.project_out = (
             fused_linear(ctx, *inner),
@@ -208,7 +223,7 @@ class CudaAttention(nn.Module):
         """Add the attention of normed rows x, without its last bias, to `total` in place: both (B, N, C)."""
         rows = self.project_in(x)
         q, k, v = rows.chunk(3, dim=2) if text_kv is None else (rows, *text_kv[..., self.part].chunk(2, dim=2))
-        self.project_out.add_to(total, attention(q, k, v, self.attention[0].heads, self.ctx))
+        self.project_out.add_to(total, attention(q, k, v, self.source.layer.heads, self.ctx))
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -224,7 +239,7 @@ class CudaTransformerBlock(nn.Module):
 
     def __init__(self, block: TransformerBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.block, self.ctx, self.offsets = (block,), ctx, list[Callable[[], Tensor | None]]()
+        self.source, self.ctx, self.offsets = SourceLayer(block), ctx, list[Callable[[], Tensor | None]]()
         self.attn1 = CudaAttention(block.attn1, ctx, text=False)
         self.attn2 = CudaAttention(block.attn2, ctx, text=True)
         gated, back = block.ff.net[0], _linear(block.ff.net[2])
@@ -234,7 +249,7 @@ class CudaTransformerBlock(nn.Module):
 
     def add_to(self, x: Tensor, text_kv: Tensor) -> None:
         """Add all that the block adds, but for its biases, to x (B, N, C) in place."""
-        norms = (self.block[0].norm1, self.block[0].norm2, self.block[0].norm3)
+        norms = (self.source.layer.norm1, self.source.layer.norm2, self.source.layer.norm3)
         normed = (self.ctx.operations.row_norm(x, find(), n) for find, n in zip(self.offsets, norms, strict=True))
         self.attn1.add_to(x, next(normed))
         self.attn2.add_to(x, next(normed), text_kv)
@@ -246,7 +261,7 @@ class CudaTransformer(nn.Module):
 
     def __init__(self, layer: SpatialTransformer, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.layer, self.ctx = (layer,), ctx
+        self.source, self.ctx = SourceLayer(layer), ctx
         self.proj_in, self.proj_out = fused_linear(ctx, layer.proj_in), fused_linear(ctx, layer.proj_out, bias=False)
         blocks = [block for block in layer.transformer_blocks if isinstance(block, TransformerBlock)]
         self.chain = [CudaTransformerBlock(block, ctx) for block in blocks]
@@ -260,7 +275,7 @@ class CudaTransformer(nn.Module):
 
     def forward(self, x: Tensor, text_kv: Tensor) -> Tensor:
         operations, rows = self.ctx.operations, pixels(x)
-        h = self.proj_in(operations.group_norm(rows, self.layer[0].norm, silu=False, moments=moments_of(x)))
+        h = self.proj_in(operations.group_norm(rows, self.source.layer.norm, silu=False, moments=moments_of(x)))
         for block in self.chain:
             block.add_to(h, text_kv)
         return maps(operations.added(self.proj_out(h), self.bias.value, rows), x)
@@ -287,9 +302,9 @@ class CrossAttentionKV:
     """Keys and values of a text for all cross attentions, as one linear layer: context (B, M, D) -> (B, M, sum)."""
 
     def __init__(self, layers: list[CudaAttention], ctx: CudaLayerContext) -> None:
-        inner = [each for layer in layers for each in (layer.attention[0].to_k, layer.attention[0].to_v)]
+        inner = [each for layer in layers for each in (layer.source.layer.to_k, layer.source.layer.to_v)]
         self.linear = fused_linear(ctx, *inner)
-        ends = accumulate((2 * layer.attention[0].to_k.out_features for layer in layers), initial=0)
+        ends = accumulate((2 * layer.source.layer.to_k.out_features for layer in layers), initial=0)
         for layer, (start, stop) in zip(layers, pairwise(ends), strict=True):
             layer.part = slice(start, stop)
 
@@ -302,13 +317,13 @@ class CudaPixelAttention(nn.Module):
 
     def __init__(self, attention: PixelAttention, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.attention, self.ctx = (attention,), ctx
+        self.source, self.ctx = SourceLayer(attention), ctx
         self.qkv = fused_linear(ctx, attention.to_q, attention.to_k, attention.to_v)
         self.out = fused_linear(ctx, _linear(attention.to_out[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         rows, operations = pixels(x), self.ctx.operations
-        normed = operations.group_norm(rows, self.attention[0].group_norm, silu=False, moments=moments_of(x))
+        normed = operations.group_norm(rows, self.source.layer.group_norm, silu=False, moments=moments_of(x))
         q, k, v = self.qkv(normed).chunk(3, dim=2)
         out, moments = operations.added_moments(self.out(attention(q, k, v, 1, self.ctx)), None, rows)
         return with_moments(maps(out, x), moments)
@@ -320,12 +335,12 @@ class CudaTextLayer(nn.Module):
     def __init__(self, layer: TextLayer, ctx: CudaLayerContext) -> None:
         super().__init__()
         attention = layer.self_attn
-        self.layer, self.ctx = (layer,), ctx
+        self.source, self.ctx = SourceLayer(layer), ctx
         self.qkv = fused_linear(ctx, attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = fused_linear(ctx, attention.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, operations = self.layer[0], self.ctx.operations
+        layer, operations = self.source.layer, self.ctx.operations
         heads, causal = layer.self_attn.heads, layer.self_attn.causal
         q, k, v = self.qkv(operations.add_norm(x, None, layer.layer_norm1)[1]).chunk(3, dim=2)
         h = self.out(attention(q, k, v, heads, self.ctx, causal=causal))
@@ -337,15 +352,16 @@ class CudaTextLayer(nn.Module):
 class CudaTinyBlock(nn.Module):
     """A block of the tiny autoencoder: bias, residual and ReLU inside cuDNN's convolutions."""
 
-    def __init__(self, block: TinyBlock) -> None:
+    def __init__(self, block: TinyBlock, ctx: CudaLayerContext) -> None:
         super().__init__()
-        self.block = (block,)
+        self.source = SourceLayer(block)
+        self.filters = [channels_last(conv, ctx) for conv in block.conv if isinstance(conv, nn.Conv2d)]
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda:
-            return self.block[0](x)  # type: ignore[no-any-return]
-        first, second, third = (conv for conv in self.block[0].conv if isinstance(conv, nn.Conv2d))
-        h = x
-        for conv in (first, second):
-            h = torch.cudnn_convolution_relu(h, conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1)
-        return torch.cudnn_convolution_add_relu(h, third.weight, x, 1.0, third.bias, (1, 1), (1, 1), (1, 1), 1)
+            return self.source.layer(x)  # type: ignore[no-any-return]
+        biases, h = [conv.bias for conv in self.source.layer.conv if isinstance(conv, nn.Conv2d)], x
+        for filters, bias in zip(self.filters[:2], biases[:2], strict=True):
+            h = torch.cudnn_convolution_relu(h, filters.value, bias, (1, 1), (1, 1), (1, 1), 1)
+        last = self.filters[2].value
+        return torch.cudnn_convolution_add_relu(h, last, x, 1.0, biases[2], (1, 1), (1, 1), (1, 1), 1)

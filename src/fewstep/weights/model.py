@@ -1,21 +1,17 @@
-"""What a checkpoint is made of, once loaded."""
+"""What a model is, apart from its weights, and a whole model in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import CheckpointError, quoted
-from fewstep.locks import WeightsLock
-from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.models.config import UNetConfig
-from fewstep.models.text_encoder import TextEncoder
-from fewstep.models.tiny_autoencoder import TinyAutoencoder
-from fewstep.models.unet import UNet
+from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
+from fewstep.models.networks import Networks
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.scheduler import SchedulerConfig
@@ -25,26 +21,47 @@ _NAMES = {"sampler": tuple(SAMPLERS), "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The networks of one model with what belongs to them; text towers and tokenizers in the same order.
+class ModelSpec:
+    """All that a run needs to know about a model; it holds no tensor.
 
-    `name`: the catalogue's, the folder's or the file's. `force_zeros_for_empty_prompt`: as SDXL's base was trained.
-    `tiny`: decodes in the autoencoder's place. `lock`: held by engines that compute with the weights, and by whoever
-    changes them.
+    `name`: the catalogue's, the folder's or the file's. `texts`: the text encoders in order. `revision`: that of the
+    hub, where one was asked for. `force_zeros_for_empty_prompt`: as SDXL's base was trained.
     """
 
     name: str
     family: Family
-    unet: UNet
-    autoencoder: AutoencoderKL
-    text_encoders: tuple[TextEncoder, ...]
-    tokenizers: tuple[Tokenizer, ...]
+    unet: UNetConfig
+    autoencoder: AutoencoderConfig
+    texts: tuple[TextConfig, ...]
     scheduler: SchedulerConfig
     defaults: Defaults
     licence: str
+    revision: str | None = None
     force_zeros_for_empty_prompt: bool = False
-    tiny: TinyAutoencoder | None = None
-    lock: WeightsLock = field(default_factory=WeightsLock, repr=False, compare=False)
+
+
+class Loaded(Protocol):
+    """What has a model in memory: a `LoadedModel`, or a pipeline that runs torch networks."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is."""
+
+    @property
+    def tokenizers(self) -> tuple[Tokenizer, ...]:
+        """One for each text encoder."""
+
+    @property
+    def networks(self) -> Networks:
+        """Its networks."""
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory: what it is, a tokenizer for each text encoder, and its networks."""
+
+    spec: ModelSpec
+    tokenizers: tuple[Tokenizer, ...]
+    networks: Networks
 
 
 def family_of(unet: UNetConfig) -> Family:
@@ -79,8 +96,8 @@ def usual_defaults(
     return replace(usual, **noted)
 
 
-def published(parts: Parts, known: Entry) -> Parts:
-    """`parts` under the name, licence, steps, guidance and size of its entry; the sampler is the checkpoint's own."""
-    own, defaults = parts.defaults, known.defaults or parts.defaults
-    defaults = replace(defaults, sampler=own.sampler, schedule=own.schedule)
-    return replace(parts, name=known.name, family=known.family, licence=known.licence, defaults=defaults)
+def published(spec: ModelSpec, known: Entry) -> ModelSpec:
+    """`spec` under the name, licence, steps, guidance and size of its entry; the sampler is the checkpoint's own."""
+    defaults = known.defaults or spec.defaults
+    defaults = replace(defaults, sampler=spec.defaults.sampler, schedule=spec.defaults.schedule)
+    return replace(spec, name=known.name, family=known.family, licence=known.licence, defaults=defaults)
