@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,5 +33,4 @@ def derived_model(model: LoadedModel, known: Entry) -> LoadedModel:
         own[name].copy_(vector)
     defaults = known.defaults or model.spec.defaults
     scheduler = model.spec.scheduler.sampled_by(defaults.sampler, defaults.schedule)
-    spec = replace(model.spec, name=known.name, licence=known.licence, defaults=defaults, scheduler=scheduler)
-    return model._replace(spec=spec)
+    return model.with_spec(name=known.name, licence=known.licence, defaults=defaults, scheduler=scheduler)

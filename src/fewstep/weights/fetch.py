@@ -56,7 +56,8 @@ def seen_from(folder: Path, model: str) -> str:
 def resolve(what: str | Path, *, half: bool, revision: str | None = None) -> tuple[Path, Entry | None]:
     """The folder or file that `what` names, downloaded if need be, and its entry of the catalogue, if any.
 
-    For a model that is derived from another one, the folder of that. `half` prefers the files in half precision. InputError for a name that is none; see `named`.
+    For a model that is derived from another one, the folder of that. `half` prefers the files in half precision.
+    InputError for a name that is none; see `named`.
     """
     found = named(what)
     if isinstance(found, Path):

@@ -12,6 +12,7 @@ from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import CheckpointError, quoted
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.networks import Networks
+from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.scheduler import SchedulerConfig
@@ -62,6 +63,14 @@ class LoadedModel(NamedTuple):
     spec: ModelSpec
     tokenizers: tuple[Tokenizer, ...]
     networks: Networks
+
+    def with_spec(self, **changes: Any) -> LoadedModel:
+        """The same networks under a spec with other entries."""
+        return self._replace(spec=replace(self.spec, **changes))
+
+    def with_unet(self, unet: UNet) -> LoadedModel:
+        """The same model with another UNet, whose config goes into the spec."""
+        return self.with_spec(unet=unet.config)._replace(networks=replace(self.networks, unet=unet))
 
 
 def family_of(unet: UNetConfig) -> Family:
