@@ -52,6 +52,7 @@ def cli(capsys: Any, tmp_path: Path, monkeypatch: Any) -> Cli:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a model with random weights that draws 64 x 64 pictures in milliseconds."""
     import torch
+    from fewstep.weights.parts import Parts
 
     import fewstep
     from fewstep.models.autoencoder import AutoencoderKL
@@ -60,7 +61,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fewstep.models.unet import UNet
     from fewstep.models.zoo import Defaults
     from fewstep.text.tokenizer import word_tokenizer
-    from fewstep.weights.parts import Parts
     from fewstep.weights.scheduler import SchedulerConfig
 
     torch.manual_seed(0)

@@ -23,7 +23,6 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
-from small import tokenizer, unet_config
 
 from fewstep import images
 from fewstep.data.sources import DamageError, samples
@@ -35,6 +34,7 @@ from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.folder import parsed
 from fewstep.weights.load import open_tensors
 from fewstep.weights.scheduler import SchedulerConfig
+from tests.factories import tokenizer, unet_config
 
 INPUTS = int(os.environ.get("FEWSTEP_FUZZ_INPUTS", "10000"))
 START = int(os.environ.get("FEWSTEP_FUZZ_START", "0"))

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch  # noqa: F401  which the children need not import each
-from frame import BYTES, SECONDS, Outcome, assert_cheap, attempt
 from PIL import Image
 
 from fewstep.data.filter_inputs import Settings
@@ -23,6 +22,7 @@ from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
 from fewstep.data.sources import samples
 from fewstep.data.tables import SETTINGS as READER_SETTINGS
+from tests.hostile.frame import BYTES, SECONDS, Outcome, assert_cheap, attempt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 

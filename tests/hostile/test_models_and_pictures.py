@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from frame import assert_cheap, assert_refused, attempt
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
-from small import parts
 
 from fewstep import images
 from fewstep.adapters.read import read_lora
@@ -24,6 +22,8 @@ from fewstep.engines.autotune import Autotuner
 from fewstep.text.tokenizer import Tokenizer
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
+from tests.factories import parts
+from tests.hostile.frame import assert_cheap, assert_refused, attempt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 

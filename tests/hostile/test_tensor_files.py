@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from frame import assert_cheap, assert_refused, attempt
 
 from fewstep.formats.tensors import TensorFile
 from fewstep.weights.load import open_tensors
+from tests.hostile.frame import assert_cheap, assert_refused, attempt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 

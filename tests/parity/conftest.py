@@ -7,18 +7,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import tiny
+
+from tests import oracles
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`folder(kind)`: a model of random weights."""
-    tiny.quiet()
+    oracles.quiet()
 
     @cache
     def make(kind: str) -> Path:
         path = tmp_path_factory.mktemp(kind)
-        tiny.pipeline(kind, path).save_pretrained(path / "model")
+        oracles.pipeline(kind, path).save_pretrained(path / "model")
         return path / "model"
 
     return make

@@ -16,7 +16,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -30,6 +29,7 @@ from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig, tin
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.weights.scheduler import SchedulerConfig
+from tests import oracles
 
 SHAPE = (1, 4, 4, 4)
 USUAL = {
@@ -335,12 +335,12 @@ def changes(table: dict[str, tuple[Any, ...]]) -> list[Any]:
 @pytest.mark.parametrize(("key", "value"), changes(UNET_CHANGES))
 def test_a_setting_of_the_unet_is_refused_or_heeded(key: str, value: Any) -> None:
     torch.manual_seed(0)
-    usual = in_json(tiny.unet().config)
+    usual = in_json(oracles.unet().config)
     if refused(key, lambda: UNetConfig.from_diffusers(usual | {key: in_json({"": value})[""]})):
         return
     more = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")} if key == "down_block_types" else {}
     try:
-        theirs = tiny.unet(**{key: value, **more})
+        theirs = oracles.unet(**{key: value, **more})
     except ValueError:
         return  # diffusers refuses it too
     config = UNetConfig.from_diffusers(in_json(theirs.config))
@@ -358,10 +358,10 @@ def test_a_setting_of_the_unet_is_refused_or_heeded(key: str, value: Any) -> Non
 @pytest.mark.parametrize(("key", "value"), changes(VAE_CHANGES))
 def test_a_setting_of_the_autoencoder_is_refused_or_heeded(key: str, value: Any) -> None:
     torch.manual_seed(0)
-    usual = in_json(tiny.vae().config)
+    usual = in_json(oracles.vae().config)
     if refused(key, lambda: AutoencoderConfig.from_diffusers(usual | {key: in_json({"": value})[""]})):
         return
-    theirs = diffusers.AutoencoderKL(**{**tiny.vae().config, key: value}).eval()
+    theirs = diffusers.AutoencoderKL(**{**oracles.vae().config, key: value}).eval()
     config = AutoencoderConfig.from_diffusers(in_json(theirs.config))
     ours = AutoencoderKL(config).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -382,7 +382,7 @@ def test_a_setting_of_the_tiny_autoencoder_is_refused_or_harmless(key: str, valu
 @pytest.mark.parametrize(("key", "value"), changes(TEXT_CHANGES))
 def test_a_setting_of_the_text_encoder_is_refused_or_heeded(key: str, value: Any) -> None:
     torch.manual_seed(0)
-    usual = tiny.text_encoder(100, 32, projection=24).config.to_dict()
+    usual = oracles.text_encoder(100, 32, projection=24).config.to_dict()
     usual["architectures"] = ["CLIPTextModelWithProjection"]
     changed = {**usual, key: value}
     if refused(key, lambda: TextConfig.from_transformers(in_json(changed))):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_parts
+from tests.parity.engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
 
 
 class Last(Autotuner):

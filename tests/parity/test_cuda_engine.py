@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error, picture
+from fewstep.weights.parts import Parts
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
+from tests.parity.engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error, picture
 
 
 def engine(parts: Parts, **options: bool) -> CudaEngine:

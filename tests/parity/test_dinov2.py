@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from fewstep.distill.pixel_features import MEAN, STD, DinoNetwork
 from fewstep.errors import CheckpointError
 from fewstep.weights.auxiliary import load_dinov2
+from tests import oracles
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {
 
 def saved(folder: Path, **changes: Any) -> transformers.Dinov2Model:
     """A tiny network, also in `folder`, whose weights keep activations near one and are all unlike."""
-    tiny.quiet()
+    oracles.quiet()
     torch.manual_seed(0)
     model = transformers.Dinov2Model(transformers.Dinov2Config(**SHAPE, **changes)).eval()
     with torch.no_grad():

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
-import tiny
 import torch
 
 import fewstep
 from fewstep import Pipeline
+from tests import oracles
 
 FOLDER = Path(fewstep.__file__).parent / "assets" / "blocks-base"
 
 
 def test_diffusers_draws_the_same_picture(embedded: Pipeline) -> None:
-    tiny.quiet()
+    oracles.quiet()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     prompt, defaults = "a red cube on top of a blue sphere", embedded.parts.defaults

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fewstep import Pipeline
 from fewstep.adapters.inject import ATTENTION, CONVOLUTIONS, TRANSFORMERS, eject, inject, trained_lora
 from fewstep.adapters.lora import Lora, networks
 from fewstep.adapters.save import save_lora
+from tests import oracles
 
 peft = pytest.importorskip("peft", reason="PEFT, which diffusers needs for LoRA, is not installed")
 
@@ -30,12 +30,12 @@ Pair = tuple[Any, Pipeline]
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
     """`oracle(kind)`: a tiny diffusers pipeline, and the folder into which it saved itself."""
-    tiny.quiet()
+    oracles.quiet()
 
     @cache
     def make(kind: str) -> tuple[Any, Path]:
         folder = tmp_path_factory.mktemp(kind)
-        pipe = tiny.pipeline(kind, folder)
+        pipe = oracles.pipeline(kind, folder)
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(folder / "model")
         return pipe, folder / "model"
@@ -63,7 +63,7 @@ def outputs(theirs: Any, ours: Pipeline) -> list[tuple[Tensor, Tensor]]:
     pairs = [(unet(x, t, context, *added), theirs.unet(x, t, context, added_cond_kwargs=conditions).sample)]
     towers = [theirs.text_encoder, getattr(theirs, "text_encoder_2", None)]
     for mine, tower in zip(ours.parts.text_encoders, towers, strict=False):
-        ids = torch.randint(0, 300, (2, tiny.WINDOW))
+        ids = torch.randint(0, 300, (2, oracles.WINDOW))
         ids[:, -1] = mine.config.eos
         pairs.append((mine(ids).penultimate, tower(ids, output_hidden_states=True).hidden_states[-2]))
     return pairs

@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 import transformers
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
+from tests import oracles
 
 UNETS = ("sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner")
 slow = pytest.mark.slow
@@ -81,9 +81,9 @@ def test_full_size_unet(name: str, record_property: Callable[[str, Any], None]) 
 
 
 @pytest.mark.parametrize("side", [(8, 8), (9, 13)])
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("kind", oracles.KINDS)
 def test_unet(kind: str, side: tuple[int, int], tmp_path: Any) -> None:
-    config = UNetConfig.from_diffusers(tiny.pipeline(kind, tmp_path).unet.config)
+    config = UNetConfig.from_diffusers(oracles.pipeline(kind, tmp_path).unet.config)
     assert unet_error(config, side, rows=2) <= 1e-4
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 import fewstep
 from fewstep import Pipeline
 from fewstep.models.autoencoder import AutoencoderKL
+from tests import oracles
 
 PUBLISHED = {"set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False, "steps_offset": 1}
 """What every published scheduler_config.json of the family says, whichever class reads it."""
@@ -38,12 +38,12 @@ Pair = tuple[Any, Pipeline]
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """`pair(kind)`: the diffusers pipeline, and ours loaded from the folder it saved."""
-    tiny.quiet()
+    oracles.quiet()
 
     @cache
     def make(kind: str) -> Pair:
         folder = tmp_path_factory.mktemp(kind)
-        theirs = tiny.pipeline(kind, folder)
+        theirs = oracles.pipeline(kind, folder)
         theirs.save_pretrained(folder / "model")
         theirs.set_progress_bar_config(disable=True)
         published = folder / "model" / "scheduler" / "scheduler_config.json"
@@ -292,7 +292,7 @@ def test_guidance_rescale(pair: Callable[[str], Pair]) -> None:
 
 
 def test_a_model_keeps_its_checkpoints_defaults(pair: Callable[[str], Pair], tmp_path: Any) -> None:
-    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs = oracles.pipeline("sd1", tmp_path)
     theirs.save_pretrained(tmp_path / "model")
     theirs.set_progress_bar_config(disable=True)
     ours = fewstep.load(tmp_path / "model", device="cpu")
@@ -302,7 +302,7 @@ def test_a_model_keeps_its_checkpoints_defaults(pair: Callable[[str], Pair], tmp
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "ddim"])
 def test_a_file_that_names_no_spacing_leaves_it_to_the_sampler(tmp_path: Any, sampler: str) -> None:
-    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs = oracles.pipeline("sd1", tmp_path)
     theirs.save_pretrained(tmp_path / "model")
     theirs.set_progress_bar_config(disable=True)
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
@@ -380,7 +380,7 @@ def test_another_base_refines_as_in_diffusers(pair: Callable[[str], Pair]) -> No
 
 @pytest.mark.parametrize("name", ["LMSDiscrete", "DEISMultistep", "KDPM2Discrete", "KDPM2AncestralDiscrete"])
 def test_a_sampler_that_stands_in_for_another_is_said(tmp_path: Any, name: str) -> None:
-    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs = oracles.pipeline("sd1", tmp_path)
     theirs.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(theirs.scheduler.config)
     theirs.save_pretrained(tmp_path / "model")
     ours = fewstep.load(tmp_path / "model", device="cpu")
@@ -393,10 +393,10 @@ def test_a_sampler_that_stands_in_for_another_is_said(tmp_path: Any, name: str) 
 
 
 def test_old_files_are_put_right_as_diffusers_pipelines_do(tmp_path: Any) -> None:
-    theirs = tiny.pipeline("sd1", tmp_path)
+    theirs = oracles.pipeline("sd1", tmp_path)
     theirs.save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
-    old = {**tiny.SD_NOISE, "_class_name": "DDIMScheduler"}  # diffusers' class would clip, and start from step 0
+    old = {**oracles.SD_NOISE, "_class_name": "DDIMScheduler"}  # diffusers' class would clip, and start from step 0
     config.write_text(json.dumps(old))
     index = tmp_path / "model" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "DDIMScheduler"]}))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_exam import PROMPTS, SIZE, Replayed
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +22,7 @@ from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.pipeline.recorded import MOST_PREDICTIONS
 from fewstep.weights.load import load_parts
+from tests.parity.engine_exam import PROMPTS, SIZE, Replayed
 
 
 class Recording(Graphs):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from fewstep.errors import CheckpointError
 from fewstep.metrics.clip_score import UserClip, clip_scores, load_clip
 from fewstep.metrics.features import load_features
+from tests import oracles
 
 PROMPTS = ["a red cube", "a blue sphere on top of a red cube", "ugly photo"]
 
@@ -21,13 +21,13 @@ PROMPTS = ["a red cube", "a blue sphere on top of a red cube", "ugly photo"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder of a tiny CLIP whose weights keep activations near one."""
-    tiny.quiet()
+    oracles.quiet()
     path = tmp_path_factory.mktemp("clip")
-    words = tiny.tokenizer(path / "words")
+    words = oracles.tokenizer(path / "words")
     config = transformers.CLIPConfig(
         text_config={
             "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": tiny.WINDOW, "bos_token_id": len(words) - 2,
+            "num_attention_heads": 2, "max_position_embeddings": oracles.WINDOW, "bos_token_id": len(words) - 2,
             "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1,
         },
         vision_config={
@@ -69,7 +69,7 @@ def test_both_towers_and_the_score_are_those_of_transformers(folder: Path, pictu
     theirs = transformers.CLIPModel.from_pretrained(folder)
     words = transformers.CLIPTokenizer.from_pretrained(folder)
     seen = processor(folder)(pictures, return_tensors="pt")
-    said = words(PROMPTS, padding="max_length", max_length=tiny.WINDOW, truncation=True, return_tensors="pt")
+    said = words(PROMPTS, padding="max_length", max_length=oracles.WINDOW, truncation=True, return_tensors="pt")
     wanted = theirs(**seen, **said)
 
     ours = UserClip(folder)

@@ -13,14 +13,14 @@ import pytest
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
     """`oracle(kind)`: a tiny diffusers pipeline, and the folder into which it saved itself."""
-    import tiny
+    from tests import oracles
 
-    tiny.quiet()
+    oracles.quiet()
 
     @cache
     def make(kind: str) -> tuple[Any, Path]:
         folder = tmp_path_factory.mktemp(kind)
-        pipe = tiny.pipeline(kind, folder)
+        pipe = oracles.pipeline(kind, folder)
         pipe.save_pretrained(folder / "model")
         return pipe, folder / "model"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.weights.parts import Parts
 from safetensors.torch import save_file
-from small import parts, text_configs, unet_config
 
 import fewstep
 from fewstep.errors import CheckpointError, InputError
@@ -23,9 +23,9 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
 from fewstep.weights import load as loading
 from fewstep.weights.load import load_parts, load_tiny, open_tensors
-from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts, save_single_file
 from fewstep.weights.single import recognise
+from tests.factories import parts, text_configs, unet_config
 
 Oracle = Callable[[str], tuple[Any, Path]]
 

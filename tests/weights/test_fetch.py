@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import assert_same_weights, parts
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, entry
 from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, named, wanted_files
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
+from tests.factories import assert_same_weights, parts
 
 SD = "CompVis/stable-diffusion-v1-4"
 COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import FAMILIES, assert_same_weights, networks, parts
 
 from fewstep.adapters.lora import Factors, Lora
 from fewstep.adapters.save import save_lora
@@ -23,6 +22,7 @@ from fewstep.models.zoo import Family
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_parts, save_single_file
 from fewstep.weights.scheduler import SchedulerConfig
+from tests.factories import FAMILIES, assert_same_weights, networks, parts
 
 Oracle = Callable[[str], tuple[Any, Path]]
 KINDS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "refiner": "sdxl-refiner", "inpaint": "sd1"}

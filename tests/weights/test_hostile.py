@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.weights.parts import Parts
 from safetensors.torch import load_file, save_file
-from small import assert_same_weights, parts
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import Family
 from fewstep.weights.load import load_parts, open_tensors
-from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_single_file
+from tests.factories import assert_same_weights, parts
 
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 
@@ -310,9 +310,8 @@ def test_what_a_single_file_does_not_say_is_asked_for(
 def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from small import unet_config
-
     from fewstep.models.unet import UNet
+    from tests.factories import unet_config
 
     config = unet_config("sd1")
     stages = tuple(replace(stage, heads=4) for stage in config.stages)

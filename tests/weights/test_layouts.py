@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import FAMILIES, assert_same_weights, parts
 from torch import Tensor
 
 from fewstep.formats.tensors import TensorFile
@@ -22,6 +21,7 @@ from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gath
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts, save_single_file
 from fewstep.weights.single import DROPPED, recognise
+from tests.factories import FAMILIES, assert_same_weights, parts
 
 WHOLE = ("sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner")  # the turbo models have the shapes of others
 KEYS_IN_PUBLISHED_FILE = {"sd-v1-4": 1131 - 1, "sdxl-base": 2515 - 2}  # less position_ids, logit_scale

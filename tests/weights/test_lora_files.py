@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 import torch
+from fewstep.weights.parts import Parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +26,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.layouts import UNET_PREFIX, single_places
-from fewstep.weights.parts import Parts
+from tests import factories
 
 RANK = 2
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -34,7 +34,7 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 @pytest.fixture(scope="module")
 def model() -> Callable[[str], Parts]:
-    made = {family: small.parts(family) for family in small.FAMILIES}
+    made = {family: factories.parts(family) for family in factories.FAMILIES}
     return made.__getitem__
 
 
@@ -186,7 +186,7 @@ def test_names_of_published_files_fit_the_published_models(name):
     assert entry.unet is not None
     with torch.device("meta"):
         towers = tuple(TextEncoder(config) for config in entry.texts)
-        parts = replace(small.parts(entry.family), unet=UNet(entry.unet), text_encoders=towers)
+        parts = replace(factories.parts(entry.family), unet=UNet(entry.unet), text_encoders=towers)
     assert set(PUBLISHED[name]) <= layer_names(parts).keys()
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fewstep.adapters.derived_model import VECTORS, vectors
+from fewstep.weights.parts import Parts
 from safetensors.torch import load_file
 
 import fewstep
-from fewstep.adapters.derived_model import VECTORS, vectors
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.inject import ATTENTION
 from fewstep.adapters.lora import layers_of, networks
 from fewstep.adapters.merge import fuse_lora
 from fewstep.errors import CheckpointError, InputError
 from fewstep.weights.fetch import ASSETS
-from fewstep.weights.parts import Parts
 
 
 def base() -> Parts:

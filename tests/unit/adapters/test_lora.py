@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 import torch
+from fewstep.weights.parts import Parts
 from PIL import Image
 from torch import nn
 
@@ -26,8 +26,8 @@ from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig
 from fewstep.train.plan import Part, Plan
 from fewstep.train.trainer import Trainer, Turn
-from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
+from tests import factories
 
 EVERYTHING = (*TRANSFORMERS, *CONVOLUTIONS)
 TO_Q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -57,7 +57,7 @@ class Model:
 @pytest.fixture
 def model() -> Model:
     eighth = AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)
-    parts = replace(small.parts("sd1"), autoencoder=AutoencoderKL(eighth))
+    parts = replace(factories.parts("sd1"), autoencoder=AutoencoderKL(eighth))
     for network in networks(parts).values():
         network.eval().requires_grad_(False)
     return Model(parts)

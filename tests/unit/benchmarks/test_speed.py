@@ -21,6 +21,7 @@ from benchmarks.speed.sdcpp import stages
 from benchmarks.speed.tasks import Made, Piece, Task, inputs, prompt, token_ids
 from benchmarks.speed.turns import Found, measured, shares
 from benchmarks.speed.walk import run_of, torch_arrays, walked
+from fewstep.weights.parts import Parts
 
 from fewstep.diffusion.denoiser import denoiser
 from fewstep.diffusion.samplers import SAMPLERS
@@ -35,7 +36,6 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, entry
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import word_tokenizer
-from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
 

@@ -18,11 +18,11 @@ from benchmarks.speed.models import _save_model, _save_tiny, random_parts, rando
 from benchmarks.speed.request import Request
 from benchmarks.speed.tasks import Piece, Task, inputs
 from benchmarks.speed.theirs import module
-from tests.unit.benchmarks import speed_fakes
 
 from fewstep.models import zoo
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
 from fewstep.weights.load import load_parts, load_tiny
+from tests.unit.benchmarks import speed_fakes
 
 LEVELS = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
 TEXT = TextConfig(vocabulary=10, width=32, layers=2, heads=2, inner=32, eos=2)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import small
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from fewstep.adapters.merge import add_lora, remove_lora
 from fewstep.engines.cache import weights_version
 from fewstep.engines.engine import Conditioning
 from fewstep.locks import WeightsLock, made_once
+from tests import factories
 
 SOON = 0.2  # seconds in which a thread that may go on does
 LATE = 20  # seconds after which one that should go on never will
@@ -30,7 +30,7 @@ LATE = 20  # seconds after which one that should go on never will
 
 @pytest.fixture
 def pipe() -> fewstep.Pipeline:
-    parts = small.parts("sd1")
+    parts = factories.parts("sd1")
     for network in networks(parts).values():
         network.eval().requires_grad_(False)
     return fewstep.Pipeline(parts)

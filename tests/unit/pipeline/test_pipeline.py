@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fewstep.weights.parts import Parts
 from PIL import Image
 
 import fewstep
@@ -24,7 +25,6 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults
 from fewstep.text.tokenizer import word_tokenizer
-from fewstep.weights.parts import Parts
 from fewstep.weights.scheduler import SchedulerConfig
 
 WORDS = ["a", "red", "cube", "on", "top", "of", "blue", "sphere", ","]

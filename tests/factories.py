@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fewstep.weights.parts import Parts
 
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
@@ -12,7 +13,6 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Family
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.parts import Parts
 from fewstep.weights.scheduler import usual_scheduler
 
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl", "sdxl-refiner")
