@@ -16,9 +16,9 @@ from pathlib import Path
 
 import fewstep
 from fewstep.evaluate.blocks.report import sheet_name, write_blocks
-from fewstep.evaluate.blocks.suite import Extent
-from fewstep.evaluate.candidates import contestants
-from fewstep.evaluate.image_cache import Easel
+from fewstep.evaluate.blocks.suite import SampleSizes
+from fewstep.evaluate.candidates import load_candidates
+from fewstep.evaluate.image_cache import ImageCache
 from fewstep.metrics.features import load_features
 from fewstep.tables import write_text
 
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     asked = parser.parse_args()
     pictures = asked.folder / "pictures"
-    models = contestants(
-        asked.models, "blocks-base", lambda name: Easel(name, fewstep.load(name, device="cpu"), pictures)
+    models = load_candidates(
+        asked.models, "blocks-base", lambda name: ImageCache(name, fewstep.load(name, device="cpu"), pictures)
     )
-    report = write_blocks(models, Extent(count=asked.count), load_features(), asked.folder)
+    report = write_blocks(models, SampleSizes(count=asked.count), load_features(), asked.folder)
     path = RESULTS / f"blocks_{asked.name}_{datetime.date.today()}.md"
     text = report.read_text(encoding="utf-8")
     for picture in (*(sheet_name(model, what) for model in models for what in SHEETS), "blocks.svg"):

@@ -1,15 +1,13 @@
-"""What is written about an evaluation: Markdown for people and CSV for programs, each whole or not at all."""
+"""Report files: Markdown tables for people and CSV for programs, each file written whole or not at all."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from fewstep.images import save_png
@@ -56,10 +54,3 @@ def format_number(value: Cell) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else value
-
-
-def machine() -> str:
-    """What the pictures were drawn and judged on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    threads = torch.get_num_threads()
-    return f"{device}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__.split('+')[0]}"

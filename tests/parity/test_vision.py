@@ -88,10 +88,10 @@ def test_pictures_come_in_as_transformers_gives_them(folder: Path, pictures: lis
 
 
 def test_the_report_can_name_it(folder: Path) -> None:
-    card = load_clip(folder).card
-    assert card.name == folder.name
-    assert len(card.digest) == 16
-    assert load_features(folder).card == card
+    network_id = load_clip(folder).network_id
+    assert network_id.name == folder.name
+    assert len(network_id.digest) == 16
+    assert load_features(folder).network_id == network_id
 
 
 def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:

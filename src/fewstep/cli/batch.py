@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,8 +14,7 @@ import typer
 from fewstep.cli import checks, options, outputs, progress
 from fewstep.cli.generate import tell, unknown_words
 from fewstep.cli.settings import Settings, complete_settings, picture_metadata, task_keywords
-from fewstep.errors import InputError, quoted
-from fewstep.files import file_size
+from fewstep.errors import InputError
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result
@@ -103,24 +101,10 @@ def batch(
 
 
 def read(prompts: Path, folder: Path) -> list[Line]:
-    """The lines of a file that say something, in UTF-8, or UTF-16 with its mark. InputError for a file without any."""
-    try:
-        file_size(prompts)
-        content = prompts.read_bytes()
-        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{quoted(prompts)} cannot be read as text: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{quoted(prompts)} cannot be read as text in UTF-8: {error.reason}; save it as that"
-        ) from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as editors count them
-    prompted = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    prompted = [(number, line) for number, line in prompted if line and not line.startswith("#")]
-    if not prompted:
-        raise InputError(f"{quoted(prompts)} holds no prompt; write one a line")
-    return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in prompted]
+    """The prompts of a file, with the path of each image in `folder`; InputError for a file without a prompt."""
+    from fewstep.evaluate.prompts import numbered_prompts
+
+    return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in numbered_prompts(prompts)]
 
 
 def sort(lines: list[Line], settings: Settings, seed: int, *, force: bool) -> tuple[list[Line], int]:

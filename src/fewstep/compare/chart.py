@@ -1,4 +1,4 @@
-"""The preference chart: a bar for each pair of models, as model cards show them, with ties and intervals."""
+"""The preference chart: one bar for each pair of models, with ties and 95 % intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAPTION = "Grey: ties. Dot: share for the model on the left, half of the ties in
 
 
 def write_chart(outcome: Outcome, stem: Path) -> list[Path]:
-    """Write `stem`.svg and `stem`.png, and return their paths; the title says who voted, whatever the caller wants.
+    """Write `stem`.svg and `stem`.png, and return their paths; the title says who voted.
 
     Raises MissingExtraError without matplotlib.
     """
@@ -83,12 +83,12 @@ def _in_lines(label: str) -> str:
 
 def _label(figure: Any, outcome: Outcome, height: float) -> None:
     figure.text(0.5, 1 - 0.3 / height, outcome.title, ha="center", va="center", fontsize=12, weight="bold", color=INK)
-    lines = [CAPTION, counted(outcome)]
+    lines = [CAPTION, sample_line(outcome)]
     for number, line in enumerate(lines):
         figure.text(0.5, (0.38 - 0.2 * number) / height, line, ha="center", va="center", fontsize=7.5, color=PALE)
 
 
-def counted(outcome: Outcome) -> str:
+def sample_line(outcome: Outcome) -> str:
     """One line: how many votes, raters and prompts, who was left out, and how far raters agree."""
     votes = sum(tally.votes.count for tally in outcome.tallies)
     people = f"{len(outcome.raters)} {'person' if len(outcome.raters) == 1 else 'people'}"

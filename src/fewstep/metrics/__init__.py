@@ -1,1 +1,1 @@
-"""Numbers about pictures: tensors in, measures with their intervals out."""
+"""Numbers about images: tensors in, measures with their intervals out."""

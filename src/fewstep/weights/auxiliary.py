@@ -24,7 +24,7 @@ DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class NetworkId:
     """Which network made a number: its name, and 16 hex digits of the SHA-256 of its files of weights."""
 
     name: str
@@ -34,7 +34,7 @@ class Card:
         return f"{self.name} (sha256 {self.digest})"
 
 
-def fill(folder: Path, *networks: nn.Module) -> Card:
+def load_network(folder: Path, *networks: nn.Module) -> NetworkId:
     """Give `networks` the weights in `folder`, in float32 and ready to judge; its card, named like the folder.
 
     No two networks share a name, and all names of the files belong to one. Raises CheckpointError, and fills nothing,
@@ -47,18 +47,18 @@ def fill(folder: Path, *networks: nn.Module) -> Card:
     for network in networks:
         network.load_state_dict({name: file.read(name, False).float() for name in network.state_dict()})
         network.requires_grad_(False).eval()
-    return Card(name=folder.name, digest=file_digest(weight_files(folder, half=False)))
+    return NetworkId(name=folder.name, digest=file_digest(weight_files(folder, half=False)))
 
 
 def load_dinov2(folder: Path) -> Dinov2:
     """The network in a transformers folder, frozen, in float32; CheckpointError when a name or shape differs."""
     network = Dinov2(parsed(folder / "config.json", Dinov2Config.from_transformers))
-    fill(folder, network)
+    load_network(folder, network)
     return network
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a folder that `fill` reads: weights in half precision, and what they are weights of."""
+    """Write a folder that `load_network` reads: weights in half precision, and what they are weights of."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
     partial = folder / ".model.partial"
