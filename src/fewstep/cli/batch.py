@@ -13,8 +13,9 @@ import typer
 
 from fewstep.cli import checks, options, outputs, progress
 from fewstep.cli.generate import tell, unknown_words
-from fewstep.cli.settings import Settings, complete_settings, picture_metadata, task_keywords
+from fewstep.cli.settings import complete_settings, task_keywords
 from fewstep.errors import InputError
+from fewstep.safety.provenance import Settings, image_metadata
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result
@@ -155,6 +156,7 @@ def _is_embedded(wanted: Settings) -> bool:
 
 def _settings(wanted: Settings, pipe: Pipeline | None, folder: Path) -> Settings:
     """What pictures in `folder` say of themselves, but for prompt and seed; of an embedded model without loading it."""
+    from fewstep.inspect.catalogue import defaults_of
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.request import sampler_named
@@ -164,10 +166,10 @@ def _settings(wanted: Settings, pipe: Pipeline | None, folder: Path) -> Settings
         settings |= pipe.start(**{**task_keywords(wanted), "seed": 0}).settings
     elif _is_embedded(wanted):
         model = wanted.get("model", EMBEDDED)
-        settings |= {"model": model, **vars(checks.defaults_of(CATALOGUE[model])), **task_keywords(wanted)}
+        settings |= {"model": model, **vars(defaults_of(CATALOGUE[model])), **task_keywords(wanted)}
         settings["sampler"], schedule = sampler_named(settings["sampler"])
         settings["schedule"] = wanted.get("schedule") or schedule or settings["schedule"]
-    settings = picture_metadata(wanted, settings, folder)
+    settings = image_metadata(wanted, settings, folder)
     return {name: settings[name] for name in COMPARED if name in settings}
 
 
@@ -217,7 +219,7 @@ def save(result: Result, wanted: Settings, lines: list[Line]) -> list[Path]:
     from fewstep import images
 
     for line, one, picture in zip(lines, result.seeds, result.images, strict=True):
-        settings = picture_metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
+        settings = image_metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
         images.save_png(picture, line.path, {**settings, "seed": one})
     return [line.path for line in lines]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli.settings import Settings, redraws, task_keywords
+from fewstep.cli.settings import redraws, task_keywords
 from fewstep.errors import InputError, quoted, unknown
+from fewstep.safety.provenance import Settings
 
 if TYPE_CHECKING:
     from fewstep.models.zoo import Defaults, Entry
@@ -16,6 +17,7 @@ LATENTS = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl", "bl
 
 def check(wanted: Settings) -> None:
     """InputError for values out of range, unknown names, and models that do not go together; loads nothing."""
+    from fewstep.inspect.catalogue import defaults_of
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.request import TaskOptions, make_job, strength_steps
 
@@ -29,17 +31,6 @@ def check(wanted: Settings) -> None:
         strength_steps(job.steps if native or "steps" in wanted else 1000, keywords["strength"])
     if not 0 <= wanted.get("handoff", 0.8) <= 1:
         raise InputError(f"handoff {quoted(wanted['handoff'])} is not a number from 0 to 1")
-
-
-def defaults_of(known: Entry | None) -> Defaults | None:
-    """What a model of the catalogue draws with when nothing is said; None for other models."""
-    from fewstep.models.zoo import Defaults
-    from fewstep.weights.fetch import ASSETS
-    from fewstep.weights.folder import read_json
-
-    if known is None or known.defaults is not None or known.family != "blocks":
-        return None if known is None else known.defaults
-    return Defaults(**read_json(ASSETS / known.name / "model_index.json")["_fewstep"]["defaults"])
 
 
 def _entry(name: str) -> Entry | None:

@@ -10,8 +10,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from fewstep.cli import checks, options, outputs, progress
-from fewstep.cli.settings import Settings, complete_settings, picture_metadata, redraws, task_keywords
+from fewstep.cli.settings import complete_settings, redraws, task_keywords
 from fewstep.errors import printable, quoted
+from fewstep.safety.provenance import Settings, image_metadata
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result, Run
@@ -73,7 +74,7 @@ def _generate(wanted: Settings, where: outputs.Destination, quiet: bool) -> list
             fewstep.add_lora(pipe, file, scale)
         loaded = perf_counter() - started
         result = draw(pipe, refiner, wanted, bar)
-        settings = picture_metadata(wanted, result.settings, where.folder)
+        settings = image_metadata(wanted, result.settings, where.folder)
         written = outputs.save(result, settings, where)
     if not quiet:
         tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.parts.name))
