@@ -17,10 +17,11 @@ UNKNOWN = "unknown"
 
 
 def machine() -> str:
-    """One line with the device, the threads and PyTorch's version, for reports."""
+    """One line with the device, the threads, the versions of PyTorch and fewstep, and the commit, for reports."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     threads = torch.get_num_threads()
-    return f"{device}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__.split('+')[0]}"
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, fewstep {version.__version__} (commit {source_commit()})"
+    return f"{device}, {threads} thread{'s' * (threads > 1)}, {versions}"
 
 
 def hardware(device: torch.device) -> str:
