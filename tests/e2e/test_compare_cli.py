@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import fewstep
-from fewstep.cards.training_record import DataSource, Training, TrainingStage
+from fewstep.cards.training_record import DataSource, TrainingRecord, TrainingStage
 from fewstep.cli import main
 from fewstep.compare.study import read_study
 from fewstep.compare.votes import QUESTIONS, RaterVotes, Vote
@@ -112,7 +112,7 @@ def test_a_card_is_written_beside_the_weights_and_keeps_what_people_wrote(cli):
     stage = TrainingStage(
         name="unet", steps=10, batch=8, precision="float32", hours=2, watts=50, hardware="CPU", settings={}
     )
-    training = Training(
+    training = TrainingRecord(
         name="blocks", summary="Small.", example="a red cube", licence="Apache-2.0", stages=(stage,), kg_per_kwh=0.3,
         data=(DataSource(what="own pictures", digest="1"),), limits=("Few words.",),
     )  # fmt: skip

@@ -83,7 +83,7 @@ def test_both_towers_and_the_score_are_those_of_transformers(folder: Path, pictu
 
 def test_pictures_come_in_as_transformers_gives_them(folder: Path, pictures: list[Image.Image]) -> None:
     wanted = processor(folder)(pictures, return_tensors="pt")["pixel_values"]
-    ours = torch.cat([UserClip(folder).ready(picture) for picture in pictures])
+    ours = torch.cat([UserClip(folder).preprocess(picture) for picture in pictures])
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 

@@ -39,7 +39,7 @@ def bench(
 
         from fewstep.evaluate import environment, speed
 
-        bar.stage("drawing")
+        bar.stage("generating")
         first = speed.image_of(pipe, settings, 0)
         first_seconds = perf_counter() - began
         times = speed.measure(pipe, settings, runs)

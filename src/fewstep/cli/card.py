@@ -1,4 +1,4 @@
-"""`fewstep card` and `fewstep emissions`: a model card from the record of a training, and the carbon of a run."""
+"""`fewstep card` and `fewstep emissions`: a model card from a training record, and the carbon emissions of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fewstep compare`: a blind side-by-side page, and the charts of the votes that people bring back."""
+"""`fewstep compare`: a page for blind comparison of models, and charts of the votes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A new folder for the page.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file, one a line (else held-out block scenes).")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many prompts at most.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of pictures, sides and order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of images, sides and order.")] = 0,
     checks: Annotated[int | None, typer.Option(min=0, help="Attention checks (else one for ten prompts).")] = None,
     tally: Annotated[Path | None, typer.Option(help="Count the votes on the page in this folder.")] = None,
     judge: Annotated[str | None, typer.Option(help="A model that votes in place of people: reader.")] = None,
@@ -101,7 +101,7 @@ def _make(
             bar.stage("loading")
             pipe = fewstep.load(candidate.model, device=device)
             if prompts is None and pipe.parts.family != "blocks":
-                raise InputError(f"{candidate.label} draws more than blocks; give prompts for it with --prompts FILE")
+                raise InputError(f"{candidate.label} is no block model; give prompts for it with --prompts FILE")
             settings, images = generate_images(candidate, pipe, texts, seed=seed, on_step=bar.on_step)
             image_sets[candidate.label] = ImageSet(settings=settings, images=images)
     make_study(image_sets, texts, folder, seed=seed, checks=-(-len(texts) // 10) if checks is None else checks)

@@ -136,7 +136,7 @@ def _caches(output: Path, device: str | None, *, shown: bool) -> Iterator[LoadCa
         from fewstep.evaluate.image_cache import ImageCache
 
         def on_progress(done: int, total: int) -> None:
-            bar.bars.update(bar.task, description="drawing", total=total, completed=done)
+            bar.bars.update(bar.task, description="generating", total=total, completed=done)
 
         yield lambda name: ImageCache(name, fewstep.load(name, device=device), output / "pictures", on_progress)
 

@@ -34,7 +34,7 @@ def complete_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def redraws(settings: Settings) -> bool:
-    """Whether the refiner redraws the finished picture, instead of taking over before it is finished."""
+    """Whether the refiner regenerates the finished image, instead of taking over before it is finished."""
     return "refiner" in settings and "strength" in settings and "init" not in settings
 
 
@@ -84,13 +84,13 @@ def _sides(given: Mapping[str, Any]) -> Settings:
 
 def _check(settings: Settings) -> None:
     if "prompt" not in settings:
-        raise InputError('no prompt; say what to draw, as in: fewstep generate "a red cube"')
+        raise InputError('no prompt; say what the image shows, as in: fewstep generate "a red cube"')
     if "mask" in settings and "init" not in settings:
-        raise InputError("--mask without --init; give the picture whose white places in the mask are redrawn")
+        raise InputError("--mask without --init; give the image whose white places in the mask are changed")
     if "handoff" in settings and "refiner" not in settings:
         raise InputError("--handoff without --refiner; name the model that takes over")
     if "strength" in settings and not {"init", "refiner"} & set(settings):
-        raise InputError("--strength without --init; give the picture to start from")
+        raise InputError("--strength without --init; give the image to start from")
     if "strength" in settings and "handoff" in settings and "init" not in settings:
         raise InputError("--handoff and --strength are two ways to refine; give one of them")
     for name in IMAGES:

@@ -42,7 +42,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
             chunks = [image.info.get(name) for name in ("prompt", "workflow")]
         graph, workflow = (_json(chunk) for chunk in chunks)
     except images.UNREADABLE as error:
-        raise InputError(f"{quoted(path)} cannot be read as a picture: {error}") from error
+        raise InputError(f"{quoted(path)} cannot be read as an image: {error}") from error
     nodes = {name: node for name, node in graph.items() if isinstance(node, dict) and _inputs(node)}
     if nodes:
         return settings_of(nodes)

@@ -1,1 +1,1 @@
-"""Numbers about images: tensors in, measures with their intervals out."""
+"""Metrics of generated images and of votes on them, with confidence intervals."""

@@ -1,4 +1,4 @@
-"""What votes between pairs of models say: the share that prefers one, and the strengths of many."""
+"""Preference statistics of votes between pairs of models: shares, and Bradley-Terry strengths."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def strengths(comparisons: Sequence[VoteCounts]) -> dict[str, Estimate]:
     _check_bounded(points, names)
     theta = _most_likely(points)
     errors = _covariance(theta, points).diagonal().sqrt()
-    found = {name: Estimate(float(theta[i]), float(errors[i])) for i, name in enumerate(names)}
-    return dict(sorted(found.items(), key=lambda item: -item[1].value))
+    estimates = {name: Estimate(float(theta[i]), float(errors[i])) for i, name in enumerate(names)}
+    return dict(sorted(estimates.items(), key=lambda item: -item[1].value))
 
 
 def _points(comparisons: Sequence[VoteCounts], names: Sequence[str]) -> Tensor:

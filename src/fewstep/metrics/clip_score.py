@@ -1,4 +1,4 @@
-"""How well images fit their prompts: the CLIP score, by the user's CLIP or by fewstep's towers for block images."""
+"""CLIP score: agreement of images and prompts, by the user's CLIP or by fewstep's own towers for block images."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Clip(Protocol):
         """The embeddings of prompts."""
 
     def features(self, images: Images) -> Tensor:
-        """What is known of images apart from words."""
+        """The image features (N, F) that FID compares."""
 
 
 def load_clip(folder: Path | None = None, device: torch.device = CPU) -> Clip:
     """The CLIP in a transformers folder, or without one the towers that come with fewstep, for block images alone.
 
-    It judges on `device`; fewstep's own are so small that they stay on the CPU.
+    It runs on `device`; fewstep's own towers are so small that they stay on the CPU.
 
     Raises CheckpointError for a folder that is not a `CLIPModel`'s.
     """
@@ -73,10 +73,8 @@ class BlockClip:
     def __init__(self) -> None:
         self.image, self.text = ImageTower(), TextEncoder(TEXT)
         folder = ASSETS / "block-clip"
-        seen, said = (
-            load_network(folder / name, tower) for name, tower in (("image", self.image), ("text", self.text))
-        )
-        self.network_id = NetworkId(name="fewstep's own block-clip", digest=f"{seen.digest[:8]}{said.digest[:8]}")
+        digests = [load_network(folder / name, getattr(self, name)).digest[:8] for name in ("image", "text")]
+        self.network_id = NetworkId(name="fewstep's own block-clip", digest="".join(digests))
         self.tokenizer = block_tokenizer()
 
     def images(self, images: Images) -> Tensor:
@@ -94,7 +92,7 @@ class BlockClip:
                 raise InputError(
                     f"{self.network_id.name} knows no word of {prompt!r}; give a CLIP that does, with --clip"
                 )
-        return _embedded(self.text, self.tokenizer, prompts)
+        return _embed(self.text, self.tokenizer, prompts)
 
 
 class UserClip:
@@ -108,15 +106,15 @@ class UserClip:
         self.vision.to(device)
         self.tokenizer = Tokenizer.from_folder(folder)
         path = folder / "preprocessor_config.json"
-        told = read_json(path) if path.is_file() else {}
+        processor = read_json(path) if path.is_file() else {}
         self.mean, self.std = (
-            torch.tensor(told.get(name, default)).view(1, 3, 1, 1)
+            torch.tensor(processor.get(name, default)).view(1, 3, 1, 1)
             for name, default in (("image_mean", MEAN), ("image_std", STD))
         )
 
     def images(self, images: Images) -> Tensor:
         """(N, D), not normed."""
-        return apply_in_batches(images, self.ready, self.vision, self.device)
+        return apply_in_batches(images, self.preprocess, self.vision, self.device)
 
     def features(self, images: Images) -> Tensor:
         """The same: FID over them is known as CLIP-FID."""
@@ -124,9 +122,9 @@ class UserClip:
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """(N, D), not normed, of what of a prompt fits into the window."""
-        return _embedded(self.text, self.tokenizer, prompts)
+        return _embed(self.text, self.tokenizer, prompts)
 
-    def ready(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """(1, 3, side, side) as of transformers' CLIPImageProcessor: the shorter side resized, the middle cut out."""
         side = self.vision.config.side
         scale = side / min(image.size)
@@ -141,11 +139,11 @@ def _unit(image: Image.Image) -> Tensor:
 
 
 def _text_config(config: dict[str, Any]) -> TextConfig:
-    told = {**config["text_config"], "architectures": ["CLIPTextModelWithProjection"]}
-    return TextConfig.from_transformers(told | {"projection_dim": config.get("projection_dim", 512)})
+    text = {**config["text_config"], "architectures": ["CLIPTextModelWithProjection"]}
+    return TextConfig.from_transformers(text | {"projection_dim": config.get("projection_dim", 512)})
 
 
 @torch.inference_mode()
-def _embedded(tower: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
+def _embed(tower: TextEncoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> Tensor:
     ids = tokenize(prompts, tokenizer, chunk=False).ids[:, 0]
     return torch.cat([tower(part).pooled for part in torch.split(ids, BATCH)])

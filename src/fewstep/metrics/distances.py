@@ -1,4 +1,4 @@
-"""FID, its limit and KID of one set of features against another, and in words how badly they are known."""
+"""FID, its limit and KID of one set of features against another, with a warning where FID is uncertain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUBSETS, LARGEST_SUBSET = 50, 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """FID with its 95 % interval, FID of endless images (None for too few to tell), and KID, of `count` images."""
+    """FID with its interval and `limit` for infinitely many images (None for too few), and KID; of `count` images."""
 
     fid: Interval
     limit: float | None
@@ -34,7 +34,7 @@ class Distances:
     count: int
 
     def warning(self) -> str | None:
-        """A sentence where FID is hardly known."""
+        """A sentence where the interval of FID is wide, else None."""
         value, low, high = self.fid
         if high - low <= WIDE * value:
             return None

@@ -1,4 +1,4 @@
-"""How much the images of one prompt differ: a model that has collapsed may be right each time, with one image."""
+"""Diversity of the images of one prompt: a collapsed model may follow every prompt, each with one image."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Diversity:
     def relative_to(self, base: Diversity) -> dict[str, Interval]:
         """Each mean as a share of another model's on the same prompts, with its 95 % interval.
 
-        That of a ratio of means; of one prompt it is endless, and so is a share of nothing.
+        That of a ratio of means; of one prompt it is infinite, and so is a share of 0.
         """
         return {name: _ratio(values, getattr(base, name)) for name, values in vars(self).items()}
 

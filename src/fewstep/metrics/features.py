@@ -1,4 +1,4 @@
-"""What FID, KID, diversity and neighbours compare: features from the user's network, or from fewstep's own."""
+"""Image features for FID, KID, diversity and nearest neighbours: from the user's network, or from fewstep's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INCEPTION_SIDE = 299
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """A network that says (N, D) numbers of N images, and its card."""
+    """A function from N images to their features (N, D), and the identity of its network."""
 
     network_id: NetworkId
     of: Callable[[Images], Tensor]
@@ -46,8 +46,8 @@ def _scripted(path: Path, device: torch.device) -> Features:
         module: Any = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a TorchScript module: {str(error).splitlines()[0]}") from error
-    told = "return_features" in str(module.forward.schema)
-    network = (lambda batch: module(batch, return_features=True)) if told else module
+    takes_features = "return_features" in str(module.forward.schema)
+    network = (lambda batch: module(batch, return_features=True)) if takes_features else module
     network_id = NetworkId(name=path.name, digest=file_digest([path]))
-    ready = partial(resized_tensor, side=INCEPTION_SIDE)
-    return Features(network_id=network_id, of=lambda images: apply_in_batches(images, ready, network, device))
+    preprocess = partial(resized_tensor, side=INCEPTION_SIDE)
+    return Features(network_id=network_id, of=lambda images: apply_in_batches(images, preprocess, network, device))

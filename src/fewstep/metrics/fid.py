@@ -1,6 +1,6 @@
-"""How far the features of drawn images are from those of real ones: FID, its interval and its limit, and KID.
+"""Distances between the features of generated and real images: FID with its interval and limit, and KID.
 
-Features (N, D) are what any network says of N images. A distance means something beside others only with the same
+Features (N, D) are a network's outputs for N images. A distance means something beside others only with the same
 network, the same reference and the same N, since the Fréchet distance is biased upwards by about 1/N.
 """
 
@@ -86,8 +86,8 @@ class FeatureStatistics:
         """(D, R) with `root @ root.T` the covariance, R its rank: no column is rounding noise."""
         values, vectors = torch.linalg.eigh(self.covariance)
         noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
-        kept = values > noise
-        root: Tensor = vectors[:, kept] * values[kept].sqrt()
+        large = values > noise
+        root: Tensor = vectors[:, large] * values[large].sqrt()
         return root
 
     def save(self, path: Path) -> None:
@@ -136,14 +136,14 @@ def frechet_interval(
     resamples: int = 200,
     widest: float = inf,
 ) -> Interval:
-    """The FID of features (N, D), and where it would be with endless images, at 95 %.
+    """The FID of features (N, D), and the 95 % interval of the FID of infinitely many images.
 
     The ends are from the basic bootstrap, which mirrors the resampled distances about the value and so takes the
     bias off; the value is always within. With no more images than features nothing bounds the distance below, and
     `low` is 0. The reference counts as exact: make it of many more images. Time: `resamples` times that of
     `frechet_distance`.
 
-    Raises InputError for fewer than 10 images, and for an interval wider than `widest`, which it then tells.
+    Raises InputError for fewer than 10 images, and for an interval wider than `widest`.
     """
     rows = _rows(features)
     if len(rows) < FEWEST_PICTURES:
@@ -161,7 +161,7 @@ def frechet_interval(
 def frechet_at_infinity(
     features: Tensor, reference: FeatureStatistics, *, generator: torch.Generator, points: int = 15
 ) -> float:
-    """The FID of endless images: the line through those of N/2 to N images, at 1/N = 0 (arXiv:1911.07023).
+    """The FID of infinitely many images: the line through those of N/2 to N images, at 1/N = 0 (arXiv:1911.07023).
 
     It may come out slightly negative. Raises InputError for fewer than 4 images a feature, where no line fits.
     """

@@ -1,4 +1,4 @@
-"""How sure a measured number is: 95 % intervals, and the one of a share."""
+"""95 % confidence intervals of measured values and of shares."""
 
 from __future__ import annotations
 

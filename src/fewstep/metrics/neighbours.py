@@ -1,4 +1,4 @@
-"""The training images nearest to drawn ones: whether a model repeats what it was shown."""
+"""Nearest training images of generated ones: whether a model copies its training data."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Neighbours:
         return share_interval(float((self.pixels <= COPY).double().mean()), len(self.pixels))
 
     def relative_distance(self, real: Neighbours) -> float:
-        """The median distance as a share of that of fresh real images: well under 1 tells of memory."""
-        default = float(real.distance.median())
-        return float(self.distance.median()) / default if default else float("inf")
+        """The median distance as a share of that of fresh real images: well under 1 is a sign of memorization."""
+        real_median = float(real.distance.median())
+        return float(self.distance.median()) / real_median if real_median else float("inf")
 
 
 def nearest(images: Images, features: Tensor, training: Images, training_features: Tensor) -> Neighbours:
@@ -54,7 +54,7 @@ def nearest(images: Images, features: Tensor, training: Images, training_feature
     small = torch.cat([resized_tensor(training[i], SIDE) for i in sorted(set(near.flatten().tolist()))])
     place = {index: row for row, index in enumerate(sorted(set(near.flatten().tolist())))}
     rows = torch.tensor([[place[i] for i in own] for own in near.tolist()])
-    drawn = torch.cat([resized_tensor(image, SIDE) for image in images])
-    differences = F.mse_loss(small[rows], drawn[:, None].expand(-1, rows.shape[1], -1, -1, -1), reduction="none")
+    generated = torch.cat([resized_tensor(image, SIDE) for image in images])
+    differences = F.mse_loss(small[rows], generated[:, None].expand(-1, rows.shape[1], -1, -1, -1), reduction="none")
     pixels, which = differences.mean((2, 3, 4)).sqrt().min(1)
     return Neighbours(index=near.gather(1, which[:, None])[:, 0], distance=gaps.amin(1), pixels=pixels)

@@ -1,6 +1,6 @@
-"""Images as the networks that judge take them: read from folders, of 8 bits, resized with antialiasing.
+"""Images as input of evaluation networks: read from folders, 8 bits, resized with antialiasing.
 
-A judge that resizes without it gives other numbers on the same images (arXiv:2104.11222).
+Without antialiasing the same images give other metrics (arXiv:2104.11222).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Images(Protocol):
 
 
 class ImageFiles:
-    """The images in files, each opened when it is looked at, so that any number of them can be judged."""
+    """The images in files, each opened when it is accessed, so that any number of them fits into memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -56,10 +56,10 @@ def image_files(folder: Path) -> list[Path]:
     """The images in `folder` and the folders in it, in the order of their names; InputError for none."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give one that holds images")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
-    if not found:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if not files:
         raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
-    return found
+    return files
 
 
 def open_image(path: Path) -> Image.Image:
@@ -73,7 +73,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def is_black(image: Image.Image) -> bool:
-    """Whether nothing is to be seen, as where a decoder gave NaN."""
+    """Whether an image is black, as where a decoder gave NaN."""
     return float(image_tensor(image).max()) <= BLACK
 
 
@@ -95,15 +95,15 @@ def resized_tensor(image: Image.Image, side: int) -> Tensor:
 @torch.inference_mode()
 def apply_in_batches(
     images: Images,
-    ready: Callable[[Image.Image], Tensor],
+    preprocess: Callable[[Image.Image], Tensor],
     network: Callable[[Tensor], Tensor],
     device: torch.device = CPU,
 ) -> Tensor:
-    """What `network`, which is on `device`, says of `ready` images: (N, D) float32 on the CPU; InputError for none."""
+    """The outputs (N, D) float32 of `network` on `device` for preprocessed images, on the CPU; InputError for none."""
     if not len(images):
-        raise InputError("there are no images to judge; give at least one")
-    said = []
+        raise InputError("there are no images; give at least one")
+    outputs = []
     for first in range(0, len(images), BATCH):
-        batch = [ready(images[i]) for i in range(first, min(first + BATCH, len(images)))]
-        said.append(network(torch.cat(batch).to(device)).float().cpu())
-    return torch.cat(said)
+        batch = [preprocess(images[i]) for i in range(first, min(first + BATCH, len(images)))]
+        outputs.append(network(torch.cat(batch).to(device)).float().cpu())
+    return torch.cat(outputs)

@@ -31,7 +31,7 @@ def settings_of_image(path: Path, instead: Mapping[str, Any]) -> Settings:
 
     metadata = images.read_metadata(path)
     if metadata is None or "fewstep" not in metadata:
-        raise InputError(f"{quoted(path)} does not say how fewstep drew it; fewstep inspect shows what it does say")
+        raise InputError(f"{quoted(path)} carries no settings of fewstep; fewstep inspect shows what it carries")
     digests = {name: metadata.pop(f"{name}_sha256", None) for name in IMAGES}
     settings = {name: value for name, value in metadata.items() if value is not None}
     for name in ("fewstep", "task"):
@@ -97,14 +97,14 @@ def _check_work(settings: Settings, instead: Mapping[str, Any], png: Path) -> No
     much = pixels > MOST_PIXELS and settings.keys() & {"width", "height"}
     if much or (pixels * steps > MOST_WORK and settings.keys() & {"steps", "width", "height"}):
         raise InputError(
-            f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on a "
-            f"picture's word; to draw it all the same add --steps {steps} --size {width}x{height}"
+            f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on an "
+            f"image's word; to run it all the same add --steps {steps} --size {width}x{height}"
         )
     for name in ("prompt", "negative_prompt"):
         if len(settings.get(name, "")) > MOST_LETTERS:
             raise InputError(
                 f"{quoted(png)} has a {name.replace('_', ' ')} of {len(settings[name])} letters, more than the "
-                f"{MOST_LETTERS} that are read on a picture's word; give one of your own"
+                f"{MOST_LETTERS} that are read on an image's word; give one of your own"
             )
 
 
@@ -124,7 +124,7 @@ def _weights(name: str, text: str, png: Path, revision: str | None) -> str:
     of = f" (revision {quoted(revision)})" if revision is not None else ""
     raise InputError(
         f"{quoted(png)} names the {name} {quoted(text)}{of}, which is neither in the catalogue nor in the cache: it is "
-        f"not loaded on a picture's word; give the one that you want with --{name}"
+        f"not loaded on an image's word; give the one that you want with --{name}"
     )
 
 
@@ -137,7 +137,7 @@ def _beside(text: str, png: Path, option: str) -> Path:
     if not plain or not any(path.is_relative_to(os.path.normpath(near)) for near in (home, Path.cwd())):
         raise InputError(
             f"{quoted(png)} names {quoted(text)}, which is not below its folder or the current one: it is not opened "
-            f"on a picture's word; give the file that you want with {option}"
+            f"on an image's word; give the file that you want with {option}"
         )
     return Path(os.path.relpath(path))
 
@@ -145,7 +145,7 @@ def _beside(text: str, png: Path, option: str) -> Path:
 def _unchanged(text: str, digest: Any, png: Path, option: str) -> Path:
     file = _beside(text, png, option)
     if not file.is_file():
-        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which is not there; give it with {option}")
+        raise InputError(f"{quoted(png)} was generated with {quoted(file)}, which is not there; give it with {option}")
     if digest and checksum(file) != digest:
-        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which has changed; give it with {option}")
+        raise InputError(f"{quoted(png)} was generated with {quoted(file)}, which has changed; give it with {option}")
     return file

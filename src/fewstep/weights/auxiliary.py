@@ -1,4 +1,4 @@
-"""The networks that judge: their weights, and the name and digest by which a report knows them."""
+"""Weights of auxiliary networks (CLIP, DINOv2, the readers), and the name and digest that identify them in reports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fewstep.weights.folder import parsed, weight_files
 from fewstep.weights.load import open_part
 
 ASSETS = Path(__file__).parents[1] / "assets" / "block-readers"
-UNREAD = ("position_ids", "logit_scale")
-"""What CLIP's folders hold beside the towers' weights: names end so."""
+IGNORED_ENDINGS = ("position_ids", "logit_scale")
+"""Endings of tensors that CLIP's folders hold beside the towers' weights."""
 BLOCK = 2**22  # bytes
 DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkId:
-    """Which network made a number: its name, and 16 hex digits of the SHA-256 of its files of weights."""
+    """A network's identity: its name, and 16 hex digits of the SHA-256 of its weight files."""
 
     name: str
     digest: str
@@ -35,15 +35,15 @@ class NetworkId:
 
 
 def load_network(folder: Path, *networks: nn.Module) -> NetworkId:
-    """Give `networks` the weights in `folder`, in float32 and ready to judge; its card, named like the folder.
+    """Give `networks` the weights in `folder`, in float32 and frozen; the identity, named like the folder.
 
     No two networks share a name, and all names of the files belong to one. Raises CheckpointError, and fills nothing,
     when names or shapes differ.
     """
     file = open_part(folder)
-    wanted = {name: value for network in networks for name, value in network.state_dict().items()}
-    kept = {name: shape for name, shape in file.shapes.items() if not name.endswith(UNREAD)}
-    _check(file.path, kept, wanted)
+    expected = {name: value for network in networks for name, value in network.state_dict().items()}
+    shapes = {name: shape for name, shape in file.shapes.items() if not name.endswith(IGNORED_ENDINGS)}
+    _check(file.path, shapes, expected)
     for network in networks:
         network.load_state_dict({name: file.read(name, False).float() for name in network.state_dict()})
         network.requires_grad_(False).eval()
@@ -67,9 +67,9 @@ def save_network(network: nn.Module, folder: Path) -> None:
     (folder / "config.json").write_text(f'{{"_class_name": "{type(network).__name__}"}}\n', encoding="utf-8")
 
 
-def _check(path: Path, held: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]) -> None:
-    wrong = sorted(name for name, value in wanted.items() if held.get(name) != tuple(value.shape))
-    extra = sorted(held.keys() - wanted.keys())
+def _check(path: Path, held: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+    wrong = sorted(name for name, value in expected.items() if held.get(name) != tuple(value.shape))
+    extra = sorted(held.keys() - expected.keys())
     if wrong or extra:
         first = f"{wrong[0]} is missing or of another shape" if wrong else f"{extra[0]} is not known"
         raise CheckpointError(

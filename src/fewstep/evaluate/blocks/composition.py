@@ -100,13 +100,13 @@ def questions(count: int) -> list[Question]:
     """`count` held-out prompts with one object and as many with two, and a quarter of that of each other group."""
     if count < 1:
         raise InputError(f"an exam of {count} prompts says nothing; ask for at least 1, and for 1000 to be sure")
-    found = []
+    exam = []
     for name, group in PROMPT_GROUPS.items():
         single, number = float(group.objects == 1), max(1, round(count * group.share))
         target = scenes(number, seed=SEED, split=group.split, single=single)
         prompts = captions(target, seed=SEED, style="canonical")
-        found.append(Question(group=name, target=target, prompts=tuple(prompts)))
-    return found
+        exam.append(Question(group=name, target=target, prompts=tuple(prompts)))
+    return exam
 
 
 class Examiner:
