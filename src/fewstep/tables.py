@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from fewstep.images import save_png
+from fewstep.files import atomic_write
 
 Cell = str | int | float | None
 Rows = Sequence[Mapping[str, Cell]]
@@ -19,18 +16,8 @@ Rows = Sequence[Mapping[str, Cell]]
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a file that appears, or is replaced, when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file that appears, or is replaced, when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(picture, path, {})
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def csv_text(rows: Rows) -> str:

@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fewstep.charts import require_matplotlib, save_figure
 from fewstep.compare.tally import Outcome, Tally
-from fewstep.errors import MissingExtraError
 from fewstep.metrics.bradley_terry import preferred
 
 FIRST, TIE, SECOND, INK, PALE = "#2f6f9f", "#d5d8dc", "#d9822b", "#1c2430", "#5b6673"
@@ -23,22 +23,18 @@ def write_chart(outcome: Outcome, stem: Path) -> list[Path]:
 
     Raises MissingExtraError without matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError('charts need matplotlib; install it by: pip install "fewstep[train]"') from error
-    with rc_context({"svg.hashsalt": "fewstep", "font.family": "DejaVu Sans", "font.size": 9}):
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context({"svg.hashsalt": "fewstep", "font.family": "DejaVu Sans", "font.size": 9}):
         questions = [list(rows) for _, rows in groupby(outcome.tallies, key=lambda tally: tally.question)]
         height = TOP + BOTTOM + ROW * len(outcome.tallies) + HEAD * len(questions)
-        figure = Figure(figsize=(WIDTH, height))
+        figure = matplotlib.figure.Figure(figsize=(WIDTH, height))
         axes = figure.add_axes((0.22, BOTTOM / height, 0.56, 1 - (TOP + BOTTOM) / height))
         axes.set(xlim=(0, 100), ylim=(height - TOP - BOTTOM, 0))  # y in inches from the top
         _draw(axes, questions)
         _label(figure, outcome, height)
         paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
-        figure.savefig(paths[0], metadata={"Date": None})  # the same votes give the same file
-        figure.savefig(paths[1], dpi=160)
+        for path in paths:
+            save_figure(figure, path, dpi=160)
     return paths
 
 

@@ -16,10 +16,11 @@ from fewstep.evaluate.blocks.composition import READERS, relative_accuracy
 from fewstep.evaluate.blocks.suite import BlockBenchmark, BlockResults, SampleSizes
 from fewstep.evaluate.candidates import LoadedCandidate
 from fewstep.evaluate.environment import machine
+from fewstep.images import save_png
 from fewstep.metrics.diversity import SEEDS
 from fewstep.metrics.features import Features
 from fewstep.metrics.intervals import format_interval
-from fewstep.tables import Cell, Rows, csv_text, save_picture, table, write_text
+from fewstep.tables import Cell, Rows, csv_text, table, write_text
 
 WIDE = 0.1
 """An interval of a share that is wider is said to be."""
@@ -34,9 +35,10 @@ def write_blocks(models: Sequence[LoadedCandidate], sizes: SampleSizes, features
     require_matplotlib()
     benchmark = BlockBenchmark(models[0].cache.pipe.parts.defaults.width, sizes, features)
     results = [benchmark.measure(model) for model in models]
+    folder.mkdir(parents=True, exist_ok=True)
     for one in results:
         for what, sheet in one.sheets.items():
-            save_picture(sheet, folder / sheet_name(one.candidate, what))
+            save_png(sheet, folder / sheet_name(one.candidate, what), {})
         scores = [asdict(score) for score in _scores(one, results[0])]
         write_text(folder / file_name(one.candidate, "scores.json"), json.dumps(scores, indent=1) + "\n")
     title = f"{sizes.count} held-out prompts of either kind; FID by {features.network_id.name}"
