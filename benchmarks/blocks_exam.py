@@ -1,4 +1,4 @@
-"""How often an embedded model draws what its prompt says, judged by two readers: the report and a sheet for the docs.
+"""How often an embedded model follows its prompt, by two readers: the report, and contact sheets for the docs.
 
     python -m benchmarks.blocks_exam [MODEL ...] [--count 1000] [--name exam] [--images docs/images]
 
@@ -15,10 +15,11 @@ import datetime
 from pathlib import Path
 
 import fewstep
+from benchmarks.commit import add_commit_option, commit_line
 from fewstep.evaluate.blocks.report import sheet_name, write_blocks
-from fewstep.evaluate.blocks.suite import Extent
-from fewstep.evaluate.candidates import contestants
-from fewstep.evaluate.image_cache import Easel
+from fewstep.evaluate.blocks.suite import SampleSizes
+from fewstep.evaluate.candidates import load_candidates
+from fewstep.evaluate.image_cache import ImageCache
 from fewstep.metrics.features import load_features
 from fewstep.tables import write_text
 
@@ -27,27 +28,30 @@ SHEETS = ("answers", "neighbours")
 
 
 def main() -> None:
-    """Hold the exam and keep its results."""
+    """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/blocks-exam"))
     parser.add_argument("--name", default="exam")
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
-    asked = parser.parse_args()
-    pictures = asked.folder / "pictures"
-    models = contestants(
-        asked.models, "blocks-base", lambda name: Easel(name, fewstep.load(name, device="cpu"), pictures)
+    add_commit_option(parser)
+    options = parser.parse_args()
+    pictures = options.folder / "pictures"
+    models = load_candidates(
+        options.models, "blocks-base", lambda name: ImageCache(name, fewstep.load(name, device="cpu"), pictures)
     )
-    report = write_blocks(models, Extent(count=asked.count), load_features(), asked.folder)
-    path = RESULTS / f"blocks_{asked.name}_{datetime.date.today()}.md"
+    report = write_blocks(models, SampleSizes(count=options.count), load_features(), options.folder)
+    path = RESULTS / f"blocks_{options.name}_{datetime.date.today()}.md"
     text = report.read_text(encoding="utf-8")
     for picture in (*(sheet_name(model, what) for model in models for what in SHEETS), "blocks.svg"):
-        text = text.replace(f"]({picture})", f"](../../{asked.images}/{asked.name}-{picture})")
+        text = text.replace(f"]({picture})", f"](../../{options.images}/{options.name}-{picture})")
         if "neighbours" not in picture:
-            (asked.images / f"{asked.name}-{picture}").write_bytes((asked.folder / picture).read_bytes())
-    command = f"python -m benchmarks.blocks_exam {' '.join(asked.models)} --count {asked.count} --name {asked.name}"
-    write_text(path, f"{_without_neighbours(text)}\nCommand: `{command}`.\n")
+            (options.images / f"{options.name}-{picture}").write_bytes((options.folder / picture).read_bytes())
+    command = (
+        f"python -m benchmarks.blocks_exam {' '.join(options.models)} --count {options.count} --name {options.name}"
+    )
+    write_text(path, f"{_without_neighbours(text)}\n{commit_line(options.commit)} Command: `{command}`.\n")
     print(path.read_text(encoding="utf-8"), path, sep="\n")
 
 

@@ -12,6 +12,8 @@ import argparse
 import multiprocessing as mp
 import time
 
+from benchmarks.commit import add_commit_option, commit_line
+
 
 def rates(size: int, count: int) -> tuple[float, float, float]:
     """Seconds of tracing the sprites, then pictures a second by the clock and by processor time, in this process."""
@@ -20,12 +22,12 @@ def rates(size: int, count: int) -> tuple[float, float, float]:
     from fewstep.blockworld import render, scenes
 
     torch.set_num_threads(1)
-    drawn = scenes(count, seed=7)
+    sampled = scenes(count, seed=7)
     started = time.process_time()
-    render(drawn[:1], size)
+    render(sampled[:1], size)
     traced = time.process_time() - started
     clock, processor = time.perf_counter(), time.process_time()
-    render(drawn, size)
+    render(sampled, size)
     return traced, count / (time.perf_counter() - clock), count / (time.process_time() - processor)
 
 
@@ -36,14 +38,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--count", type=int, default=512)
-    asked = parser.parse_args()
-    with mp.get_context("spawn").Pool(asked.processes) as pool:
-        found = pool.starmap(rates, [(asked.size, asked.count)] * asked.processes, chunksize=1)
-    traced = max(row[0] for row in found)
-    clock, processor = (sum(row[i] for row in found) for i in (1, 2))
+    add_commit_option(parser)
+    options = parser.parse_args()
+    with mp.get_context("spawn").Pool(options.processes) as pool:
+        rows = pool.starmap(rates, [(options.size, options.count)] * options.processes, chunksize=1)
+    traced = max(row[0] for row in rows)
+    clock, processor = (sum(row[i] for row in rows) for i in (1, 2))
     print("| hardware | pixels | processes | pictures/s (clock) | pictures/s (processor time) | sprites, s |")
     print("|---|---|---|---|---|---|")
-    print(f"| {asked.hardware} | {asked.size} | {asked.processes} | {clock:.0f} | {processor:.0f} | {traced:.1f} |")
+    rates_text = f"{clock:.0f} | {processor:.0f} | {traced:.1f}"
+    print(f"| {options.hardware} | {options.size} | {options.processes} | {rates_text} |")
+    print(f"\n{commit_line(options.commit)}")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ from statistics import median
 from typing import Any
 
 import fewstep
+from benchmarks.commit import add_commit_option, commit_line
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "a red cube on top of a blue sphere"
 YARDSTICK = "import torch"
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "tokenizers", "typer", "rich")
-TOLD = 12  # packages in the table of imports
+LISTED_PACKAGES = 12  # packages in the table of imports
 
 
 def command_lines(folder: Path) -> dict[str, list[str]]:
@@ -72,9 +73,9 @@ def timings(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[
 
 def warm(runs: int) -> list[dict[str, Any]]:
     """What `fewstep bench` finds for pictures of the embedded model after the first one."""
-    asked = [["--steps", steps, "--threads", threads] for steps in ("1", "4") for threads in ("1", "2")]
+    options = [["--steps", steps, "--threads", threads] for steps in ("1", "4") for threads in ("1", "2")]
     return [
-        json.loads(run(["-m", "fewstep", "bench", "--json", "--runs", str(runs), *each])[1].stdout) for each in asked
+        json.loads(run(["-m", "fewstep", "bench", "--json", "--runs", str(runs), *each])[1].stdout) for each in options
     ]
 
 
@@ -146,6 +147,7 @@ def report(
     spent: Counter[str],
     pictures: Sequence[Mapping[str, Any]],
     load: dict[str, float] | None,
+    commit: str,
 ) -> str:
     """The page of results, in markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -157,6 +159,7 @@ def report(
         f"- command: `python -m benchmarks.startup {' '.join(sys.argv[1:])}`",
         f"- machine: {processor()}, {cores} cores, {platform.system()}, Python {platform.python_version()}",
         f"- versions: {', '.join(versions)}",
+        f"- {commit_line(commit)}",
         f"- threads: OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}",
         "",
         "| process | median s | fastest | slowest | by `import torch` |",
@@ -168,7 +171,7 @@ def report(
     oracles = sorted({"diffusers", "transformers"} & set(spent)) or "neither diffusers nor transformers"
     lines += ["", f"On the way to the picture {oracles} are imported. Where the time of importing goes:", ""]
     lines += ["| package | own modules, s |", "|---|---|"]
-    lines += [f"| {name} | {taken / 1e6:.3f} |" for name, taken in spent.most_common(TOLD)]
+    lines += [f"| {name} | {taken / 1e6:.3f} |" for name, taken in spent.most_common(LISTED_PACKAGES)]
     size = f"{pictures[0]['width']}x{pictures[0]['height']}"
     lines += ["", f"The next pictures of {pictures[0]['model']} at {size}, {pictures[0]['runs']} each:", ""]
     lines += ["| steps | threads | median ms | fastest | slowest |", "|---|---|---|---|---|"]
@@ -188,12 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", required=True, help="a short name for the file, as 2-core-epyc")
     parser.add_argument("--runs", type=int, default=7)
+    add_commit_option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as room:
         commands = command_lines(Path(room))
         seconds = timings(commands, options.runs)
         spent = import_times(list(commands.values())[-1])
-    page = report(seconds, spent, warm(5 * options.runs), loading(min(options.runs, 3)))
+    page = report(seconds, spent, warm(5 * options.runs), loading(min(options.runs, 3)), options.commit)
     place = RESULTS / f"startup_{options.hardware}_{datetime.date.today():%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
     place.write_text(page, encoding="utf-8")

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewstep
+from benchmarks.commit import add_commit_option, commit_line
 from fewstep.data.cache import latent_key, open_cache
 from fewstep.data.shards import open_shards
 from fewstep.engines.device import choose_device
@@ -176,7 +177,7 @@ def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], aske
         lines.append(f"| {name} | {rates[name]:.1f} | {low:.1f} to {high:.1f} | {rates[name] / best:.2f} | {wait} |")
     command = f"python -m benchmarks.training --hardware {asked.hardware} --runs {asked.runs} --batch {asked.batch}"
     command += f" --threads {asked.threads}{f' --device {asked.device}' if asked.device != 'cpu' else ''}"
-    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+    return "\n".join([*lines, "", f"{commit_line(asked.commit)} Command: `{command}`.", ""])
 
 
 def their_steps(source: CachedLatents, folder: Path, batch: int, device: torch.device) -> dict[str, Step]:
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    add_commit_option(parser)
     asked = parser.parse_args()
     device = choose_device(asked.device)
     torch.set_num_threads(asked.threads)

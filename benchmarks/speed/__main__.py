@@ -1,4 +1,4 @@
-"""Speed beside the peers: every contender on the same random weights, by turns, in processes of their own.
+"""Speed beside the peers: every runner on the same random weights, by turns, in processes of their own.
 
     python -m benchmarks.speed --model sd-turbo --size 512 --steps 1 --device cpu --peers all
     python -m benchmarks.speed --model sd-turbo --part decode --peers "fewstep+diffusers+openvino"
@@ -7,7 +7,7 @@
     python -m benchmarks.speed --suite cuda
     python -m benchmarks.speed --suite cuda-peers --peers "fewstep+diffusers+diffusers, max-autotune" --peer-seconds 240
 
-Random weights of the real architecture are made once and kept in `--cache`. In each turn a contender starts anew,
+Random weights of the real architecture are made once and kept in `--cache`. In each turn a runner starts anew,
 loads, runs once without counting, then its share of `--runs`; turns go round until all runs are done. Written to
 `benchmarks/results/`: medians, spread, ratios to the fastest peer, the time of each stage, FLOP/s beside what this
 machine's own products, convolutions and copies reach, the error against diffusers in float32, peak memory, the time
@@ -19,7 +19,7 @@ table.
 
 On a card no folder is needed: weights are made there in a second, and only those who read folders have one written.
 The suites "cuda", "cuda-peers" and "cuda-waterfall" measure the rows of a model in one process, beside their targets,
-and write one file, anew after each row; a contender that takes over `--peer-seconds` for a row is ended.
+and write one file, anew after each row; a runner that takes over `--peer-seconds` for a row is ended.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.speed import card, report, waterfall
-from benchmarks.speed.contenders import chosen, oracle
+from benchmarks.speed import gpu_suite, report, waterfall
 from benchmarks.speed.machine import flops, hardware_name, peaks, threads_here
-from benchmarks.speed.request import Request, parser, request_of, task_of
-from benchmarks.speed.suite import SUITES, requests, run_suite
+from benchmarks.speed.options import BenchmarkOptions, command_parser, parse_options, task_of
+from benchmarks.speed.runners import oracle, select_runners
+from benchmarks.speed.suite import SUITES, run_suite, suite_options
 from benchmarks.speed.turns import measured
+from fewstep.evaluate.environment import source_commit
 
 
-def measure(request: Request) -> Path:
+def measure(options: BenchmarkOptions) -> Path:
     """Measure one row and write its results file."""
-    task = task_of(request)
+    task = task_of(options)
     facts = report.Facts(
-        hardware=request.hardware or hardware_name(request.device, request.threads or threads_here()),
-        runs=request.runs,
-        turns=request.turns,
+        hardware=options.hardware or hardware_name(options.device, options.threads or threads_here()),
+        runs=options.runs,
+        turns=options.turns,
         flops=flops(task),
         peaks=peaks(task),
-        command=request.command(),
+        command=options.command(),
+        commit=options.commit or source_commit(),
     )
-    if request.waterfall:
-        found = measured(waterfall.rows(request.without, request.device), task, request.runs, request.turns)
-        text = report.waterfall(found, waterfall.descriptions(request.device), task, facts)
+    if options.waterfall:
+        found = measured(waterfall.rows(options.without, options.device), task, options.runs, options.turns)
+        text = report.waterfall(found, waterfall.descriptions(options.device), task, facts)
     else:
-        wanted = chosen(request.peers, task, request.without)
-        absent = {each.name: install for each in wanted if (install := each.missing())}
-        found = measured([each for each in wanted if each.name not in absent], task, request.runs, request.turns)
-        text = report.comparison(found, absent, task, facts, oracle(request.device))
-    path = request.place()
+        runners_of = select_runners(options.peers, task, options.without)
+        absent = {each.name: install for each in runners_of if (install := each.missing())}
+        found = measured([each for each in runners_of if each.name not in absent], task, options.runs, options.turns)
+        text = report.comparison(found, absent, task, facts, oracle(options.device))
+    path = options.place()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(text, flush=True)
@@ -64,25 +66,25 @@ def measure(request: Request) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is asked for and keep the results."""
-    asked = parser(waterfall.names, (*SUITES, *card.NAMES), __doc__).parse_args(arguments)
-    if asked.suite in card.NAMES and asked.device == "cpu":
-        asked.device = "cuda"
-    request = request_of(asked)
-    known = waterfall.names(request.device)
-    if strange := set(request.without) - set(known):
+    """Run the measurements and write their results files."""
+    parsed = command_parser(waterfall.names, (*SUITES, *gpu_suite.NAMES), __doc__).parse_args(arguments)
+    if parsed.suite in gpu_suite.NAMES and parsed.device == "cpu":
+        parsed.device = "cuda"
+    options = parse_options(parsed)
+    known = waterfall.names(options.device)
+    if strange := set(options.without) - set(known):
         raise SystemExit(
-            f"error: --without {', '.join(strange)}: no optimization of the engine for {request.device}; "
+            f"error: --without {', '.join(strange)}: no optimization of the engine for {options.device}; "
             f"there are {', '.join(known)}"
         )
-    if asked.suite is None:
-        print(measure(request))
+    if parsed.suite is None:
+        print(measure(options))
         return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what it has started ends too
-    if asked.suite in card.NAMES:
-        raise SystemExit(min(card.run_card_suite(asked.suite, request, asked.commit), 1))
-    rows = requests(asked.suite, request)
-    raise SystemExit(min(run_suite(rows, measure, resume=asked.resume, keep=asked.keep_exports), 1))
+    if parsed.suite in gpu_suite.NAMES:
+        raise SystemExit(min(gpu_suite.run_card_suite(parsed.suite, options), 1))
+    rows = suite_options(parsed.suite, options)
+    raise SystemExit(min(run_suite(rows, measure, resume=parsed.resume, keep=parsed.keep_exports), 1))
 
 
 if __name__ == "__main__":

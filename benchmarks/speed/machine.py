@@ -20,7 +20,7 @@ class Peaks(NamedTuple):
     convolution: float
     copy: float
 
-    def said(self) -> str:
+    def text(self) -> str:
         """In words."""
         product, convolution, copy = (f"{value / 1e9:,.0f}" for value in self)
         return f"matrix product {product} GFLOP/s, 3x3 convolution {convolution} GFLOP/s, copy {copy} GB/s"
@@ -63,7 +63,7 @@ def flops(task: Task) -> dict[str, float]:
     """Of each stage by the definition of convolutions, products and attention, counted on tensors without values."""
     counted = {piece.kind: _counted(task, piece) for piece in task.pieces}
     if task.part == "whole":
-        counted["unet"] *= len(task.walk.times)
+        counted["unet"] *= len(task.levels.times)
         assert tuple(counted) == STAGES
     return counted
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from benchmarks.speed.tasks import Task, Walk
+from benchmarks.speed.tasks import NoiseLevels, Task
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import sigmas_for
 from fewstep.models.autoencoder import AutoencoderKL
@@ -70,7 +70,7 @@ def random_tiny(device: str, dtype: torch.dtype) -> TinyAutoencoder:
     return _random(TinyAutoencoder, device, dtype)
 
 
-def walk_of(name: str, steps: int, sampler: str) -> Walk:
+def noise_levels_of(name: str, steps: int, sampler: str) -> NoiseLevels:
     """The levels that a run of a model visits, as fewstep's own pipeline has them."""
     known, spec = entry(name), SAMPLERS[sampler]
     config = _scheduler(known)
@@ -80,7 +80,7 @@ def walk_of(name: str, steps: int, sampler: str) -> Walk:
         schedule, steps, config.noise_schedule, steps_offset=config.steps_offset, reading=spec.reading, family="sd"
     )
     times = tuple(config.noise_schedule.sigma_to_t(sigma) for sigma in sigmas[:-1])
-    return Walk(sigmas=sigmas, times=times, scale=spec.initial_scale(schedule, sigmas[0]))
+    return NoiseLevels(sigmas=sigmas, times=times, scale=spec.initial_scale(schedule, sigmas[0]))
 
 
 def _alone(function: Callable[..., None], *given: Any) -> None:

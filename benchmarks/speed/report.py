@@ -1,4 +1,4 @@
-"""The results files: one table of contenders, or one of optimizations."""
+"""The results files: one table of runners, or one of optimizations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from benchmarks.speed.machine import Peaks
 from benchmarks.speed.tasks import STAGES, Task
-from benchmarks.speed.turns import Found
+from benchmarks.speed.turns import RunnerResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a table stands on: hardware, numbers of runs and turns, arithmetic by stage, peaks, and the command."""
+    """What a table stands on: hardware, numbers of runs and turns, arithmetic by stage, peaks, command and commit."""
 
     hardware: str
     runs: int
@@ -25,26 +25,35 @@ class Facts:
     flops: Mapping[str, float]
     peaks: Peaks
     command: str
+    commit: str
 
 
-def comparison(found: Sequence[Found], absent: Mapping[str, str], task: Task, facts: Facts, oracle: str) -> str:
-    """fewstep beside its peers; `absent`: the command that installs each contender that is not here."""
-    good = [one for one in found if one.problem is None]
-    best = min((one.middle for one in good if one.contender.peer), default=float("nan"))
-    expected = next((one.output for one in good if one.contender.name == oracle), None)
-    named = stages_of(good)
-    heads = ["contender", "s", "least to most", "times as fast as the fastest peer", *(f"{name}, s" for name in named)]
+def comparison(
+    results: Sequence[RunnerResult], absent: Mapping[str, str], task: Task, facts: Facts, oracle: str
+) -> str:
+    """fewstep beside its peers; `absent`: the command that installs each runner that is not here."""
+    good = [one for one in results if one.problem is None]
+    best = min((one.middle for one in good if one.runner.peer), default=float("nan"))
+    expected = next((one.output for one in good if one.runner.name == oracle), None)
+    stage_names = stages_of(good)
+    heads = [
+        "runner",
+        "s",
+        "least to most",
+        "times as fast as the fastest peer",
+        *(f"{name}, s" for name in stage_names),
+    ]
     heads += ["GFLOP/s (of the peak)", "peak GB", "error", "to load, s", "first output, s"]
     rows = []
     for one in good:
-        error = "" if one.contender.name == oracle else format_error(one, expected)
+        error = "" if one.runner.name == oracle else format_error(one, expected)
         rows.append(
             [
-                f"{one.contender.name} ({one.contender.said()})",
+                f"{one.runner.name} ({one.runner.versions()})",
                 f"{one.middle:.3f}",
                 spread(one),
                 f"{best / one.middle:.2f}",
-                *(_seconds(one.stage(name)) for name in named),
+                *(_seconds(one.stage(name)) for name in stage_names),
                 speed(one, facts),
                 f"{one.peak / 1e9:.2f}",
                 error,
@@ -53,14 +62,14 @@ def comparison(found: Sequence[Found], absent: Mapping[str, str], task: Task, fa
             ]
         )
     lines = [*_opening(task, facts), *table(heads, rows), "", *_notes(task, oracle)]
-    lines += [f"- {one.contender.name}: not run. {one.problem}" for one in found if one.problem]
+    lines += [f"- {one.runner.name}: not run. {one.problem}" for one in results if one.problem]
     lines += [f"- {name}: not run, not installed; `{install}`" for name, install in absent.items()]
-    return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])
+    return "\n".join([*lines, "", f"Commit: {facts.commit}. Command: `{facts.command}`", ""])
 
 
-def waterfall(found: Sequence[Found], descriptions: Mapping[str, str], task: Task, facts: Facts) -> str:
+def waterfall(results: Sequence[RunnerResult], descriptions: Mapping[str, str], task: Task, facts: Facts) -> str:
     """fewstep with one more optimization in each row; `descriptions`: what each is."""
-    good = [one for one in found if one.problem is None]
+    good = [one for one in results if one.problem is None]
     heads = [
         "optimization",
         "s",
@@ -74,7 +83,7 @@ def waterfall(found: Sequence[Found], descriptions: Mapping[str, str], task: Tas
     ]
     rows = []
     for before, one in pairwise([*good[:1], *good]):
-        name = one.contender.name
+        name = one.runner.name
         rows.append(
             [
                 name,
@@ -91,8 +100,8 @@ def waterfall(found: Sequence[Found], descriptions: Mapping[str, str], task: Tas
     lines = [*_opening(task, facts, "one optimization after the other"), *table(heads, rows), ""]
     lines += ["Every row has the optimizations of those above it too. Error: the largest difference from the first"]
     lines[-1] += " row's result, as a share of its largest value."
-    lines += [f"- {one.contender.name}: not run. {one.problem}" for one in found if one.problem]
-    return "\n".join([*lines, "", f"Command: `{facts.command}`", ""])
+    lines += [f"- {one.runner.name}: not run. {one.problem}" for one in results if one.problem]
+    return "\n".join([*lines, "", f"Commit: {facts.commit}. Command: `{facts.command}`", ""])
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -100,22 +109,22 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
 
 
-def spread(found: Found) -> str:
+def spread(results: RunnerResult) -> str:
     """The fastest and the slowest run."""
-    return f"{min(found.seconds):.3f} to {max(found.seconds):.3f}"
+    return f"{min(results.seconds):.3f} to {max(results.seconds):.3f}"
 
 
-def speed(found: Found, facts: Facts) -> str:
+def speed(results: RunnerResult, facts: Facts) -> str:
     """FLOP/s by definition, and what share that is of the machine's own best."""
-    reached = sum(facts.flops.values()) / found.middle
+    reached = sum(facts.flops.values()) / results.middle
     return f"{reached / 1e9:,.0f} ({reached / max(facts.peaks.product, facts.peaks.convolution):.0%})"
 
 
-def format_error(found: Found, expected: Any) -> str:
+def format_error(results: RunnerResult, expected: Any) -> str:
     """The largest difference as a share of the largest value; nothing to compare with is said as such."""
-    if not found.contender.comparable:
+    if not results.runner.comparable:
         return "other noise"
-    return "" if expected is None else f"{np.abs(found.output - expected).max() / np.abs(expected).max():.1e}"
+    return "" if expected is None else f"{np.abs(results.output - expected).max() / np.abs(expected).max():.1e}"
 
 
 def counted(count: int, what: str) -> str:
@@ -123,9 +132,9 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def stages_of(found: Sequence[Found]) -> list[str]:
-    """The stages that some contender has measured."""
-    return [name for name in STAGES if any(one.stage(name) is not None for one in found)]
+def stages_of(results: Sequence[RunnerResult]) -> list[str]:
+    """The stages that some runner has measured."""
+    return [name for name in STAGES if any(one.stage(name) is not None for one in results)]
 
 
 def title(task: Task) -> str:
@@ -148,7 +157,7 @@ def _opening(task: Task, facts: Facts, what: str = "") -> list[str]:
         "",
         f"{facts.hardware}, {where}, {task.dtype}, random weights, {datetime.date.today()}. Medians of "
         f"{runs} in {turns}, each turn in a new process whose first run does not count. "
-        f"{arithmetic:,.0f} GFLOP by definition{parts}; this machine's own peaks in PyTorch: {facts.peaks.said()}.",
+        f"{arithmetic:,.0f} GFLOP by definition{parts}; this machine's own peaks in PyTorch: {facts.peaks.text()}.",
         "",
     ]
 
@@ -158,7 +167,7 @@ def _notes(task: Task, oracle: str) -> list[str]:
     notes = [
         f"Error: the largest difference from the result of {oracle}, as a share of its largest value.",
         f"Peak GB: {memory}.",
-        "First output: from the start of the process, imports and loading included, in each turn; what a contender",
+        "First output: from the start of the process, imports and loading included, in each turn; what a runner",
         "compiles, measures or caches for itself counts in the first turn; what it has converted is there before.",
     ]
     if task.part == "whole":

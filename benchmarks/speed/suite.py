@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.request import Request
+from benchmarks.speed.options import BenchmarkOptions
 
 EXPORTS = ("openvino", "onnx", "tensorrt", "single")
 """The folders in a model's folder in which peers keep what they had converted: gigabytes each."""
@@ -37,12 +37,14 @@ SUITES = {"cpu": _CPU, "waterfall": _WATERFALLS}
 """The rows of each suite by what they ask for; rows of one model stand together."""
 
 
-def requests(name: str, request: Request) -> list[Request]:
-    """The rows of a suite, with all else as in `request`."""
-    return [replace(request, **row) for row in SUITES[name]]
+def suite_options(name: str, options: BenchmarkOptions) -> list[BenchmarkOptions]:
+    """The rows of a suite, with all else as in `options`."""
+    return [replace(options, **row) for row in SUITES[name]]
 
 
-def run_suite(rows: Sequence[Request], measure: Callable[[Request], Path], *, resume: bool, keep: bool) -> int:
+def run_suite(
+    rows: Sequence[BenchmarkOptions], measure: Callable[[BenchmarkOptions], Path], *, resume: bool, keep: bool
+) -> int:
     """Measure every row, say which are done, and return how many failed.
 
     `resume` leaves out those that have a file of today. Unless `keep`, what peers had converted of a model is removed
@@ -50,14 +52,14 @@ def run_suite(rows: Sequence[Request], measure: Callable[[Request], Path], *, re
     """
     failed = 0
     for index, row in enumerate(rows):
-        say(f"[{index + 1}/{len(rows)}] {row.name}")
+        log(f"[{index + 1}/{len(rows)}] {row.name}")
         if resume and row.place().is_file():
-            say(f"  has a file of today: {row.place().name}")
+            log(f"  has a file of today: {row.place().name}")
         else:
             failed += not _done(row, measure)
         if not keep and all(row.model != later.model for later in rows[index + 1 :]):
             remove_exports(row.cache / f"random-{row.model}")
-    say(f"{len(rows) - failed} of {len(rows)} rows are done")
+    log(f"{len(rows) - failed} of {len(rows)} rows are done")
     return failed
 
 
@@ -67,15 +69,15 @@ def remove_exports(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell people, not files."""
     print(text, file=sys.stderr, flush=True)
 
 
-def _done(row: Request, measure: Callable[[Request], Path]) -> bool:
+def _done(row: BenchmarkOptions, measure: Callable[[BenchmarkOptions], Path]) -> bool:
     try:
-        say(f"  done: {measure(row)}")
+        log(f"  done: {measure(row)}")
     except (Exception, SystemExit) as error:  # the other rows are worth their hours
-        say(f"  failed: {type(error).__name__}: {error}")
+        log(f"  failed: {type(error).__name__}: {error}")
         return False
     return True

@@ -1,4 +1,4 @@
-"""What is measured, and the numbers that every contender is given for it: plain arrays, so that none needs PyTorch."""
+"""What is measured, and the numbers that every runner is given for it: plain arrays, so that none needs PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTS = ("whole", "decode", "encode", "unet")
 STAGES = ("text", "unet", "decode")
 WINDOW = 77
 PAD, BOS, EOS, WORD = 0, 1, 2, 4
-"""Ids of a vocabulary that knows one word, so that no contender needs the tokenizer."""
+"""Ids of a vocabulary that knows one word, so that no runner needs the tokenizer."""
 
 
 class Piece(NamedTuple):
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     rows: int
 
 
-class Walk(NamedTuple):
+class NoiseLevels(NamedTuple):
     """The levels to visit, falling to 0, with the time step of each but the last, and how large the noise starts."""
 
     sigmas: tuple[float, ...] = ()
@@ -32,22 +32,22 @@ class Walk(NamedTuple):
     scale: float = 1.0
 
 
-class Made(NamedTuple):
+class RunOutput(NamedTuple):
     """What a run made, and the seconds of its stages where it has some."""
 
     output: Any
     stages: Mapping[str, float] = {}
 
 
-Run = Callable[[], Made]
+Run = Callable[[], RunOutput]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A part of the model in `folder`, for `batch` pictures of `size` pixels, with `threads` on `device`.
 
-    `part`: one of `PARTS`. The whole takes a prompt through `steps` of `sampler` ("euler" or "dpmpp_2m") along `walk`,
-    whose levels are those of `schedule`. `decoder`: the folder of a tiny decoder to take the autoencoder's place.
+    `part`: one of `PARTS`. The whole takes a prompt through `steps` of `sampler` ("euler" or "dpmpp_2m") along `levels`
+    of `schedule`. `decoder`: the folder of a tiny decoder to take the autoencoder's place.
     `made`: the folders are read by those alone who must; the others make the same weights on the device. `pictures`:
     fewstep's whole is a call of its pipeline from prompt to PIL pictures, by the model's own sampler.
     """
@@ -64,7 +64,7 @@ class Task:
     guidance: float = 0.0
     sampler: str = "euler"
     schedule: str = "trailing"
-    walk: Walk = field(default_factory=Walk)
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
     decoder: Path | None = None
     made: bool = False
     pictures: bool = False

@@ -1,4 +1,4 @@
-"""Contenders by turns, each turn in a process of its own that is alone on the machine."""
+"""Runners by turns, each turn in a process of its own that is alone on the machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from benchmarks.speed.contenders import Contender
+from benchmarks.speed.runners import Runner
 from benchmarks.speed.tasks import Run, Task
 
 GIVE_UP = 3600.0
-"""Seconds to wait for a contender."""
+"""Seconds to wait for a runner."""
 
 
 class Measurement(NamedTuple):
-    """What a contender says after a run: its seconds, those of its stages, its peak memory and what it made."""
+    """What a runner says after a run: its seconds, those of its stages, its peak memory and what it made."""
 
     seconds: float
     stages: Mapping[str, float]
@@ -34,14 +34,14 @@ class Measurement(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """All that a contender said, or what went wrong.
+class RunnerResult:
+    """All that a runner said, or what went wrong.
 
     `first`: seconds from the start of its process to the first output, one a turn; `loaded` likewise of loading.
     `seconds`: of each run that counts; `stages`: the same by stage.
     """
 
-    contender: Contender
+    runner: Runner
     first: tuple[float, ...] = ()
     loaded: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
@@ -60,12 +60,12 @@ class Found:
         taken = [each[name] for each in self.stages if name in each]
         return median(taken) if taken else None
 
-    def begun(self, first: float, answer: Measurement) -> Found:
+    def begun(self, first: float, answer: Measurement) -> RunnerResult:
         """With the first output of a turn."""
         peak = max(self.peak, answer.peak_bytes)
         return replace(self, first=(*self.first, first), loaded=(*self.loaded, answer.loaded), peak=peak)
 
-    def ran(self, answer: Measurement) -> Found:
+    def ran(self, answer: Measurement) -> RunnerResult:
         """With one more run."""
         return replace(
             self,
@@ -76,15 +76,15 @@ class Found:
         )
 
 
-def measured(contenders: Sequence[Contender], task: Task, runs: int, turns: int) -> list[Found]:
-    """Every contender on the task: `runs` that count, in `turns`, one after the other within a turn."""
-    found = {each.name: Found(contender=each, problem=prepared(each, task)) for each in contenders}
+def measured(runners: Sequence[Runner], task: Task, runs: int, turns: int) -> list[RunnerResult]:
+    """Every runner on the task: `runs` that count, in `turns`, one after the other within a turn."""
+    results = {each.name: RunnerResult(runner=each, problem=prepared(each, task)) for each in runners}
     for count in shares(runs, turns):
-        for each in contenders:
-            if found[each.name].problem is None:
+        for each in runners:
+            if results[each.name].problem is None:
                 print(f"  {each.name} ...", file=sys.stderr, flush=True)
-                found[each.name] = _turn(found[each.name], task, count)
-    return list(found.values())
+                results[each.name] = _turn(results[each.name], task, count)
+    return list(results.values())
 
 
 def shares(runs: int, turns: int) -> list[int]:
@@ -93,21 +93,21 @@ def shares(runs: int, turns: int) -> list[int]:
     return [runs // turns + (turn < runs % turns) for turn in range(turns)]
 
 
-def _turn(found: Found, task: Task, count: int) -> Found:
+def _turn(results: RunnerResult, task: Task, count: int) -> RunnerResult:
     """One process: a first run, and `count` that count."""
     started = perf_counter()
-    with process(serve, found.contender, task, environment=found.contender.environment) as line:
+    with process(serve, results.runner, task, environment=results.runner.environment) as line:
         answer = _answer(line)
         if isinstance(answer, str):
-            return replace(found, problem=answer)
-        found = found.begun(perf_counter() - started, answer)
+            return replace(results, problem=answer)
+        results = results.begun(perf_counter() - started, answer)
         for _ in range(count):
             line.send(True)
             answer = _answer(line)
             if isinstance(answer, str):
-                return replace(found, problem=answer)
-            found = found.ran(answer)
-    return found
+                return replace(results, problem=answer)
+            results = results.ran(answer)
+    return results
 
 
 @contextmanager
@@ -119,19 +119,19 @@ def process(
     It ends with the block: after `patience` seconds by force, with all processes that it has started.
     """
     context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=_leading, args=(target, *given, theirs), daemon=True)
+    parent_end, child_end = context.Pipe()
+    child = context.Process(target=_lead_group, args=(target, *given, child_end), daemon=True)
     with _environment(environment):
         child.start()
-    theirs.close()  # so that the end of the process is the end of the line
+    child_end.close()  # so that the end of the process is the end of the line
     assert child.pid is not None
     try:
-        yield ours
+        yield parent_end
     except BaseException:
         patience = 0
         raise
     finally:
-        ours.close()
+        parent_end.close()
         child.join(patience)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -139,10 +139,10 @@ def process(
         child.join()
 
 
-def _leading(target: Callable[..., None], *given: Any) -> None:
+def _lead_group(target: Callable[..., None], *given: Any) -> None:
     """`target` in a process that leads a group of its own, so that compilers it has started can be ended with it."""
     os.setpgid(0, 0)
-    _give_way()
+    _end_first()
     target(*given)
 
 
@@ -172,35 +172,35 @@ def answer(line: Connection, seconds: float) -> Any:
         return "its process ended (out of memory?)"
 
 
-def prepared(contender: Contender, task: Task, seconds: float = GIVE_UP) -> str | None:
-    """Have the contender write its files; what went wrong, if something did."""
-    if contender.prepare is None or contender.missing():
+def prepared(runner: Runner, task: Task, seconds: float = GIVE_UP) -> str | None:
+    """Have the runner write its files; what went wrong, if something did."""
+    if runner.prepare is None or runner.missing():
         return None
     if task.made:
         from benchmarks.speed.models import random_model
 
         random_model(task)
-    with process(prepare, contender, task, environment={}) as line:
+    with process(prepare, runner, task, environment={}) as line:
         return answer(line, seconds)  # type: ignore[no-any-return]
 
 
-def prepare(contender: Contender, task: Task, line: Connection) -> None:
-    """Write the contender's files and say what went wrong, or nothing."""
-    assert contender.prepare is not None
+def prepare(runner: Runner, task: Task, line: Connection) -> None:
+    """Write the runner's files and say what went wrong, or nothing."""
+    assert runner.prepare is not None
     try:
-        contender.prepare(task)
+        runner.prepare(task)
     except Exception as error:  # whatever a peer raises is a row of the table
         line.send(error_line(error))
     else:
         line.send(None)
 
 
-def serve(contender: Contender, task: Task, line: Connection) -> None:
+def serve(runner: Runner, task: Task, line: Connection) -> None:
     """Load and run once, then once for each message until the line closes; say after each run how it went."""
     try:
         memory = Memory(task.device)
         started = perf_counter()
-        run = contender.load(task, **contender.options)
+        run = runner.load(task, **runner.options)
         loaded = perf_counter() - started
         while True:
             line.send(_run(run, memory, loaded))
@@ -220,7 +220,7 @@ def _run(run: Run, memory: Memory, loaded: float) -> Measurement:
     return Measurement(seconds, made.stages, memory.peak(), output, loaded)
 
 
-def _give_way() -> None:
+def _end_first() -> None:
     """Where memory runs out, Linux shall end this process, and not the one that keeps the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

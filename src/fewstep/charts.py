@@ -1,19 +1,19 @@
-"""Charts by matplotlib, in files that are whole or not there; equal charts give equal files."""
+"""Charts by matplotlib, written whole or not at all; equal charts give equal files."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import MissingExtraError
+from fewstep.files import partial_path
 
 LOOK: dict[Any, Any] = {"svg.hashsalt": "fewstep", "font.size": 10}
 """With the salt the same points give the same file."""
 
 
 def require_matplotlib() -> Any:
-    """The package; MissingExtraError without it, better before the pictures are drawn than after."""
+    """The package; MissingExtraError without it, to be raised before images are generated."""
     try:
         import matplotlib.figure
     except ImportError as error:
@@ -21,11 +21,11 @@ def require_matplotlib() -> Any:
     return matplotlib
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a chart that appears, or is replaced, when all of it is on the disk; equal charts give equal files."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def save_figure(figure: Any, path: Path, *, dpi: int = 150) -> None:
+    """Write a chart that appears, or is replaced, when all of it is on the disk; equal charts give equal files.
+
+    The format is that of the path's ending, .svg or .png.
+    """
+    kind = path.suffix.removeprefix(".")
+    with partial_path(path) as partial:
+        figure.savefig(partial, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)

@@ -1,18 +1,13 @@
-"""What is written about an evaluation: Markdown for people and CSV for programs, each whole or not at all."""
+"""Report files: Markdown tables for people and CSV for programs, each file written whole or not at all."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from fewstep.images import save_png
+from fewstep.files import atomic_write
 
 Cell = str | int | float | None
 Rows = Sequence[Mapping[str, Cell]]
@@ -21,18 +16,8 @@ Rows = Sequence[Mapping[str, Cell]]
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a file that appears, or is replaced, when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file that appears, or is replaced, when all of it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(picture, path, {})
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def csv_text(rows: Rows) -> str:
@@ -56,10 +41,3 @@ def format_number(value: Cell) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else value
-
-
-def machine() -> str:
-    """What the pictures were drawn and judged on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    threads = torch.get_num_threads()
-    return f"{device}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__.split('+')[0]}"

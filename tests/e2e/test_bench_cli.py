@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fewstep.cli import main
-from fewstep.cli.bench import prompt
+from fewstep.evaluate.speed import prompt
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def bench(capsys: Any) -> Any:
 def test_the_embedded_model_is_measured_without_more_words(bench):
     code, out, err = bench("--runs", 1, "--steps", 1, "--size", 64)
     assert code == 0, err
-    for label in ("model", "machine", "to load", "first picture", "next pictures", "stages", "peak memory"):
+    for label in ("model", "machine", "to load", "commit", "first image", "next images", "stages", "peak memory"):
         assert f"\n{label} " in f"\n{out}"
     assert "blocks-turbo, 64x64, 1 step\n" in out
 

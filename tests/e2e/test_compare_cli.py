@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import fewstep
-from fewstep.cards.training_record import DataSource, Training, TrainingStage
+from fewstep.cards.training_record import DataSource, TrainingRecord, TrainingStage
 from fewstep.cli import main
 from fewstep.compare.study import read_study
-from fewstep.compare.votes import QUESTIONS, Ballot, Vote
+from fewstep.compare.votes import QUESTIONS, RaterVotes, Vote
 
 ONE, TWO = "blocks-base:steps=1,width=64,height=64", "blocks-base:steps=2,width=64,height=64"
 
@@ -61,7 +61,7 @@ def test_from_models_to_charts_of_people_s_votes_and_of_a_model_s(cli):
     votes = tuple(
         Vote(pair.id, "quality", str(1 + pair.drawn_by.index(TWO))) for pair in study.pairs if not pair.is_check
     )
-    Path("anna.json").write_text(Ballot(study=study.digest, rater="anna", votes=votes).to_json(), encoding="utf-8")
+    Path("anna.json").write_text(RaterVotes(study=study.digest, rater="anna", votes=votes).to_json(), encoding="utf-8")
     counted = cli("compare", "--tally", "page", "anna.json")
     assert counted.code == 0, counted.err
     assert f"quality: {ONE} over {TWO} in 0.000 (95 % interval 0.000 to 0.658) of 2 votes" in counted.err
@@ -86,7 +86,7 @@ def test_from_models_to_charts_of_people_s_votes_and_of_a_model_s(cli):
         (["blocks-base", "blocks-base:steps=2"], "no --out"),
         (["blocks-base", "blocks-base:steps=2", "--out", "full"], "not empty"),
         (["blocks-base", "blocks-base:steps=2", "--out", "new", "--judge", "raeder"], "did you mean 'reader'"),
-        (["blocks-base", "blocks-base:steps=2", "--out", "new", "--prompts", "none.txt"], "none.txt cannot be read"),
+        (["blocks-base", "blocks-base:steps=2", "--out", "new", "--prompts", "none.txt"], "'none.txt' cannot be read"),
         (["blocks-base", "blocks-base:steps=2", "--out", "new", "--prompts", "empty.txt"], "holds no prompt"),
         (["--tally", "full"], "has no key.json"),
         (["--tally", "full", "--out", "new"], "leave out --out"),
@@ -112,7 +112,7 @@ def test_a_card_is_written_beside_the_weights_and_keeps_what_people_wrote(cli):
     stage = TrainingStage(
         name="unet", steps=10, batch=8, precision="float32", hours=2, watts=50, hardware="CPU", settings={}
     )
-    training = Training(
+    training = TrainingRecord(
         name="blocks", summary="Small.", example="a red cube", licence="Apache-2.0", stages=(stage,), kg_per_kwh=0.3,
         data=(DataSource(what="own pictures", digest="1"),), limits=("Few words.",),
     )  # fmt: skip

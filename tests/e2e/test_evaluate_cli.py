@@ -49,7 +49,7 @@ def test_blocks(cli: Cli, tmp_path: Path) -> None:
     assert {row["model"] for row in table} == {"blocks-base, 1 step", "blocks-base, 2 steps"}
     assert {row["reader"] for row in table} == {"algorithm", "network"}
     assert len(table) == 2 * 2 * 6
-    for words in ("second-reader (sha256", "Diversity", "Nearest training pictures", "Too few pictures", "Split "):
+    for words in ("second-reader (sha256", "Diversity", "Nearest training images", "Too few images", "Split "):
         assert words in text
     sheets = sorted(path.name for path in report.parent.glob("*.png"))
     own = [f"blocks-base-{s}-{w}.png" for s in ("1-step", "2-steps") for w in ("answers", "neighbours")]
@@ -71,7 +71,7 @@ def test_pareto(cli: Cli, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [row["guidance"] for row in rows(tmp_path / "p" / "pareto.csv")] == ["1.5", "4.0"]
     text = (tmp_path / "p" / "pareto.md").read_text()
-    assert "10 pictures are few" in text
+    assert "10 images are few" in text
     assert text.count("block-clip") == 2, "the networks that judged are named"
 
 

@@ -100,7 +100,7 @@ def test_weights_from_elsewhere_are_not_loaded_on_a_pictures_word(cli, loaded, o
     code, out, err = cli("generate", "--like", picture(**{option: text}))
     assert (code, out, loaded) == (2, b"", [])
     assert f"--{option}" in err
-    assert "picture's word" in err
+    assert "image's word" in err
 
 
 @pytest.mark.parametrize("option", ["init", "mask"])
@@ -111,7 +111,7 @@ def test_pictures_from_elsewhere_are_not_opened_on_a_pictures_word(cli, loaded, 
     code, _, err = cli("generate", "--like", picture(**says))
     assert (code, loaded) == (2, [])
     assert f"--{option}" in err
-    assert "picture's word" in err
+    assert "image's word" in err
 
 
 def test_loras_and_tokenizers_from_elsewhere_neither(cli, loaded, tmp_path):
@@ -214,7 +214,7 @@ def test_numbers_that_are_none_are_errors_of_ours(cli, loaded, name, value):
         (("-m", "sd15"), "sd-v1-4"),
         (("-m", "sd-turbo", "--init", "odd.png", "--strength", 0.5), "runs no step"),
         (("-m", "sdxl-base", "-o", "odd.png"), "is there already"),
-        (("-m", "sdxl-base", "-n", 2, "-o", "-"), "one picture, not 2"),
+        (("-m", "sdxl-base", "-n", 2, "-o", "-"), "one image, not 2"),
     ],
     ids=str,
 )

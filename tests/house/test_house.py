@@ -27,7 +27,7 @@ FLOORS = {
     "weights": 3,
     "engines": 4, "safety": 4, "adapters": 4, "blockworld": 4, "cards": 4,
     "pipeline": 5, "data": 5, "metrics": 5,
-    "train": 6, "export": 6, "serve": 6,
+    "train": 6, "export": 6, "serve": 6, "inspect": 6,
     "distill": 7, "evaluate": 7, "compare": 7, FACE: 7,
     "cli": 8,
     "__main__": 9,

@@ -232,12 +232,12 @@ def test_launched_runs_keep_their_own_pictures(folder: Callable[[str], Path]) ->
 
 
 def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str], Path]) -> None:
-    from fewstep.cli.batch import Line, drawn
+    from fewstep.cli.batch import Line, generate_batches
 
     (pipe, _), other = fast(folder("turbo")), plain(folder("turbo"))
     parts = [[Line(number, "a cube", Path(f"{number}.png"))] for number in (1, 2, 3)]
     options: dict[str, Any] = {"prompt": "", "steps": 1, "width": 64, "height": 64}
-    found = list(drawn(pipe, options, parts, seed=5))
+    found = list(generate_batches(pipe, options, parts, seed=5))
     assert [lines for lines, _ in found] == parts
     for number, (_, result) in enumerate(found):
         wanted = other.text_to_image("a cube", steps=1, seed=5 + number, width=64, height=64)
@@ -253,7 +253,7 @@ def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str]
     pipe.start = failing  # type: ignore[method-assign]
     kept: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        kept.extend(lines for lines, _ in drawn(pipe, options, parts, seed=5))
+        kept.extend(lines for lines, _ in generate_batches(pipe, options, parts, seed=5))
     assert kept == parts[:2]
 
 

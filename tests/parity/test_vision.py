@@ -83,15 +83,15 @@ def test_both_towers_and_the_score_are_those_of_transformers(folder: Path, pictu
 
 def test_pictures_come_in_as_transformers_gives_them(folder: Path, pictures: list[Image.Image]) -> None:
     wanted = processor(folder)(pictures, return_tensors="pt")["pixel_values"]
-    ours = torch.cat([UserClip(folder).ready(picture) for picture in pictures])
+    ours = torch.cat([UserClip(folder).preprocess(picture) for picture in pictures])
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
 
 
 def test_the_report_can_name_it(folder: Path) -> None:
-    card = load_clip(folder).card
-    assert card.name == folder.name
-    assert len(card.digest) == 16
-    assert load_features(folder).card == card
+    network_id = load_clip(folder).network_id
+    assert network_id.name == folder.name
+    assert len(network_id.digest) == 16
+    assert load_features(folder).network_id == network_id
 
 
 def test_a_folder_that_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fewstep.blockworld.backbone import CHANNELS, Residual, Trunk, resized
 from fewstep.blockworld.detector import UNREADABLE, Reading
 from fewstep.blockworld.scene import ALONE, COLOURS, IN_FRONT, LEFT, ON_TOP, SHAPES, SIZES
-from fewstep.weights.auxiliary import ASSETS, Card, fill
+from fewstep.weights.auxiliary import ASSETS, NetworkId, load_network
 
 PARTS = ("none", "above", "below", "left", "right", "front", "behind")
 """The part an object plays beside another one."""
@@ -68,9 +68,9 @@ class SecondReader:
 
     def __init__(self, network: FindingNetwork | None = None) -> None:
         self.network = FindingNetwork() if network is None else network.eval()
-        self.card = Card(name="unnamed", digest="none")
+        self.network_id = NetworkId(name="unnamed", digest="none")
         if network is None:
-            self.card = fill(ASSETS / "second-reader", self.network)
+            self.network_id = load_network(ASSETS / "second-reader", self.network)
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[Reading]:

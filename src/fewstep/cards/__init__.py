@@ -1,1 +1,1 @@
-"""What is published beside a model: its training record, emissions, licence and model card."""
+"""Model cards, and what they are written from: training records, carbon emissions and licences."""

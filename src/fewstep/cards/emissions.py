@@ -1,4 +1,4 @@
-"""The carbon dioxide of a run, from measured power where it can be read and from stated assumptions elsewhere."""
+"""Carbon emissions of a run, from measured power where it can be read and from stated assumptions elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Emissions:
 
     @property
     def kilowatt_hours(self) -> float:
-        """Energy, the building's share in it."""
+        """Energy in kWh, PUE included."""
         return self.hours * self.watts / 1000 * self.pue
 
     @property
@@ -50,27 +50,27 @@ class Emissions:
     def statement(self) -> str:
         """One line with the result and all that it rests on, for model cards and logs."""
         return (
-            f"{_figure(self.kilograms)} kg CO2 equivalent = {_figure(self.hours)} h x {_figure(self.watts)} W "
-            f"({self.power_source}) x {self.kg_per_kwh:g} kg/kWh x PUE {self.pue:g}"
+            f"{_format_quantity(self.kilograms)} kg CO2 equivalent = {_format_quantity(self.hours)} h x "
+            f"{_format_quantity(self.watts)} W ({self.power_source}) x {self.kg_per_kwh:g} kg/kWh x PUE {self.pue:g}"
         )
 
-    def measured(self, meter: PowerMeter, *, rest_watts: float) -> Emissions:
-        """The same with the mean power that `meter` saw; unchanged where it can read nothing.
+    def with_measured_power(self, meter: PowerMeter, *, rest_watts: float) -> Emissions:
+        """The same with the mean power that `meter` measured; unchanged where it can read nothing.
 
-        `rest_watts` is the assumed power of what the meter does not see: graphics cards, disks, fans.
+        `rest_watts` is the assumed power of what the meter does not measure: graphics cards, disks, fans.
         """
         watts = meter.watts()
         if watts is None:
             return self
-        source = f"measured by RAPL: {', '.join(meter.names)}; {_figure(rest_watts)} W assumed for the rest"
+        source = f"measured by RAPL: {', '.join(meter.names)}; {_format_quantity(rest_watts)} W assumed for the rest"
         return replace(self, watts=watts + rest_watts, power_source=source)
 
 
-def _figure(value: float) -> str:
+def _format_quantity(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-class Counter(NamedTuple):
+class EnergyCounter(NamedTuple):
     """An energy counter of the processor: `path` holds microjoules, and starts again from 0 at `limit`."""
 
     name: str
@@ -78,25 +78,25 @@ class Counter(NamedTuple):
     limit: int
 
     def read(self) -> int:
-        """Microjoules since some time."""
+        """The counter in microjoules."""
         return int(self.path.read_text(encoding="ascii"))
 
 
-def readable_counters(root: Path = POWERCAP) -> tuple[Counter, ...]:
+def readable_counters(root: Path = POWERCAP) -> tuple[EnergyCounter, ...]:
     """The counters of whole processors and of memory under `root` that may be read; empty where there are none.
 
     Left out: what counts the same energy again, the cores within a processor and the platform around it.
     """
     zones = sorted(root.glob("intel-rapl:*"))
-    found = [counter for zone in zones if (counter := _counter(zone)) is not None]
-    return tuple(counter for counter in found if counter.name.startswith(("package", "dram")))
+    counters = [counter for zone in zones if (counter := _energy_counter(zone)) is not None]
+    return tuple(counter for counter in counters if counter.name.startswith(("package", "dram")))
 
 
-def _counter(zone: Path) -> Counter | None:
+def _energy_counter(zone: Path) -> EnergyCounter | None:
     try:
         name = (zone / "name").read_text(encoding="ascii").strip()
         limit = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
-        counter = Counter(name, zone / "energy_uj", limit)
+        counter = EnergyCounter(name, zone / "energy_uj", limit)
         counter.read()
     except (OSError, ValueError):
         return None
@@ -106,12 +106,12 @@ def _counter(zone: Path) -> Counter | None:
 class PowerMeter:
     """Measures the mean power of processors and memory from when it is made; of no graphics card.
 
-    Counters start again after a few minutes of heavy load at the earliest, and a second round is not seen: call
+    Counters start again after a few minutes of heavy load at the earliest, and a second round is not data: call
     `watts` at least once a minute.
     """
 
     def __init__(
-        self, counters: tuple[Counter, ...] | None = None, clock: Callable[[], float] = time.monotonic
+        self, counters: tuple[EnergyCounter, ...] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.counters = readable_counters() if counters is None else counters
         self.clock = clock
@@ -121,7 +121,7 @@ class PowerMeter:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is measured."""
+        """The names of the counters."""
         return tuple(counter.name for counter in self.counters)
 
     def watts(self) -> float | None:
@@ -135,13 +135,13 @@ class PowerMeter:
 
 
 class CarbonTracker:
-    """What codecarbon saw of a run; `emissions` is None until the run has ended."""
+    """The emissions that codecarbon measured; None until the run has ended."""
 
     emissions: Emissions | None = None
 
 
 @contextmanager
-def carbon_tracked(country: str) -> Iterator[CarbonTracker]:
+def track_carbon(country: str) -> Iterator[CarbonTracker]:
     """Track a run with codecarbon, offline, on the grid of `country` by its three letters, as "DEU".
 
     It measures graphics cards too, and assumes what it cannot read. Raises InputError for a country that it does not
@@ -163,15 +163,15 @@ def carbon_tracked(country: str) -> Iterator[CarbonTracker]:
         yield tracked
     finally:
         tracker.stop()
-        tracked.emissions = _seen_by_codecarbon(tracker.final_emissions_data)
+        tracked.emissions = _codecarbon_emissions(tracker.final_emissions_data)
 
 
-def _seen_by_codecarbon(seen: Any) -> Emissions:
-    hours, energy = seen.duration / 3600, seen.energy_consumed / seen.pue  # kWh of the hardware alone
+def _codecarbon_emissions(data: Any) -> Emissions:
+    hours, energy = data.duration / 3600, data.energy_consumed / data.pue  # kWh of the hardware alone
     return Emissions(
         hours=hours,
         watts=1000 * energy / hours,
-        kg_per_kwh=seen.emissions / seen.energy_consumed,
-        pue=seen.pue,
-        power_source=f"codecarbon {seen.codecarbon_version}: {seen.gpu_model or 'no GPU'}, {seen.cpu_model}, memory",
+        kg_per_kwh=data.emissions / data.energy_consumed,
+        pue=data.pue,
+        power_source=f"codecarbon {data.codecarbon_version}: {data.gpu_model or 'no GPU'}, {data.cpu_model}, memory",
     )

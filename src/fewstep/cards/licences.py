@@ -1,4 +1,4 @@
-"""Licences of models, and which one holds for a model that others went into."""
+"""Licences of models, and the strictest of those in a chain of models."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ UNKNOWN_RANK = 9
 
 
 def licence_of(name: str) -> Licence:
-    """The licence called `name`, whatever its capitals; one that nobody here knows is taken for the strictest."""
+    """The licence called `name`, whatever its capitals; an unknown one counts as the strictest."""
     known = {licence.name.lower(): licence for licence in _KNOWN}
     terms = "its terms are not known here; read them before you use or share the model"
     return known.get(name.strip().lower(), Licence(name=name.strip(), rank=UNKNOWN_RANK, terms=terms))
 
 
-def strictest(names: Iterable[str]) -> Licence:
-    """Of several licences in a chain the one that forbids most, the first of equals."""
+def strictest_licence(names: Iterable[str]) -> Licence:
+    """The strictest of the licences called `names`; of equals the first."""
     return max((licence_of(name) for name in names), key=lambda licence: licence.rank)

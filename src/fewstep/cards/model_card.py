@@ -1,4 +1,4 @@
-"""Model cards, written from the record of a training; what people wrote into a card stays."""
+"""Model cards, written from training records; text that people added stays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.cards.licences import licence_of, strictest
-from fewstep.cards.training_record import Training
+from fewstep.cards.licences import licence_of, strictest_licence
+from fewstep.cards.training_record import TrainingRecord
 from fewstep.errors import InputError
 from fewstep.models.zoo import CATALOGUE
 from fewstep.tables import Cell, format_number, table, write_text
@@ -25,7 +25,7 @@ _REGION = re.compile(r"<!-- fewstep: (\w+) -->\n(.*?)<!-- /fewstep: \1 -->", re.
 _MARK = re.compile(r"<!-- /?fewstep: \w+ -->")
 
 
-def write_card(folder: Path, training: Training, parameters: Mapping[str, int]) -> Path:
+def write_card(folder: Path, training: TrainingRecord, parameters: Mapping[str, int]) -> Path:
     """Write or update `README.md` in a model's folder, with the `parameters` of each part; its path.
 
     Only what stands between the card's marks is written anew, and the entries of the front matter that fewstep
@@ -33,12 +33,12 @@ def write_card(folder: Path, training: Training, parameters: Mapping[str, int]) 
     """
     path = folder / CARD
     before = path.read_text(encoding="utf-8") if path.exists() else f"# {training.name}\n"
-    write_text(path, updated(before, training, parameters))
+    write_text(path, update_card(before, training, parameters))
     return path
 
 
-def updated(card: str, training: Training, parameters: Mapping[str, int]) -> str:
-    """The text of `card` with everything that fewstep writes brought up to date; what is missing comes last."""
+def update_card(card: str, training: TrainingRecord, parameters: Mapping[str, int]) -> str:
+    """The text of `card` with fewstep's sections updated; missing sections are appended."""
     from huggingface_hub import ModelCard, ModelCardData
 
     try:
@@ -52,18 +52,18 @@ def updated(card: str, training: Training, parameters: Mapping[str, int]) -> str
 
 
 def _with_sections(body: str, written: Mapping[str, str]) -> str:
-    found = [match[1] for match in _REGION.finditer(body)]
-    if len(_MARK.findall(body)) != 2 * len(found) or len(set(found)) != len(found):
+    present = [match[1] for match in _REGION.finditer(body)]
+    if len(_MARK.findall(body)) != 2 * len(present) or len(set(present)) != len(present):
         raise InputError("the marks <!-- fewstep: NAME --> of the card are damaged; each opens once and closes once")
     regions = {name: f"<!-- fewstep: {name} -->\n{text}\n<!-- /fewstep: {name} -->" for name, text in written.items()}
     body = _REGION.sub(lambda match: regions.get(match[1], match[0]), body)
-    return "\n\n".join([body, *(region for name, region in regions.items() if name not in found)]) + "\n"
+    return "\n\n".join([body, *(region for name, region in regions.items() if name not in present)]) + "\n"
 
 
-def front_matter(training: Training) -> dict[str, Any]:
-    """The entries of the card's YAML head that the hub reads."""
+def front_matter(training: TrainingRecord) -> dict[str, Any]:
+    """The front matter (YAML) that the hub reads."""
     chain = [training.licence, *(ancestor.licence for ancestor in training.ancestors)]
-    licence, emissions = strictest(chain), training.emissions
+    licence, emissions = strictest_licence(chain), training.emissions
     entries: dict[str, Any] = {
         "license": licence.hub,
         "library_name": "diffusers",
@@ -86,8 +86,8 @@ def front_matter(training: Training) -> dict[str, Any]:
     return entries
 
 
-def sections(training: Training, parameters: Mapping[str, int]) -> dict[str, str]:
-    """What fewstep writes, as Markdown by the name of its region, in the card's order."""
+def sections(training: TrainingRecord, parameters: Mapping[str, int]) -> dict[str, str]:
+    """The sections that fewstep writes, as Markdown by name, in the card's order."""
     return {
         "about": _about(training, parameters),
         "use": _use(training),
@@ -103,13 +103,13 @@ def sections(training: Training, parameters: Mapping[str, int]) -> dict[str, str
 _NOT_STATED = ("Not stated.",)
 
 
-def _about(training: Training, parameters: Mapping[str, int]) -> str:
+def _about(training: TrainingRecord, parameters: Mapping[str, int]) -> str:
     parts = [{"part": name, "parameters": f"{count:,}"} for name, count in parameters.items()]
     origin = [f"It was {WORDS[one.relation]} `{one.name}`." for one in training.ancestors]
     return "\n\n".join(filter(None, [training.summary, " ".join(origin), table(parts) if parts else ""]))
 
 
-def _use(training: Training) -> str:
+def _use(training: TrainingRecord) -> str:
     example, known = training.example.replace('"', "'"), CATALOGUE.get(training.name)
     embedded = known is not None and known.source is None
     name, where = "FOLDER", "`FOLDER` is where this file is; it has the layout of diffusers."
@@ -132,7 +132,7 @@ pipe.text_to_image("{example}", seed=7).images[0].save("picture.png")
 {where}"""
 
 
-def _data(training: Training) -> str:
+def _data(training: TrainingRecord) -> str:
     lines = [
         f"- {source.what} (`{source.digest}`)" + (f"; licence: {source.licence}" if source.licence else "")
         for source in training.data
@@ -140,7 +140,7 @@ def _data(training: Training) -> str:
     return "\n".join(["## Training data", "", *(lines or ["None: no pictures of its own."])])
 
 
-def _recipe(training: Training) -> str:
+def _recipe(training: TrainingRecord) -> str:
     rows: list[dict[str, Cell]] = [
         {
             "stage": stage.name,
@@ -156,7 +156,7 @@ def _recipe(training: Training) -> str:
     return f"## Recipe\n\n{table(rows)}"
 
 
-def _emissions(training: Training) -> str:
+def _emissions(training: TrainingRecord) -> str:
     power = dict.fromkeys(f"{stage.watts:g} W ({stage.hardware})" for stage in training.stages)
     return (
         f"## Hours and emissions\n\n{format_number(training.hours)} hours. {training.emissions.statement()}.\n\n"
@@ -165,7 +165,7 @@ def _emissions(training: Training) -> str:
     )
 
 
-def _scores(training: Training) -> str:
+def _scores(training: TrainingRecord) -> str:
     if not training.scores:
         return "## Scores\n\nNone measured."
     rows: list[dict[str, Cell]] = [
@@ -181,9 +181,9 @@ def _scores(training: Training) -> str:
     return f"## Scores\n\n{table(rows)}"
 
 
-def _licence(training: Training) -> str:
+def _licence(training: TrainingRecord) -> str:
     """Its licence and those of its ancestors: the strictest of them holds (a student derives from its teacher)."""
-    holds = strictest([training.licence, *(ancestor.licence for ancestor in training.ancestors)])
+    holds = strictest_licence([training.licence, *(ancestor.licence for ancestor in training.ancestors)])
     lines = [f"## Licence\n\n**{holds.name}**: {holds.terms}."]
     if training.ancestors:
         chain = [f"- `{training.name}`: {licence_of(training.licence).name}, of its makers"]

@@ -1,4 +1,4 @@
-"""How a model was trained, as a small file beside its weights: what a model card is written from."""
+"""The record of a training, `training.json` beside the weights, from which the model card is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Setting = str | int | float | bool | None
 
 @dataclass(frozen=True, kw_only=True)
 class Ancestor:
-    """A model that this one started from or learned from; `relation` is one of `RELATIONS`."""
+    """A model that this one was initialized or distilled from; `relation` is one of `RELATIONS`."""
 
     name: str
     licence: str
@@ -34,7 +34,7 @@ class Ancestor:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Pictures and captions that were trained on; `digest` names the split or the manifest of the shards."""
+    """Training images and captions; `digest` identifies the split or the manifest of the shards."""
 
     what: str
     digest: str
@@ -45,7 +45,7 @@ class DataSource:
 class TrainingStage:
     """One stage; `batch` over all devices, `watts` the mean power of all the hardware, in `hours` of wall time.
 
-    `steps` is None where nobody kept the number.
+    `steps` is None where the number is unknown.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TrainingStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A measured value, with the ends of its 95 % interval and the number of pictures where it has them."""
+    """A measured value, with the ends of its 95 % interval and the number of images where it has them."""
 
     what: str
     value: float
@@ -77,11 +77,11 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """All that a card says of a model; kept as `training.json` in its folder.
+class TrainingRecord:
+    """The training of a model and its scores; saved as `training.json` in the model's folder.
 
-    `summary`: a paragraph for people. `example`: a prompt that it draws. `licence`: what its makers give it; what
-    ancestors forbid is forbidden all the same. `limits`: a sentence each, bias among them. `kg_per_kwh`, `pue` and
+    `summary`: a paragraph for people. `example`: a prompt for it. `licence`: its own; the card states the
+    strictest of it and of those of the ancestors. `limits`: a sentence each, bias among them. `kg_per_kwh`, `pue` and
     `power_source` are those of `Emissions`, for all stages.
     """
 
@@ -125,7 +125,7 @@ class Training:
         return json.dumps({"fewstep_training": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Training:
+    def from_json(cls, text: str) -> TrainingRecord:
         """What `to_json` wrote, or people by hand; InputError names the entry that is missing, unknown or wrong."""
         try:
             content = json.loads(text)
@@ -138,11 +138,11 @@ class Training:
         return training
 
 
-def read_training(folder: Path) -> Training:
+def read_training(folder: Path) -> TrainingRecord:
     """The record in a model's folder; InputError if it is missing or wrong."""
     path = folder / FILE
     try:
-        return Training.from_json(path.read_text(encoding="utf-8"))
+        return TrainingRecord.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{folder} has no {FILE}, which says how it was trained; see docs/cards.md") from error
     except (OSError, ValueError) as error:

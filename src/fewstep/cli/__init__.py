@@ -12,7 +12,7 @@ from fewstep.cli import batch, bench, card, compare, data, evaluate, exits, gene
 
 app = typer.Typer(
     name="fewstep",
-    help="Draw pictures from words with latent diffusion models.",
+    help="Generate images from text with latent diffusion models.",
     epilog='Start here:  fewstep generate "a red cube on top of a blue sphere" -o cube.png',
     rich_markup_mode="rich",
 )
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         from fewstep import __version__
 
         typer.echo(f"fewstep {__version__}")

@@ -1,8 +1,7 @@
-"""`fewstep batch`: a file of prompts in, a folder of pictures out, on as many processes as `torchrun` starts."""
+"""`fewstep batch`: one image for each prompt of a file, on as many processes as `torchrun` starts."""
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,9 +13,9 @@ import typer
 
 from fewstep.cli import checks, options, outputs, progress
 from fewstep.cli.generate import tell, unknown_words
-from fewstep.cli.settings import Settings, complete_settings, picture_metadata, task_keywords
-from fewstep.errors import InputError, quoted
-from fewstep.files import file_size
+from fewstep.cli.settings import complete_settings, task_keywords
+from fewstep.errors import InputError
+from fewstep.safety.provenance import Settings, image_metadata
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 
 _DRAWN_WITH = ("steps", "guidance_scale", "sampler", "schedule", "width", "height")
 COMPARED = ("prompt", "seed", "model", "decoder", "dtype", "negative_prompt", *_DRAWN_WITH)
-"""Of what a picture says of itself: what makes it another one."""
+"""The metadata of an image in which a difference means that it has to be generated anew."""
 
 
 class Line(NamedTuple):
-    """A prompt, its number in the file from 1, and where its picture goes."""
+    """A prompt, its line number in the file from 1, and the path of its image."""
 
     number: int
     prompt: str
@@ -39,8 +38,8 @@ class Line(NamedTuple):
 def batch(
     prompts: Annotated[Path, typer.Argument(help="A text file, one prompt a line.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the pictures, made if need be.")],
-    together: Annotated[int, typer.Option("--batch", "-b", min=1, help="Pictures drawn at a time.")] = 8,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the images, made if need be.")],
+    together: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images generated at a time.")] = 8,
     model: options.Model = None,
     negative_prompt: options.NegativePrompt = None,
     steps: options.Steps = None,
@@ -52,19 +51,19 @@ def batch(
     decoder: options.Decoder = None,
     device: options.Device = None,
     dtype: options.DType = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that fewstep batch did not draw.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that fewstep batch did not write.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a picture for each line of a file; empty lines and those that begin with # are none.
+    """Generate an image for each line of a file; empty lines and those that begin with # are skipped.
 
-    Pictures that are there already and say that they were drawn so stay: the same command goes on. Those that were
-    drawn from another line or with other settings are drawn anew.
+    Images that exist with the same prompt and settings stay, so that the same command resumes; those of another
+    prompt or other settings are generated anew.
 
-    In front of it `torchrun --nproc-per-node 8 -m` shares the lines out over as many processes and cards.
+    `torchrun --nproc-per-node 8 -m` in front of it shares the lines out over as many processes and cards.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     lines = read(prompts, output)[rank::ranks]  # before a look at what is there: other processes add to it
-    asked = {
+    given: Settings = {
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -75,137 +74,132 @@ def batch(
         "decoder": decoder,
         "dtype": dtype,
     }
-    wanted = complete_settings({"prompt": "", **{name: value for name, value in asked.items() if value is not None}})
-    checks.check(wanted)
+    given = {name: value for name, value in given.items() if value is not None}
+    run_settings = complete_settings({"prompt": "", **given})
+    checks.check(run_settings)
     pipe = None
-    load = partial(_loaded, wanted, device=device, quiet=quiet or rank > 0)
-    if any(line.path.exists() for line in lines) and not _is_embedded(wanted):
-        pipe = load()  # what it draws by default is not known before
-    missing, others = sort(lines, _settings(wanted, pipe, output), seed, force=force)
-    if others and not quiet:
-        tell(f"{others} of the pictures there were drawn from other lines or settings, and are drawn anew")
+    load = partial(_load, run_settings, device=device, quiet=quiet or rank > 0)
+    if any(line.path.exists() for line in lines) and not _is_embedded(run_settings):
+        pipe = load()  # its defaults are not known before
+    missing, changed = missing_images(lines, _expected_metadata(run_settings, pipe, output), seed, force=force)
+    if changed and not quiet:
+        tell(f"{changed} of the images there are of other prompts or settings, and are generated anew")
     if not missing:
         return
     output.mkdir(parents=True, exist_ok=True)
     started = perf_counter()
     pipe = pipe or load()
+    batches = [missing[first : first + together] for first in range(0, len(missing), together)]
     with progress.bar(shown=not quiet and rank == 0) as bar:
-        bar.stage("drawing")
-        parts = [missing[first : first + together] for first in range(0, len(missing), together)]
-        for index, (part, result) in enumerate(drawn(pipe, wanted, parts, seed)):
-            outputs.show(save(result, wanted, part))
-            if not quiet:
-                tell(*strange_words(pipe, part), *(result.notes if index == 0 else ()))
+        bar.stage("generating")
+        _write_batches(pipe, run_settings, batches, seed, quiet=quiet)
     if not quiet:
         seconds = perf_counter() - started
-        count = f"{len(missing)} picture{'s' * (len(missing) > 1)}"
+        count = f"{len(missing)} image{'s' * (len(missing) > 1)}"
         tell(f"{count} in {seconds:.1f} s, loading included")
 
 
+def _write_batches(
+    pipe: Pipeline, run_settings: Settings, batches: list[list[Line]], seed: int, *, quiet: bool
+) -> None:
+    """Generate and save the images of all batches, and print their paths."""
+    for index, (lines, result) in enumerate(generate_batches(pipe, run_settings, batches, seed)):
+        outputs.show(save(result, run_settings, lines))
+        if not quiet:
+            tell(*unknown_word_lines(pipe, lines), *(result.notes if index == 0 else ()))
+
+
 def read(prompts: Path, folder: Path) -> list[Line]:
-    """The lines of a file that say something, in UTF-8, or UTF-16 with its mark. InputError for a file without any."""
-    try:
-        file_size(prompts)
-        content = prompts.read_bytes()
-        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{quoted(prompts)} cannot be read as text: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{quoted(prompts)} cannot be read as text in UTF-8: {error.reason}; save it as that"
-        ) from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as editors count them
-    prompted = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    prompted = [(number, line) for number, line in prompted if line and not line.startswith("#")]
-    if not prompted:
-        raise InputError(f"{quoted(prompts)} holds no prompt; write one a line")
-    return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in prompted]
+    """The prompts of a file, with the path of each image in `folder`; InputError for a file without a prompt."""
+    from fewstep.evaluate.prompts import numbered_prompts
+
+    return [Line(number, prompt, folder / f"{number:05}.png") for number, prompt in numbered_prompts(prompts)]
 
 
-def sort(lines: list[Line], settings: Settings, seed: int, *, force: bool) -> tuple[list[Line], int]:
-    """The lines to draw with `settings`, and how many of their pictures are there but were drawn otherwise.
+def missing_images(lines: list[Line], settings: Settings, seed: int, *, force: bool) -> tuple[list[Line], int]:
+    """The lines whose images are missing, and how many of them have an image of other settings.
 
-    InputError for files that something else made, unless `force` lets them go.
+    InputError for files that fewstep did not write, unless `force`.
     """
-    missing, others, foreign = [], 0, []
+    missing, changed, foreign = [], 0, []
     for line in lines:
         if line.path.exists() or line.path.is_symlink():
-            made = _made(line.path)
-            if made is None and not force:
+            metadata = _metadata_of(line.path)
+            if metadata is None and not force:
                 foreign.append(line.path)
             same = {**settings, "prompt": line.prompt, "seed": seed + line.number - 1}
-            if made is not None and made.items() >= same.items():
+            if metadata is not None and metadata.items() >= same.items():
                 continue
-            others += made is not None
+            changed += metadata is not None
         missing.append(line)
     if foreign:
         raise InputError(
-            f"{outputs.listed(foreign)} there, and not drawn by fewstep; name another folder with --output, or replace "
-            "with --force"
+            f"{outputs.listed(foreign)} there, and not generated by fewstep; name another folder with --output, or "
+            "replace with --force"
         )
-    return missing, others
+    return missing, changed
 
 
-def _made(path: Path) -> dict[str, Any] | None:
-    """How fewstep drew a picture, nothing where it is damaged; None for another file."""
+def _metadata_of(path: Path) -> dict[str, Any] | None:
+    """The metadata of an image that fewstep wrote, empty where it is damaged; None for another file."""
     from fewstep import images
 
     try:
-        found = images.read_metadata(path)
+        metadata = images.read_metadata(path)
     except InputError:
         return None
-    if found is None or "fewstep" not in found:
+    if metadata is None or "fewstep" not in metadata:
         return None
-    return {name: found.get(name) for name in COMPARED} if images.is_whole(path) else {}
+    return {name: metadata.get(name) for name in COMPARED} if images.is_whole(path) else {}
 
 
-def _is_embedded(wanted: Settings) -> bool:
-    """Whether the model comes with fewstep, which knows all about it before it is loaded."""
+def _is_embedded(run_settings: Settings) -> bool:
+    """Whether the model comes with fewstep, so that its defaults are known before it is loaded."""
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
 
-    known = CATALOGUE.get(wanted.get("model", EMBEDDED))
+    known = CATALOGUE.get(run_settings.get("model", EMBEDDED))
     return known is not None and known.source is None
 
 
-def _settings(wanted: Settings, pipe: Pipeline | None, folder: Path) -> Settings:
-    """What pictures in `folder` say of themselves, but for prompt and seed; of an embedded model without loading it."""
+def _expected_metadata(run_settings: Settings, pipe: Pipeline | None, folder: Path) -> Settings:
+    """The metadata of images in `folder`, without prompt and seed; an embedded model need not be loaded for it."""
+    from fewstep.inspect.catalogue import defaults_of
     from fewstep.models.zoo import CATALOGUE
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.request import sampler_named
 
     settings: Settings = dict.fromkeys(("negative_prompt", "decoder", "dtype"))
     if pipe is not None:
-        settings |= pipe.start(**{**task_keywords(wanted), "seed": 0}).settings
-    elif _is_embedded(wanted):
-        model = wanted.get("model", EMBEDDED)
-        settings |= {"model": model, **vars(checks.defaults_of(CATALOGUE[model])), **task_keywords(wanted)}
+        settings |= pipe.start(**{**task_keywords(run_settings), "seed": 0}).settings
+    elif _is_embedded(run_settings):
+        model = run_settings.get("model", EMBEDDED)
+        settings |= {"model": model, **vars(defaults_of(CATALOGUE[model])), **task_keywords(run_settings)}
         settings["sampler"], schedule = sampler_named(settings["sampler"])
-        settings["schedule"] = wanted.get("schedule") or schedule or settings["schedule"]
-    settings = picture_metadata(wanted, settings, folder)
+        settings["schedule"] = run_settings.get("schedule") or schedule or settings["schedule"]
+    settings = image_metadata(run_settings, settings, folder)
     return {name: settings[name] for name in COMPARED if name in settings}
 
 
-def _loaded(wanted: Settings, *, device: str | None, quiet: bool) -> Pipeline:
+def _load(run_settings: Settings, *, device: str | None, quiet: bool) -> Pipeline:
     with progress.bar(shown=not quiet) as bar:
         bar.stage("loading")
         import fewstep
 
-        how = {name: wanted.get(name) for name in ("dtype", "decoder")}
-        return fewstep.load(wanted.get("model"), device=device or _own_card(), **how)
+        how = {name: run_settings.get(name) for name in ("dtype", "decoder")}
+        return fewstep.load(run_settings.get("model"), device=device or _own_card(), **how)
 
 
-def strange_words(pipe: Pipeline, lines: list[Line]) -> list[str]:
+def unknown_word_lines(pipe: Pipeline, lines: list[Line]) -> list[str]:
     """A sentence for each line with words that the model does not know."""
-    found = ((line.number, pipe.parts.tokenizers[0].unknown(line.prompt)) for line in lines)
-    return [f"line {number}: {unknown_words(words, pipe.parts.name)}" for number, words in found if words]
+    unknown = ((line.number, pipe.parts.tokenizers[0].unknown(line.prompt)) for line in lines)
+    return [f"line {number}: {unknown_words(words, pipe.parts.name)}" for number, words in unknown if words]
 
 
-def drawn(
-    pipe: Pipeline, wanted: Settings, parts: Sequence[list[Line]], seed: int
+def generate_batches(
+    pipe: Pipeline, run_settings: Settings, parts: Sequence[list[Line]], seed: int
 ) -> Iterator[tuple[list[Line], Result]]:
-    """The parts' lines, each part drawn in one batch; a card begins with the next while the caller has the last."""
+    """The lines and results of each batch; a graphics card begins with the next while the caller has the last."""
     from fewstep.engines.engine import Recorder
 
     under_way: list[tuple[list[Line], Run]] = []
@@ -213,28 +207,28 @@ def drawn(
     try:
         for lines in parts:
             seeds = [seed + line.number - 1 for line in lines]
-            given = {**task_keywords(wanted), "prompt": [line.prompt for line in lines], "seed": seeds}
+            given = {**task_keywords(run_settings), "prompt": [line.prompt for line in lines], "seed": seeds}
             under_way.append((lines, pipe.start(**given).launch()))
             while len(under_way) > most:
-                yield _finished(under_way.pop(0))
-    except (Exception, KeyboardInterrupt):  # what the card has drawn by then is not lost
-        yield from map(_finished, under_way)
+                yield _finish(under_way.pop(0))
+    except (Exception, KeyboardInterrupt):  # what the card has generated by then is not lost
+        yield from map(_finish, under_way)
         raise
-    yield from map(_finished, under_way)
+    yield from map(_finish, under_way)
 
 
-def _finished(drawing: tuple[list[Line], Run]) -> tuple[list[Line], Result]:
-    lines, run = drawing
+def _finish(batch_run: tuple[list[Line], Run]) -> tuple[list[Line], Result]:
+    lines, run = batch_run
     return lines, run.result()
 
 
-def save(result: Result, wanted: Settings, lines: list[Line]) -> list[Path]:
-    """Save the pictures of these lines, each with its own settings; their paths."""
+def save(result: Result, run_settings: Settings, lines: list[Line]) -> list[Path]:
+    """Save the images of these lines, each with its own settings; their paths."""
     from fewstep import images
 
-    for line, one, picture in zip(lines, result.seeds, result.images, strict=True):
-        settings = picture_metadata(wanted, {**result.settings, "prompt": line.prompt}, line.path.parent)
-        images.save_png(picture, line.path, {**settings, "seed": one})
+    for line, one, image in zip(lines, result.seeds, result.images, strict=True):
+        settings = image_metadata(run_settings, {**result.settings, "prompt": line.prompt}, line.path.parent)
+        images.save_png(image, line.path, {**settings, "seed": one})
     return [line.path for line in lines]
 
 

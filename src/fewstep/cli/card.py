@@ -1,4 +1,4 @@
-"""`fewstep card` and `fewstep emissions`: a model card from the record of a training, and the carbon of a run."""
+"""`fewstep card` and `fewstep emissions`: a model card from a training record, and the carbon emissions of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli import checkpoint
 from fewstep.errors import InputError
 
 
@@ -19,6 +18,7 @@ def card(
     """Write or update a model's README.md; what people wrote into it stays."""
     from fewstep.cards.model_card import write_card
     from fewstep.cards.training_record import read_scores, read_training
+    from fewstep.inspect import checkpoint
 
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; name that of a model")

@@ -1,11 +1,12 @@
-"""What can be known to be wrong before a model is loaded or fetched."""
+"""Checks of a run's settings before a model is loaded or fetched."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli.settings import Settings, redraws, task_keywords
+from fewstep.cli.settings import redraws, task_keywords
 from fewstep.errors import InputError, quoted, unknown
+from fewstep.safety.provenance import Settings
 
 if TYPE_CHECKING:
     from fewstep.models.zoo import Defaults, Entry
@@ -14,32 +15,22 @@ LATENTS = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl", "sdxl-refiner": "sdxl", "bl
 """Families with the same latents have the same name here: a refiner takes over latents of its own kind."""
 
 
-def check(wanted: Settings) -> None:
+def check(settings: Settings) -> None:
     """InputError for values out of range, unknown names, and models that do not go together; loads nothing."""
+    from fewstep.inspect.catalogue import defaults_of
     from fewstep.pipeline.load import EMBEDDED
     from fewstep.pipeline.request import TaskOptions, make_job, strength_steps
 
-    model = _entry(wanted.get("model", EMBEDDED))
-    _check_kinds(wanted, model)
+    model = _entry(settings.get("model", EMBEDDED))
+    _check_kinds(settings, model)
     native = defaults_of(model)
-    keywords = task_keywords(wanted)
+    keywords = task_keywords(settings)
     options: Any = {name: value for name, value in keywords.items() if name in TaskOptions.__annotations__}
     job = make_job(keywords["prompt"], options, native or _any(), multiple=8 if model else 1)
     if "strength" in keywords:
-        strength_steps(job.steps if native or "steps" in wanted else 1000, keywords["strength"])
-    if not 0 <= wanted.get("handoff", 0.8) <= 1:
-        raise InputError(f"handoff {quoted(wanted['handoff'])} is not a number from 0 to 1")
-
-
-def defaults_of(known: Entry | None) -> Defaults | None:
-    """What a model of the catalogue draws with when nothing is said; None for other models."""
-    from fewstep.models.zoo import Defaults
-    from fewstep.weights.fetch import ASSETS
-    from fewstep.weights.folder import read_json
-
-    if known is None or known.defaults is not None or known.family != "blocks":
-        return None if known is None else known.defaults
-    return Defaults(**read_json(ASSETS / known.name / "model_index.json")["_fewstep"]["defaults"])
+        strength_steps(job.steps if native or "steps" in settings else 1000, keywords["strength"])
+    if not 0 <= settings.get("handoff", 0.8) <= 1:
+        raise InputError(f"handoff {quoted(settings['handoff'])} is not a number from 0 to 1")
 
 
 def _entry(name: str) -> Entry | None:
@@ -55,23 +46,23 @@ def _any() -> Defaults:
     return Defaults(guidance_scale=1.0, sampler="euler", width=512, height=512)
 
 
-def _check_kinds(wanted: Settings, model: Entry | None) -> None:
-    """InputError where a decoder is to draw, a model to decode, or a refiner to go on with latents of another kind."""
+def _check_kinds(settings: Settings, model: Entry | None) -> None:
+    """InputError for a decoder in a model's place, a model in a decoder's, or a refiner of another latent space."""
     from fewstep.models.zoo import TINY_NAMES
     from fewstep.weights.scheduler import PREDICTIONS
 
-    refiner, decoder = _entry(wanted.get("refiner", "")), _entry(wanted.get("decoder", ""))
+    refiner, decoder = _entry(settings.get("refiner", "")), _entry(settings.get("decoder", ""))
     for option, known in (("model", model), ("refiner", refiner)):
         if known is not None and known.family == "tiny":
-            raise InputError(f"--{option} {known.name} is a decoder alone and draws nothing; give it with --decoder")
+            raise InputError(f"--{option} {known.name} is a decoder alone, not a model; give it with --decoder")
     if decoder is not None and decoder.family != "tiny":
         raise InputError(f"--decoder {decoder.name} is a whole model; the decoders are tiny, {', '.join(TINY_NAMES)}")
-    if "prediction" in wanted and wanted["prediction"] not in PREDICTIONS:
-        raise InputError(unknown("prediction", wanted["prediction"], PREDICTIONS))
-    if model is None or refiner is None or redraws(wanted):
+    if "prediction" in settings and settings["prediction"] not in PREDICTIONS:
+        raise InputError(unknown("prediction", settings["prediction"], PREDICTIONS))
+    if model is None or refiner is None or redraws(settings):
         return
     if LATENTS[model.family] != LATENTS[refiner.family]:
         raise InputError(
             f"--refiner {refiner.name} cannot go on with what {model.name} leaves, which are other latents; choose two "
-            "models of one family, or add --strength 0.3 to have the finished picture redrawn"
+            "models of one family, or add --strength 0.3 to have the finished image regenerated"
         )

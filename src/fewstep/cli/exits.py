@@ -1,4 +1,4 @@
-"""How a command ends: exit codes for scripts, one friendly line for people."""
+"""How a command ends: its exit code and one line on stderr for an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fewstep generate`: words in, pictures out."""
+"""`fewstep generate`: images from a prompt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from fewstep.cli import checks, options, outputs, progress
-from fewstep.cli.settings import Settings, complete_settings, picture_metadata, redraws, task_keywords
+from fewstep.cli.settings import complete_settings, redraws, task_keywords
 from fewstep.errors import printable, quoted
+from fewstep.safety.provenance import Settings, image_metadata
 
 if TYPE_CHECKING:
     from fewstep import Pipeline, Result, Run
@@ -48,53 +49,53 @@ def generate(
     device: options.Device = None,
     dtype: options.DType = None,
 ) -> None:
-    """Draw pictures from a prompt. What you leave out is the model's own default."""
-    asked = {name: value for name, value in locals().items() if value is not None}
+    """Generate images from a prompt. What you leave out is the model's own default."""
+    given = {name: value for name, value in locals().items() if value is not None}
     for name in ("output", "force", "quiet"):
-        asked.pop(name, None)
+        given.pop(name, None)
     where = outputs.destination(output)
-    wanted = complete_settings(asked)
-    checks.check(wanted)
-    outputs.check_vacant(where, wanted.get("images_per_prompt", 1), force=force)
-    outputs.show(_generate(wanted, where, quiet))
+    settings = complete_settings(given)
+    checks.check(settings)
+    outputs.check_vacant(where, settings.get("images_per_prompt", 1), force=force)
+    outputs.show(_generate(settings, where, quiet))
 
 
-def _generate(wanted: Settings, where: outputs.Destination, quiet: bool) -> list[Path]:
+def _generate(settings: Settings, where: outputs.Destination, quiet: bool) -> list[Path]:
     started = perf_counter()
     with progress.bar(shown=not quiet) as bar:
         bar.stage("loading")
         import fewstep
 
-        place = {name: wanted.get(name) for name in ("device", "dtype")}
-        how = {name: wanted.get(name) for name in ("revision", "prediction", "tokenizer", "decoder")}
-        pipe = fewstep.load(wanted.get("model"), **place, **how)
-        refiner = fewstep.load(wanted["refiner"], **place) if "refiner" in wanted else None
-        for file, scale in wanted.get("lora", ()):
+        place = {name: settings.get(name) for name in ("device", "dtype")}
+        how = {name: settings.get(name) for name in ("revision", "prediction", "tokenizer", "decoder")}
+        pipe = fewstep.load(settings.get("model"), **place, **how)
+        refiner = fewstep.load(settings["refiner"], **place) if "refiner" in settings else None
+        for file, scale in settings.get("lora", ()):
             fewstep.add_lora(pipe, file, scale)
         loaded = perf_counter() - started
-        result = draw(pipe, refiner, wanted, bar)
-        settings = picture_metadata(wanted, result.settings, where.folder)
-        written = outputs.save(result, settings, where)
+        result = run_task(pipe, refiner, settings, bar)
+        metadata = image_metadata(settings, result.settings, where.folder)
+        written = outputs.save(result, metadata, where)
     if not quiet:
         tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.parts.name))
     return written
 
 
-def draw(pipe: Pipeline, refiner: Pipeline | None, wanted: Settings, bar: progress.Bar) -> Result:
-    """The pictures of the settings `wanted`, by the task that its entries make it."""
-    keywords = task_keywords(wanted)
-    if refiner is None or not redraws(wanted):
-        return _watched(pipe.start(**keywords, refiner=refiner), bar)
+def run_task(pipe: Pipeline, refiner: Pipeline | None, settings: Settings, bar: progress.Bar) -> Result:
+    """The images of `settings`, by text to image, image to image, inpainting or with a refiner."""
+    keywords = task_keywords(settings)
+    if refiner is None or not redraws(settings):
+        return _run(pipe.start(**keywords, refiner=refiner), bar)
     strength = keywords.pop("strength")
-    first = _watched(pipe.start(**keywords), bar)
-    return _redrawn(first, refiner, keywords | {"strength": strength}, bar)
+    first = _run(pipe.start(**keywords), bar)
+    return _regenerate(first, refiner, keywords | {"strength": strength}, bar)
 
 
 def summary(result: Result) -> str:
     """One line for people: time, seed, tokens."""
     count, dropped = len(result.images), max(result.tokens_dropped)
     parts = [
-        f"{count} picture{'s' * (count > 1)} drawn in {sum(result.seconds.values()):.1f} s",
+        f"{count} image{'s' * (count > 1)} in {sum(result.seconds.values()):.1f} s",
         f"seed {result.seeds[0]}" if count == 1 else f"seeds {result.seeds[0]} to {result.seeds[-1]}",
         f"{result.tokens_used[0]} tokens" + f" in {result.chunks} chunks" * (result.chunks > 1),
     ]
@@ -104,7 +105,7 @@ def summary(result: Result) -> str:
 
 
 def notes(result: Result, model: str) -> list[str]:
-    """A line for each thing that the drawer should know: words that were not understood, options without effect."""
+    """A line for each thing that the user should know: words that the model does not know, options without effect."""
     words = [unknown_words(result.unknown_words, model)] if result.unknown_words else []
     return [*words, *getattr(result, "notes", ())]
 
@@ -128,22 +129,22 @@ def tell(*lines: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
-def _watched(run: Run, bar: progress.Bar) -> Result:
+def _run(run: Run, bar: progress.Bar) -> Result:
     for step in run:
         bar.on_step(step)
     bar.stage("decoding")
     return run.result()
 
 
-def _redrawn(first: Result, refiner: Pipeline, keywords: Settings, bar: progress.Bar) -> Result:
-    """The pictures of `first` redrawn by `refiner` with the steps, guidance and sampler that drew them."""
-    kept = {name: first.settings[name] for name in ("steps", "guidance_scale", "sampler", "schedule")}
+def _regenerate(first: Result, refiner: Pipeline, keywords: Settings, bar: progress.Bar) -> Result:
+    """The images of `first` regenerated by `refiner`, with the same steps, guidance and sampler."""
+    same_settings = {name: first.settings[name] for name in ("steps", "guidance_scale", "sampler", "schedule")}
     one_each = {
         "prompt": [first.settings["prompt"]] * len(first.images),
         "image": first.images,
         "seed": first.seeds,
         "images_per_prompt": 1,
     }
-    second = _watched(refiner.start(**{**keywords, **kept, **one_each}), bar)
+    second = _run(refiner.start(**{**keywords, **same_settings, **one_each}), bar)
     seconds = {name: first.seconds.get(name, 0.0) + value for name, value in second.seconds.items()}
     return replace(first, images=second.images, seconds=seconds)

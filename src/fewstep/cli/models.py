@@ -1,28 +1,12 @@
-"""`fewstep models`: the catalogue as a table, and one model of it with all that is known."""
+"""`fewstep models`: the catalogue as a table, or one model with all that is known of it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-from fewstep.cli import checks
-
-if TYPE_CHECKING:
-    from fewstep.models.zoo import Entry
-
-KINDS = {
-    "blocks": "text to image, coloured blocks",
-    "sd1": "Stable Diffusion 1",
-    "sd2": "Stable Diffusion 2",
-    "sdxl": "Stable Diffusion XL",
-    "sdxl-refiner": "refiner for Stable Diffusion XL",
-    "tiny": "fast decoder",
-}
-PROMPT = "a red cube on top of a blue sphere"
 
 
 def models(
@@ -31,53 +15,16 @@ def models(
 ) -> None:
     """List the models that have a name, with size, licence and whether they are here; or show one of them."""
     from fewstep.cli.inspect import table
+    from fewstep.inspect.catalogue import details, table_row
     from fewstep.models.zoo import CATALOGUE, entry
 
-    found: Any = [_row(known) for known in CATALOGUE.values()] if name is None else details(entry(name))
+    content: Any = [table_row(model) for model in CATALOGUE.values()] if name is None else details(entry(name))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(content, indent=2))
     elif name is None:
-        _print_table(found)
+        _print_table(content)
     else:
-        typer.echo(table(found))
-
-
-def details(known: Entry) -> dict[str, Any]:
-    """What there is to know about a model: the table's row, what it draws with, and the words that it knows."""
-    native = checks.defaults_of(known)
-    drawing: dict[str, Any] = {} if native is None else {"defaults": dict(vars(native))}
-    return {**_row(known), **drawing, **(_words() if known.family == "blocks" else {})}
-
-
-def folder_of(known: Entry) -> Path | None:
-    """Where the files of a model are; None for one that is not here."""
-    from fewstep.weights.fetch import ASSETS, cached_folder
-
-    return ASSETS / known.name if known.source is None else cached_folder(known.source)
-
-
-def _words() -> dict[str, Any]:
-    """The words of the blocks models by what they say, and a prompt made of them."""
-    from fewstep.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, vocabulary
-
-    kinds = {"shapes": SHAPES, "colours": COLOURS, "sizes": SIZES, "relations": RELATIONS[1:]}
-    listed = {word for names in kinds.values() for name in names for word in name.split()}
-    others = [word for word in vocabulary() if word not in listed]
-    return {"words": {**{kind: list(names) for kind, names in kinds.items()}, "others": others}, "prompt": PROMPT}
-
-
-def _row(entry: Entry) -> dict[str, Any]:
-    from fewstep.weights.fetch import is_cached
-
-    return {
-        "name": entry.name,
-        "draws": KINDS[entry.family],
-        "source": entry.source,
-        "megabytes": entry.megabytes,
-        "licence": entry.licence,
-        "terms": entry.terms,
-        "cached": "embedded" if entry.source is None else "yes" if is_cached(entry) else "no",
-    }
+        typer.echo(table(content))
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

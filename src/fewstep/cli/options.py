@@ -10,9 +10,9 @@ from typer import Argument, Option
 SAMPLERS = "euler, euler_ancestral, heun, ddim, plms, dpmpp_2m, dpmpp_2m_sde, dpmpp_sde, dpmpp_3m_sde, unipc, lcm, ddpm"
 SCHEDULES = "leading, trailing, linspace, karras, exponential, sgm_uniform, simple, align_your_steps"
 
-_START, _FINISH, _MODEL, _MACHINE = "Start from a picture", "Refine", "Unusual models", "Machine"
+_START, _FINISH, _MODEL, _MACHINE = "Start from an image", "Refine", "Unusual models", "Machine"
 
-Prompt = Annotated[str | None, Argument(help="What to draw.", show_default=False)]
+Prompt = Annotated[str | None, Argument(help="What the image shows.", show_default=False)]
 Output = Annotated[
     str | None,
     Option("--output", "-o", help="PNG, JPEG or WebP file (else fewstep-SEED.png), a folder/, or - for stdout."),
@@ -26,7 +26,7 @@ Lora = Annotated[
     list[str] | None,
     Option(metavar="FILE[:SCALE]", help="A LoRA to merge, in part (0.5) or turned around (-1); may be repeated."),
 ]
-NegativePrompt = Annotated[str | None, Option(help="What to keep out of the picture.")]
+NegativePrompt = Annotated[str | None, Option(help="What to keep out of the image.")]
 Steps = Annotated[int | None, Option(help="Denoising steps.")]
 Guidance = Annotated[
     float | None,
@@ -36,9 +36,9 @@ Sampler = Annotated[str | None, Option(help=SAMPLERS)]
 Schedule = Annotated[str | None, Option(help=SCHEDULES)]
 Size = Annotated[str | None, Option("--size", "-s", help="As 512x768, or 512 for a square.")]
 Side = Annotated[int | None, Option(help="In pixels, a multiple of 8.")]
-Seed = Annotated[int | None, Option(help="The same seed draws the same picture.")]
+Seed = Annotated[int | None, Option(help="The same seed gives the same image.")]
 Images = Annotated[int | None, Option("--images", "-n", help="How many; their seeds count up.")]
-Like = Annotated[Path | None, Option(help="Take every setting from this picture; other options override it.")]
+Like = Annotated[Path | None, Option(help="Take every setting from this image; other options override it.")]
 Revision = Annotated[str | None, Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL)]
 Prediction = Annotated[
     str | None,
@@ -51,18 +51,18 @@ Decoder = Annotated[
 ]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the paths written, and nothing else.")]
 
-Init = Annotated[Path | None, Option(help="The picture to start from.", rich_help_panel=_START)]
+Init = Annotated[Path | None, Option(help="The image to start from.", rich_help_panel=_START)]
 Strength = Annotated[
     float | None,
-    Option(help="How much of it to redraw, 0 to 1 (else 0.8, with a mask 1).", rich_help_panel=_START),
+    Option(help="How much of it to change, 0 to 1 (else 0.8, with a mask 1).", rich_help_panel=_START),
 ]
-Mask = Annotated[Path | None, Option(help="Redraw it only where this is white.", rich_help_panel=_START)]
+Mask = Annotated[Path | None, Option(help="Change it only where this image is white.", rich_help_panel=_START)]
 
-Refiner = Annotated[str | None, Option(help="A model that finishes the picture.", rich_help_panel=_FINISH)]
+Refiner = Annotated[str | None, Option(help="A model that finishes the image.", rich_help_panel=_FINISH)]
 Handoff = Annotated[
     float | None,
     Option(
-        help="When it takes over, 0 to 1 (else 0.8); with --strength it redraws the whole instead.",
+        help="When it takes over, 0 to 1 (else 0.8); with --strength it regenerates the whole instead.",
         rich_help_panel=_FINISH,
     ),
 ]

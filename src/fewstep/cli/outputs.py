@@ -1,4 +1,4 @@
-"""Where pictures are written: names that say the seed, and no file lost that nobody gave up."""
+"""Where images are written: file names with the seed, and no file overwritten without consent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """The folder that pictures go to; `name` of the file, or None for names by seed; `piped`: to stdout instead."""
+    """The folder that images go to; `name` of the file, or None for names by seed; `piped`: to stdout instead."""
 
     folder: Path
     name: str | None = None
@@ -35,37 +35,37 @@ class Destination:
 def destination(output: str | None) -> Destination:
     """Where `--output` leads: a file, an existing folder or one that ends with a slash, or `-` for stdout.
 
-    InputError if nothing can be written there: known before the work, not after it.
+    InputError if nothing can be written there, before any work is done.
     """
     if output == "-":
         return _to_stdout()
     path = Path(output or ".")
     if output is None or path.is_dir() or output.endswith(("/", os.sep)):
-        found = Destination(folder=path)
+        target = Destination(folder=path)
     else:
-        found = Destination(folder=path.parent, name=_named(path))
-    folder = found.folder
-    if found.name is None and not folder.exists():
+        target = Destination(folder=path.parent, name=_file_name(path))
+    folder = target.folder
+    if target.name is None and not folder.exists():
         folder = next(parent for parent in folder.absolute().parents if parent.exists())
     if not folder.is_dir():
         raise InputError(f"--output {quoted(output)}: there is no folder {quoted(folder)}; make it first")
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {quoted(output)}: the folder {quoted(folder)} cannot be written to; choose another")
-    return found
+    return target
 
 
-def check_vacant(where: Destination, pictures: int, *, force: bool) -> None:
-    """InputError if one of so many `pictures` would take the place of a file, and nobody allows it."""
+def check_vacant(where: Destination, images: int, *, force: bool) -> None:
+    """InputError if one of so many `images` would overwrite a file without --force or consent."""
     if where.piped:
-        if pictures != 1:
-            raise InputError(f"--output - writes one picture, not {pictures}; name a folder, as in --output pictures/")
+        if images != 1:
+            raise InputError(f"--output - writes one image, not {images}; name a folder, as in --output images/")
         return
     if where.name is None:
         return
-    taken = [path for path in paths(where, range(pictures)) if path.exists()]
+    taken = [path for path in paths(where, range(images)) if path.exists()]
     if odd := next((path for path in taken if not path.is_file()), None):
         raise InputError(f"--output {quoted(odd)} is there already and is no file; choose another name")
-    if taken and not force and not _agreed(taken):
+    if taken and not force and not _confirmed(taken):
         raise InputError(f"{listed(taken)} there already; overwrite with --force, or choose another --output")
 
 
@@ -77,12 +77,12 @@ def listed(files: Sequence[Path], most: int = 3) -> str:
 
 
 def paths(where: Destination, seeds: Sequence[int]) -> list[Path]:
-    """One path for each of `seeds`: the file that was named, numbered if there are several pictures.
+    """One path for each of `seeds`: the file that was named, numbered if there are several images.
 
     Without a file name they are `fewstep-<seed>.png`, and a name that is taken gets a number.
     """
     if where.name is None:
-        return [_free(where.folder, f"fewstep-{seed}") for seed in seeds]
+        return [_unused_path(where.folder, f"fewstep-{seed}") for seed in seeds]
     named = where.folder / where.name
     if len(seeds) == 1:
         return [named]
@@ -90,7 +90,7 @@ def paths(where: Destination, seeds: Sequence[int]) -> list[Path]:
 
 
 def save(result: Result, settings: Mapping[str, Any], where: Destination) -> list[Path]:
-    """Write every picture of `result` with `settings` and its own seed; the paths written, none for stdout."""
+    """Write every image of `result` with `settings` and its own seed; the paths written, none for stdout."""
     if where.piped:
         with tempfile.TemporaryDirectory() as folder:
             [path] = save(result, settings, Destination(folder=Path(folder)))
@@ -104,7 +104,7 @@ def save(result: Result, settings: Mapping[str, Any], where: Destination) -> lis
 
 
 def write(result: Result, image: Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write one picture, in the format of its path's ending, with `settings`."""
+    """Write one image, in the format of its path's ending, with `settings`."""
     from fewstep import images
 
     if path.suffix.lower() == ".png":
@@ -122,21 +122,21 @@ def show(written: Iterable[Path]) -> None:
 
 def _to_stdout() -> Destination:
     if sys.stdout.isatty():
-        raise InputError("--output - writes a picture's bytes, and stdout is a terminal; send them to a program")
+        raise InputError("--output - writes an image's bytes, and stdout is a terminal; send them to a program")
     return Destination(folder=Path(), piped=True)
 
 
-def _named(path: Path) -> str:
-    """The file's name with an ending that says how pictures are written; PNG where it has none."""
+def _file_name(path: Path) -> str:
+    """The file's name with an ending that says how images are written; PNG where it has none."""
     if not path.suffix:
         return f"{path.name}.png"
     if path.suffix.lower() not in ENDINGS:
         one = quoted(path.with_suffix(".png"))
-        raise InputError(f"--output {quoted(path)}: pictures are written as {', '.join(ENDINGS)}; use {one}")
+        raise InputError(f"--output {quoted(path)}: images are written as {', '.join(ENDINGS)}; use {one}")
     return path.name
 
 
-def _agreed(taken: Sequence[Path]) -> bool:
+def _confirmed(taken: Sequence[Path]) -> bool:
     """Whether a person at the terminal lets these files go."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
@@ -144,7 +144,7 @@ def _agreed(taken: Sequence[Path]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _free(folder: Path, stem: str) -> Path:
+def _unused_path(folder: Path, stem: str) -> Path:
     return next(path for path in _candidates(folder, stem) if not path.exists())
 
 

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for people: nothing of it reaches a file or a pipe."""
+"""A progress bar on stderr, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Bar:
 
     def on_step(self, progress: Progress) -> None:
         """Show that step `progress.index` (from 0) of `progress.total` is done."""
-        self.bars.update(self.task, description="drawing", total=progress.total, completed=progress.index + 1)
+        self.bars.update(self.task, description="generating", total=progress.total, completed=progress.index + 1)
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def bar(*, shown: bool) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not (shown and console.is_terminal)
     with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=5) as bars:
         yield Bar(bars=bars, task=bars.add_task("", total=None))

@@ -97,7 +97,7 @@ def _finished(run: Run) -> bool:
 
 def _write_record(run: Run, trainer: Trainer) -> None:
     """Leave `training.json` beside the weights, with the stages that the model went through before."""
-    from fewstep.cards.training_record import FILE, Training, TrainingStage, read_training
+    from fewstep.cards.training_record import FILE, TrainingRecord, TrainingStage, read_training
     from fewstep.files import atomic_write
     from fewstep.train.overrides import settings
     from fewstep.train.preflight import KG_PER_KWH, assumed_watts
@@ -114,7 +114,7 @@ def _write_record(run: Run, trainer: Trainer) -> None:
     )
     start = Path(str(getattr(run.task, "student", None) or getattr(run.task, "model", "")))
     before = read_training(start).stages if (start / FILE).is_file() else ()
-    record = Training(
+    record = TrainingRecord(
         name=run.name,
         summary=f"Trained with fewstep by the recipe's stage {run.name}.",
         example="",

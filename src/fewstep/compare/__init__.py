@@ -1,1 +1,1 @@
-"""Blind comparisons: pairs of pictures, votes, and what they say."""
+"""Blind comparisons of models: pairs of images, votes on them, and preference statistics."""

@@ -1,4 +1,4 @@
-"""The preference chart: a bar for each pair of models, as model cards show them, with ties and intervals."""
+"""The preference chart: one bar for each pair of models, with ties and 95 % intervals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fewstep.charts import require_matplotlib, save_figure
 from fewstep.compare.tally import Outcome, Tally
-from fewstep.errors import MissingExtraError
 from fewstep.metrics.bradley_terry import preferred
 
 FIRST, TIE, SECOND, INK, PALE = "#2f6f9f", "#d5d8dc", "#d9822b", "#1c2430", "#5b6673"
@@ -19,26 +19,22 @@ CAPTION = "Grey: ties. Dot: share for the model on the left, half of the ties in
 
 
 def write_chart(outcome: Outcome, stem: Path) -> list[Path]:
-    """Write `stem`.svg and `stem`.png, and return their paths; the title says who voted, whatever the caller wants.
+    """Write `stem`.svg and `stem`.png, and return their paths; the title says who voted.
 
     Raises MissingExtraError without matplotlib.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError('charts need matplotlib; install it by: pip install "fewstep[train]"') from error
-    with rc_context({"svg.hashsalt": "fewstep", "font.family": "DejaVu Sans", "font.size": 9}):
+    matplotlib = require_matplotlib()
+    with matplotlib.rc_context({"svg.hashsalt": "fewstep", "font.family": "DejaVu Sans", "font.size": 9}):
         questions = [list(rows) for _, rows in groupby(outcome.tallies, key=lambda tally: tally.question)]
         height = TOP + BOTTOM + ROW * len(outcome.tallies) + HEAD * len(questions)
-        figure = Figure(figsize=(WIDTH, height))
+        figure = matplotlib.figure.Figure(figsize=(WIDTH, height))
         axes = figure.add_axes((0.22, BOTTOM / height, 0.56, 1 - (TOP + BOTTOM) / height))
         axes.set(xlim=(0, 100), ylim=(height - TOP - BOTTOM, 0))  # y in inches from the top
         _draw(axes, questions)
         _label(figure, outcome, height)
         paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
-        figure.savefig(paths[0], metadata={"Date": None})  # the same votes give the same file
-        figure.savefig(paths[1], dpi=160)
+        for path in paths:
+            save_figure(figure, path, dpi=160)
     return paths
 
 
@@ -83,12 +79,12 @@ def _in_lines(label: str) -> str:
 
 def _label(figure: Any, outcome: Outcome, height: float) -> None:
     figure.text(0.5, 1 - 0.3 / height, outcome.title, ha="center", va="center", fontsize=12, weight="bold", color=INK)
-    lines = [CAPTION, counted(outcome)]
+    lines = [CAPTION, sample_line(outcome)]
     for number, line in enumerate(lines):
         figure.text(0.5, (0.38 - 0.2 * number) / height, line, ha="center", va="center", fontsize=7.5, color=PALE)
 
 
-def counted(outcome: Outcome) -> str:
+def sample_line(outcome: Outcome) -> str:
     """One line: how many votes, raters and prompts, who was left out, and how far raters agree."""
     votes = sum(tally.votes.count for tally in outcome.tallies)
     people = f"{len(outcome.raters)} {'person' if len(outcome.raters) == 1 else 'people'}"

@@ -1,4 +1,4 @@
-"""A blind comparison: pairs of pictures under neutral names, and the key that says which model drew which."""
+"""A blind comparison: pairs of images under neutral names, and the key that maps each image to its model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from fewstep.errors import InputError
 
 KEY = "key.json"
 SCRAMBLED = "(scrambled)"
-"""Stands for a model in pairs that check a rater's attention: its picture is another prompt's, cut up and shuffled."""
+"""Stands for a model in pairs that check a rater's attention: its image is another prompt's, cut up and shuffled."""
 FORMAT = 1
 TILES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """One model's pictures, one for each prompt, and the settings that they were drawn with."""
+class ImageSet:
+    """One model's images, one for each prompt, and the settings they were generated with."""
 
     settings: Mapping[str, Any]
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two pictures for one prompt, `pictures/<id>-1.png` and `pictures/<id>-2.png`.
+    """Two images for one prompt, `pictures/<id>-1.png` and `pictures/<id>-2.png`.
 
-    `drawn_by` and `sha256` are of picture 1 and picture 2.
+    `drawn_by` and `sha256` are of image 1 and image 2.
     """
 
     id: str
@@ -46,18 +46,18 @@ class Pair:
 
     @property
     def is_check(self) -> bool:
-        """Whether one of the pictures is plainly worse, to see that a rater looks."""
+        """Whether it is an attention check: one of the images is scrambled."""
         return SCRAMBLED in self.drawn_by
 
     @property
     def paths(self) -> tuple[str, str]:
-        """The two pictures' paths within the folder of the study."""
+        """The two images' paths within the folder of the study."""
         return f"pictures/{self.id}-1.png", f"pictures/{self.id}-2.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared, in the order of the pairs' ids; `models` are their labels with the settings of each."""
+    """The pairs in the order of their ids; `models` maps the labels to the settings of each model."""
 
     seed: int
     models: Mapping[str, Mapping[str, Any]]
@@ -65,7 +65,7 @@ class Study:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it: votes carry it, so that the key cannot change after them."""
+        """SHA-256 of the whole key: votes carry it, so that the key cannot change after them."""
         text = json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -76,31 +76,31 @@ class Study:
 
 
 def make_study(
-    drawings: Mapping[str, Drawing], prompts: Sequence[str], folder: Path, *, seed: int, checks: int
+    image_sets: Mapping[str, ImageSet], prompts: Sequence[str], folder: Path, *, seed: int, checks: int
 ) -> Study:
-    """Write a study to the new `folder`: the page for raters, its pictures, and the key, which they must not see.
+    """Write a study to the new `folder`: the page for raters, its images, and the key, which they must not see.
 
-    Every two of the models, by their labels in `drawings`, are compared on every prompt. Order and sides follow from
-    `seed`, each model being picture 1 in half of its pairs. `checks` pairs, at most one a prompt, test attention.
+    Every two of the models, by their labels in `image_sets`, are compared on every prompt. Order and sides follow from
+    `seed`, each model being image 1 in half of its pairs. `checks` pairs, at most one a prompt, test attention.
     Raises InputError for fewer than two models, or a folder that holds something.
     """
     check_vacant(folder)
-    if len(drawings) < 2:
-        raise InputError(f"{len(drawings)} models; name at least two to compare")
-    chance = random.Random(seed)
-    planned = [*_comparisons(drawings, chance), *_attention_checks(drawings, min(checks, len(prompts)), chance)]
-    chance.shuffle(planned)
+    if len(image_sets) < 2:
+        raise InputError(f"{len(image_sets)} models; name at least two to compare")
+    rng = random.Random(seed)
+    planned = [*_comparisons(image_sets, rng), *_attention_checks(image_sets, min(checks, len(prompts)), rng)]
+    rng.shuffle(planned)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "pictures").mkdir(parents=True)
         pairs = [
-            _written(partial, f"{number:04d}", prompts[index], sides)
+            _write_pair(partial, f"{number:04d}", prompts[index], sides)
             for number, (index, sides) in enumerate(planned, start=1)
         ]
-        study = Study(seed=seed, models={label: drawings[label].settings for label in drawings}, pairs=tuple(pairs))
-        asked = [(pair.id, pair.prompt) for pair in pairs]
-        (partial / "index.html").write_text(page(study.digest, asked), encoding="utf-8")
+        study = Study(seed=seed, models={label: image_sets[label].settings for label in image_sets}, pairs=tuple(pairs))
+        items = [(pair.id, pair.prompt) for pair in pairs]
+        (partial / "index.html").write_text(page(study.digest, items), encoding="utf-8")
         (partial / KEY).write_text(study.to_json(), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -111,83 +111,83 @@ def make_study(
 
 
 def check_vacant(folder: Path) -> None:
-    """InputError if a study cannot be written to `folder`, since something is there."""
+    """InputError if `folder` exists and is not empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; name a new folder, votes may hang on this one")
 
 
 def read_study(folder: Path) -> Study:
-    """The study in `folder`; InputError if there is none, or if its key or a picture has changed."""
+    """The study in `folder`; InputError if there is none, or if its key or an image has changed."""
     path = folder / KEY
     if not path.is_file():
         raise InputError(f"{folder} has no {KEY}; name the folder that fewstep compare wrote with --out")
     try:
-        study, digest = _parsed(json.loads(path.read_text(encoding="utf-8")))
+        study, digest = _parse(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged, or of another version of fewstep: {error}") from error
     if study.digest != digest:
         raise InputError(f"{path} has been changed: its digest is not the one that it states; take the original")
     for pair in study.pairs:
-        for picture, sha256 in zip(pair.paths, pair.sha256, strict=True):
-            if not (folder / picture).is_file() or _sha256(folder / picture) != sha256:
-                raise InputError(f"{folder / picture} is gone or has changed since the study was made; votes are void")
+        for image, sha256 in zip(pair.paths, pair.sha256, strict=True):
+            if not (folder / image).is_file() or _sha256(folder / image) != sha256:
+                raise InputError(f"{folder / image} is gone or has changed since the study was made; votes are void")
     return study
 
 
 Sides = tuple[tuple[str, Image.Image], tuple[str, Image.Image]]
 
 
-def _comparisons(drawings: Mapping[str, Drawing], chance: random.Random) -> Iterator[tuple[int, Sides]]:
+def _comparisons(image_sets: Mapping[str, ImageSet], rng: random.Random) -> Iterator[tuple[int, Sides]]:
     """(index of the prompt, both sides) of all pairs."""
-    for first, second in combinations(drawings, 2):
-        pictures = list(zip(drawings[first].pictures, drawings[second].pictures, strict=True))
-        turned = _halves(len(pictures), chance)
-        for index, (a, b) in enumerate(pictures):
-            yield index, _turned(((first, a), (second, b)), turned[index])
+    for first, second in combinations(image_sets, 2):
+        images = list(zip(image_sets[first].images, image_sets[second].images, strict=True))
+        swaps = _balanced_swaps(len(images), rng)
+        for index, (a, b) in enumerate(images):
+            yield index, _swapped(((first, a), (second, b)), swaps[index])
 
 
 def _attention_checks(
-    drawings: Mapping[str, Drawing], count: int, chance: random.Random
+    image_sets: Mapping[str, ImageSet], count: int, rng: random.Random
 ) -> Iterator[tuple[int, Sides]]:
-    labels = list(drawings)
-    turned = _halves(count, chance)
+    labels = list(image_sets)
+    swaps = _balanced_swaps(count, rng)
     for number in range(count):
         label = labels[number % len(labels)]
-        pictures = drawings[label].pictures
-        index = chance.randrange(len(pictures))
-        other = scrambled(pictures[(index + 1) % len(pictures)], chance)
-        yield index, _turned(((label, pictures[index]), (SCRAMBLED, other)), turned[number])
+        images = image_sets[label].images
+        index = rng.randrange(len(images))
+        other = scramble_tiles(images[(index + 1) % len(images)], rng)
+        yield index, _swapped(((label, images[index]), (SCRAMBLED, other)), swaps[number])
 
 
-def _halves(count: int, chance: random.Random) -> list[bool]:
+def _balanced_swaps(count: int, rng: random.Random) -> list[bool]:
     """True for half of `count`, in random order; for the odd one by chance."""
     halves = [number < count // 2 for number in range(count)]
     if count % 2:
-        halves[-1] = chance.random() < 0.5
-    chance.shuffle(halves)
+        halves[-1] = rng.random() < 0.5
+    rng.shuffle(halves)
     return halves
 
 
-def _turned(sides: Sides, turn: bool) -> Sides:
+def _swapped(sides: Sides, turn: bool) -> Sides:
     return (sides[1], sides[0]) if turn else sides
 
 
-def scrambled(picture: Image.Image, chance: random.Random) -> Image.Image:
-    """`picture` cut into 8 x 8 tiles that are shuffled: nothing that anybody would prefer."""
-    width, height = (side // TILES for side in picture.size)
+def scramble_tiles(image: Image.Image, rng: random.Random) -> Image.Image:
+    """`image` with its 8 x 8 tiles shuffled, which no attentive rater prefers."""
+    width, height = (side // TILES for side in image.size)
     places = [(x * width, y * height) for y in range(TILES) for x in range(TILES)]
-    result = picture.copy()
-    for (x, y), place in zip(places, chance.sample(places, len(places)), strict=True):
-        result.paste(picture.crop((x, y, x + width, y + height)), place)
+    result = image.copy()
+    for (x, y), place in zip(places, rng.sample(places, len(places)), strict=True):
+        result.paste(image.crop((x, y, x + width, y + height)), place)
     return result
 
 
-def _written(folder: Path, name: str, prompt: str, sides: Sides) -> Pair:
-    """A pair whose pictures are saved without any note of what drew them."""
+def _write_pair(folder: Path, name: str, prompt: str, sides: Sides) -> Pair:
+    """A pair whose images are saved without metadata."""
     first, second = (label for label, _ in sides)
     pair = Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=("", ""))
-    for (_, picture), path in zip(sides, pair.paths, strict=True):
-        Image.frombytes("RGB", picture.size, picture.convert("RGB").tobytes()).save(folder / path, format="PNG")
+    for (_, image), path in zip(sides, pair.paths, strict=True):
+        Image.frombytes("RGB", image.size, image.convert("RGB").tobytes()).save(folder / path, format="PNG")
     one, two = (_sha256(folder / path) for path in pair.paths)
     return Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=(one, two))
 
@@ -196,14 +196,14 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _parsed(key: Mapping[str, Any]) -> tuple[Study, str]:
+def _parse(key: Mapping[str, Any]) -> tuple[Study, str]:
     if key["fewstep_study"] != FORMAT:
         raise ValueError(f"its format is {key['fewstep_study']!r}, this version reads {FORMAT}")
-    pairs = tuple(_parsed_pair(entry) for entry in key["pairs"])
+    pairs = tuple(_parse_pair(entry) for entry in key["pairs"])
     return Study(seed=int(key["seed"]), models=dict(key["models"]), pairs=pairs), str(key["digest"])
 
 
-def _parsed_pair(entry: Mapping[str, Any]) -> Pair:
+def _parse_pair(entry: Mapping[str, Any]) -> Pair:
     (first, second), (one, two) = entry["drawn_by"], entry["sha256"]
     if not entry["id"].isalnum():  # it is part of a path
         raise ValueError(f"{entry['id']!r} is not the id of a pair")

@@ -1,4 +1,4 @@
-"""What the votes on a study come to: shares with intervals, agreement, and the strengths of many models."""
+"""Aggregated votes of a study: preference shares with intervals, and agreement of the raters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from fewstep.compare.study import SCRAMBLED, Study
-from fewstep.compare.votes import CHOICES, QUESTIONS, Ballot, Vote
+from fewstep.compare.votes import CHOICES, QUESTIONS, RaterVotes, Vote
 from fewstep.errors import InputError
 from fewstep.metrics.agreement import kappa
-from fewstep.metrics.bradley_terry import Votes, preferred
+from fewstep.metrics.bradley_terry import VoteCounts, preferred
 from fewstep.tables import Cell
 
 CHECKS_PASSED = 0.75
@@ -27,7 +27,7 @@ class Tally:
     """
 
     question: str
-    votes: Votes
+    votes: VoteCounts
     prompts: int
     kappa: float | None
 
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """Who voted, which no chart may leave out."""
+        """Who voted; every chart shows it."""
         if self.judged_by is not None:
             return f"Judged by model: {self.judged_by}"
         count = len(self.raters)
@@ -84,34 +84,36 @@ class Outcome:
         }
 
 
-def tallied(study: Study, ballots: Sequence[Ballot]) -> Outcome:
-    """What `ballots` say, without raters who answered under `CHECKS_PASSED` of their attention checks rightly.
+def aggregate_votes(study: Study, all_votes: Sequence[RaterVotes]) -> Outcome:
+    """The tallies of `all_votes`, without raters who answered under `CHECKS_PASSED` of their attention checks rightly.
 
-    Raises InputError for no ballot, for a rater who votes twice on the same, for people and models in one tally, and
+    Raises InputError for no votes, for a rater who votes twice on the same, for people and models in one tally, and
     where nothing is left to count.
     """
-    if not ballots:
+    if not all_votes:
         raise InputError("there are no votes to count; name the files that the page saved")
-    judges = {ballot.judged_by for ballot in ballots}
+    judges = {rater_votes.judged_by for rater_votes in all_votes}
     if len(judges) > 1:
         named = ", ".join(sorted("people" if judge is None else f"the model {judge!r}" for judge in judges))
         raise InputError(f"votes of {named} cannot be counted together; make a tally of each")
-    _check_once(ballots)
-    attentive = [ballot for ballot in ballots if _checks_passed(study, ballot) >= CHECKS_PASSED]
-    tallies = tuple(tally for question in QUESTIONS for tally in _question(study, attentive, question))
+    _check_once(all_votes)
+    attentive = [rater_votes for rater_votes in all_votes if _checks_passed(study, rater_votes) >= CHECKS_PASSED]
+    tallies = tuple(tally for question in QUESTIONS for tally in _tallies_of(study, attentive, question))
     if not tallies:
-        missed = f"; {len(ballots) - len(attentive)} of {len(ballots)} raters failed the attention checks"
+        missed = f"; {len(all_votes) - len(attentive)} of {len(all_votes)} raters failed the attention checks"
         raise InputError(f"no vote is left to count{missed}")
     return Outcome(
         tallies=tallies,
-        raters=tuple(ballot.rater for ballot in attentive),
-        left_out=tuple(ballot.rater for ballot in ballots if ballot not in attentive),
-        judged_by=ballots[0].judged_by,
+        raters=tuple(rater_votes.rater for rater_votes in attentive),
+        left_out=tuple(rater_votes.rater for rater_votes in all_votes if rater_votes not in attentive),
+        judged_by=all_votes[0].judged_by,
     )
 
 
-def _check_once(ballots: Sequence[Ballot]) -> None:
-    given = Counter((ballot.rater, vote.pair, vote.question) for ballot in ballots for vote in ballot.votes)
+def _check_once(all_votes: Sequence[RaterVotes]) -> None:
+    given = Counter(
+        (rater_votes.rater, vote.pair, vote.question) for rater_votes in all_votes for vote in rater_votes.votes
+    )
     for (rater, pair, question), times in given.items():
         if times > 1:
             raise InputError(
@@ -120,10 +122,10 @@ def _check_once(ballots: Sequence[Ballot]) -> None:
             )
 
 
-def _checks_passed(study: Study, ballot: Ballot) -> float:
+def _checks_passed(study: Study, rater_votes: RaterVotes) -> float:
     """The share of right answers to attention checks; 1 where none was answered."""
     checks = {pair.id: pair for pair in study.pairs if pair.is_check}
-    answers = [_chosen(checks[vote.pair].drawn_by, vote) for vote in ballot.votes if vote.pair in checks]
+    answers = [_chosen(checks[vote.pair].drawn_by, vote) for vote in rater_votes.votes if vote.pair in checks]
     return sum(answer not in ("tie", SCRAMBLED) for answer in answers) / len(answers) if answers else 1.0
 
 
@@ -132,28 +134,28 @@ def _chosen(drawn_by: tuple[str, str], vote: Vote) -> str:
     return (*drawn_by, "tie")[CHOICES.index(vote.choice)]
 
 
-def _question(study: Study, ballots: Sequence[Ballot], question: str) -> list[Tally]:
+def _tallies_of(study: Study, all_votes: Sequence[RaterVotes], question: str) -> list[Tally]:
     pairs = {pair.id: pair for pair in study.pairs if not pair.is_check}
     ratings = {
-        ballot.rater: {
+        rater_votes.rater: {
             vote.pair: _chosen(pairs[vote.pair].drawn_by, vote)
-            for vote in ballot.votes
+            for vote in rater_votes.votes
             if vote.question == question and vote.pair in pairs
         }
-        for ballot in ballots
+        for rater_votes in all_votes
     }
     agreement = kappa({rater: chosen for rater, chosen in ratings.items() if chosen})
-    found = []
+    tallies = []
     for first, second in combinations(study.models, 2):
         own = {name for name, pair in pairs.items() if set(pair.drawn_by) == {first, second}}
         if votes := [(pair, choice) for chosen in ratings.values() for pair, choice in chosen.items() if pair in own]:
             counts = Counter(choice for _, choice in votes)
             prompts = len({pairs[pair].prompt for pair, _ in votes})
             tally = _votes(first, second, counts)
-            found.append(Tally(question=question, votes=tally, prompts=prompts, kappa=agreement))
-    return found
+            tallies.append(Tally(question=question, votes=tally, prompts=prompts, kappa=agreement))
+    return tallies
 
 
-def _votes(first: str, second: str, counts: Mapping[str, int]) -> Votes:
+def _votes(first: str, second: str, counts: Mapping[str, int]) -> VoteCounts:
     for_first, for_second, ties = (counts.get(choice, 0) for choice in (first, second, "tie"))
-    return Votes(first=first, second=second, for_first=for_first, for_second=for_second, ties=ties)
+    return VoteCounts(first=first, second=second, for_first=for_first, for_second=for_second, ties=ties)

@@ -1,4 +1,4 @@
-"""Votes on pairs of pictures: the files that raters bring back, and what is wrong with them."""
+"""Votes on pairs of images: the files that the page saves, read and checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUESTIONS: Mapping[str, str] = {
 }
 """What raters are asked about each pair, by the name in the files; the first before they see the prompt."""
 CHOICES = ("1", "2", "tie")
-"""What a vote can be for: picture 1 of the pair, picture 2, or neither."""
+"""What a vote can be for: image 1 of the pair, image 2, or neither."""
 FORMAT = 1
 
 
@@ -30,7 +30,7 @@ class Vote(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ballot:
+class RaterVotes:
     """All votes of one rater on the study with the digest `study`; `judged_by` names the rater if it is a model."""
 
     study: str
@@ -40,7 +40,7 @@ class Ballot:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the lines of the ballot, which the page computes in the same way.
+        """SHA-256 of the lines of the votes, which the page computes in the same way.
 
         It shows damage and careless edits. It is no signature: whoever forges votes can compute it too.
         """
@@ -60,7 +60,7 @@ class Ballot:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def read_ballot(path: Path, study: str, pairs: Collection[str]) -> Ballot:
+def read_votes(path: Path, study: str, pairs: Collection[str]) -> RaterVotes:
     """The votes in the file at `path`, on the study with the digest `study` and the ids `pairs`.
 
     Raises InputError for a file that is none of this study, that is damaged or has been changed, and for votes on
@@ -68,26 +68,26 @@ def read_ballot(path: Path, study: str, pairs: Collection[str]) -> Ballot:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ballot, digest = _parsed(content)
+        rater_votes, digest = _parse(content)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} holds no votes: {_reason(error)}; give a JSON file that the page saved") from error
-    if ballot.study != study:
-        raise InputError(f"{path} holds votes of another study ({ballot.study[:12]}, this is {study[:12]})")
-    if ballot.digest != digest:
+    if rater_votes.study != study:
+        raise InputError(f"{path} holds votes of another study ({rater_votes.study[:12]}, this is {study[:12]})")
+    if rater_votes.digest != digest:
         raise InputError(f"{path} has been changed since it was saved: its digest is wrong; ask for the file again")
-    _check_votes(ballot, pairs, path)
-    return ballot
+    _check_votes(rater_votes, pairs, path)
+    return rater_votes
 
 
-def _parsed(content: Mapping[str, Any]) -> tuple[Ballot, str]:
+def _parse(content: Mapping[str, Any]) -> tuple[RaterVotes, str]:
     if content["fewstep_votes"] != FORMAT:
         raise ValueError(f"its format is {content['fewstep_votes']!r}, this version reads {FORMAT}")
     votes = tuple(Vote(**{name: _text(value) for name, value in vote.items()}) for vote in content["votes"])
     judge = None if content["judged_by"] is None else _text(content["judged_by"])
-    ballot = Ballot(study=_text(content["study"]), rater=_text(content["rater"]), votes=votes, judged_by=judge)
-    return ballot, _text(content["digest"])
+    rater_votes = RaterVotes(study=_text(content["study"]), rater=_text(content["rater"]), votes=votes, judged_by=judge)
+    return rater_votes, _text(content["digest"])
 
 
 def _text(value: object) -> str:
@@ -100,18 +100,18 @@ def _reason(error: Exception) -> str:
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _check_votes(ballot: Ballot, pairs: Collection[str], path: Path) -> None:
-    if not ballot.rater.strip():
+def _check_votes(rater_votes: RaterVotes, pairs: Collection[str], path: Path) -> None:
+    if not rater_votes.rater.strip():
         raise InputError(f"{path} names no rater")
-    if not ballot.votes:
+    if not rater_votes.votes:
         raise InputError(f"{path} holds no vote")
-    seen: set[tuple[str, str]] = set()
-    for vote in ballot.votes:
+    voted: set[tuple[str, str]] = set()
+    for vote in rater_votes.votes:
         if vote.pair not in pairs:
             raise InputError(f"{path} votes on pair {vote.pair!r}, which is not in the study")
         for what, name, known in (("question", vote.question, QUESTIONS), ("choice", vote.choice, CHOICES)):
             if name not in known:
                 raise InputError(f"{path}, pair {vote.pair}: {unknown(what, name, known)}")
-        if vote[:2] in seen:
+        if vote[:2] in voted:
             raise InputError(f"{path} votes twice on the {vote.question} of pair {vote.pair}")
-        seen.add(vote[:2])
+        voted.add(vote[:2])

@@ -1,1 +1,1 @@
-"""What a trained model is worth: readers of its pictures and measures over them."""
+"""Evaluation of trained models: generated images, metrics over them, and reports."""

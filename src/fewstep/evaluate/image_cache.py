@@ -1,4 +1,4 @@
-"""Drawing the pictures that are judged: once each, kept as files, so that a run goes on where it stopped."""
+"""Generates the images of an evaluation and caches them as files, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image
 
 from fewstep.errors import NotFiniteError
 from fewstep.images import save_png
-from fewstep.metrics.pixels import PictureFiles, Pictures, is_black
+from fewstep.metrics.pixels import ImageFiles, Images, is_black
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.pipeline.request import TaskOptions
 from fewstep.weights.auxiliary import DIGITS, weights_digest
 
 BATCH = 25
 
-Told = Callable[[int, int], None]
-"""Told how many pictures of how many there are."""
+ProgressCallback = Callable[[int, int], None]
+"""Called after each batch with the number of images there are, and of those there will be."""
 
 
-class Wanted(NamedTuple):
-    """A picture to be drawn, and where it is kept."""
+class CacheEntry(NamedTuple):
+    """The file of an image, and the prompt and seed it is generated from."""
 
     path: Path
     prompt: str
@@ -34,67 +34,67 @@ class Wanted(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Pictures, one for each prompt and seed, and how they came about.
+class CachedImages:
+    """Images, one for each prompt and seed, and how they were generated.
 
-    `black` counts those that show nothing, NaN among them: they stay in every measure. `fresh` were not in the cache
-    and took `seconds`. `settings` is what the pipeline resolved, without prompt and seed.
+    `black` counts black images, NaN among them: they stay in every metric. `generated` is the number that was not in
+    the cache, in `seconds` of wall time. `settings` are the pipeline's, without prompt and seed.
     """
 
-    pictures: Pictures
+    images: Images
     black: int
-    fresh: int
+    generated: int
     seconds: float
     settings: dict[str, Any]
 
 
-class Easel:
-    """Draws with the model that a report calls `name`, and keeps what it drew in `folder`.
+class ImageCache:
+    """Generates images with a model, called `name` in reports, and caches them as PNG files in `folder`.
 
-    A picture is known by weights, settings, prompt and seed: no other ones ever find it.
+    A file's name is a digest of weights, settings, prompt and seed: a change of any of them is another image.
     """
 
-    def __init__(self, name: str, pipe: Pipeline, folder: Path, told: Told | None = None) -> None:
-        self.name, self.pipe, self.told = name, pipe, told
+    def __init__(self, name: str, pipe: Pipeline, folder: Path, on_progress: ProgressCallback | None = None) -> None:
+        self.name, self.pipe, self.on_progress = name, pipe, on_progress
         parts = pipe.parts
         self.digest = weights_digest((parts.unet, parts.autoencoder, *parts.text_encoders))
         self.folder = folder / f"{parts.name}-{self.digest[:8]}"
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], options: TaskOptions) -> Drawn:
-        """One picture for each of `prompts` and its seed; `options` are those of `Pipeline.text_to_image`."""
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: TaskOptions) -> CachedImages:
+        """One image for each of `prompts` and its seed; `options` are those of `Pipeline.text_to_image`."""
         settings = dict(self.pipe.start(prompts[0], **_with_seeds(options, seeds[:1])).settings)
         del settings["prompt"]
-        wanted = [Wanted(self._path(settings, p, s), p, s) for p, s in zip(prompts, seeds, strict=True)]
-        fresh = [one for one in dict.fromkeys(wanted) if not one.path.exists()]
+        entries = [CacheEntry(self._path(settings, p, s), p, s) for p, s in zip(prompts, seeds, strict=True)]
+        missing = [entry for entry in dict.fromkeys(entries) if not entry.path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         started = perf_counter()
-        for first in range(0, len(fresh), BATCH):
-            self._fill(fresh[first : first + BATCH], options, settings)
-            if self.told is not None:
-                self.told(len(wanted) - len(fresh) + min(first + BATCH, len(fresh)), len(wanted))
+        for first in range(0, len(missing), BATCH):
+            self._fill(missing[first : first + BATCH], options, settings)
+            if self.on_progress is not None:
+                self.on_progress(len(entries) - len(missing) + min(first + BATCH, len(missing)), len(entries))
         seconds = perf_counter() - started
-        pictures = PictureFiles([one.path for one in wanted])
-        black = sum(map(is_black, pictures))
-        return Drawn(pictures=pictures, black=black, fresh=len(fresh), seconds=seconds, settings=settings)
+        images = ImageFiles([entry.path for entry in entries])
+        black = sum(map(is_black, images))
+        return CachedImages(images=images, black=black, generated=len(missing), seconds=seconds, settings=settings)
 
     def _path(self, settings: dict[str, Any], prompt: str, seed: int) -> Path:
         text = json.dumps([self.digest, settings, prompt, seed], sort_keys=True)
         return self.folder / f"{sha256(text.encode()).hexdigest()[:DIGITS]}.png"
 
-    def _fill(self, wanted: Sequence[Wanted], options: TaskOptions, settings: dict[str, Any]) -> None:
-        """Draw and save; where NaN spoils a batch one by one, and black where one alone gives it."""
-        prompts, seeds = [one.prompt for one in wanted], [one.seed for one in wanted]
-        pictures: Sequence[Image.Image]
+    def _fill(self, entries: Sequence[CacheEntry], options: TaskOptions, settings: dict[str, Any]) -> None:
+        """Generate and save; one by one where a batch is not finite, and black where a single image is not."""
+        prompts, seeds = [entry.prompt for entry in entries], [entry.seed for entry in entries]
+        images: Sequence[Image.Image]
         try:
-            pictures = self.pipe.text_to_image(prompts, **_with_seeds(options, seeds)).images
+            images = self.pipe.text_to_image(prompts, **_with_seeds(options, seeds)).images
         except NotFiniteError:
-            if len(wanted) > 1:
-                for one in wanted:
-                    self._fill([one], options, settings)
+            if len(entries) > 1:
+                for entry in entries:
+                    self._fill([entry], options, settings)
                 return
-            pictures = [Image.new("RGB", (settings["width"], settings["height"]))]
-        for one, picture in zip(wanted, pictures, strict=True):
-            save_png(picture, one.path, {**settings, "prompt": one.prompt, "seed": one.seed})
+            images = [Image.new("RGB", (settings["width"], settings["height"]))]
+        for entry, image in zip(entries, images, strict=True):
+            save_png(image, entry.path, {**settings, "prompt": entry.prompt, "seed": entry.seed})
 
 
 def _with_seeds(options: TaskOptions, seeds: Sequence[int]) -> TaskOptions:

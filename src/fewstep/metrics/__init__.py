@@ -1,1 +1,1 @@
-"""Numbers about pictures: tensors in, measures with their intervals out."""
+"""Metrics of generated images and of votes on them, with confidence intervals."""

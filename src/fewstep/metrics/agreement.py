@@ -1,4 +1,4 @@
-"""How much raters agree beyond chance, when several saw the same pairs."""
+"""Agreement of raters beyond chance: Cohen's and Fleiss' kappa."""
 
 from __future__ import annotations
 

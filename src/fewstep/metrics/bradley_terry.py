@@ -1,4 +1,4 @@
-"""What votes between pairs of models say: the share that prefers one, and the strengths of many."""
+"""Preference statistics of votes between pairs of models: shares, and Bradley-Terry strengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALLEST_GAIN = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Votes:
+class VoteCounts:
     """The votes of one comparison: for `first`, for `second`, and for neither.
 
     Raises InputError for negative counts, or a model compared with itself.
@@ -43,7 +43,7 @@ class Votes:
         return self.for_first + self.for_second + self.ties
 
 
-def preferred(votes: Votes) -> Interval:
+def preferred(votes: VoteCounts) -> Interval:
     """The share of votes for `first`, each tie being half a vote for either, with Wilson's interval.
 
     Ties make the interval wider than it need be. Raises InputError where nobody has voted.
@@ -51,7 +51,7 @@ def preferred(votes: Votes) -> Interval:
     return share_interval((votes.for_first + votes.ties / 2) / max(votes.count, 1), votes.count)
 
 
-def strengths(comparisons: Sequence[Votes]) -> dict[str, Estimate]:
+def strengths(comparisons: Sequence[VoteCounts]) -> dict[str, Estimate]:
     """The Bradley-Terry strength of every model compared, the strongest first, on a logarithmic scale with mean 0.
 
     A model is preferred over another with odds exp(difference); 400 / log(10) times a strength is its Elo rating.
@@ -66,11 +66,11 @@ def strengths(comparisons: Sequence[Votes]) -> dict[str, Estimate]:
     _check_bounded(points, names)
     theta = _most_likely(points)
     errors = _covariance(theta, points).diagonal().sqrt()
-    found = {name: Estimate(float(theta[i]), float(errors[i])) for i, name in enumerate(names)}
-    return dict(sorted(found.items(), key=lambda item: -item[1].value))
+    estimates = {name: Estimate(float(theta[i]), float(errors[i])) for i, name in enumerate(names)}
+    return dict(sorted(estimates.items(), key=lambda item: -item[1].value))
 
 
-def _points(comparisons: Sequence[Votes], names: Sequence[str]) -> Tensor:
+def _points(comparisons: Sequence[VoteCounts], names: Sequence[str]) -> Tensor:
     """(K, K): the votes for model i against model j, with half the ties."""
     points = torch.zeros(len(names), len(names), dtype=torch.float64)
     for votes in comparisons:

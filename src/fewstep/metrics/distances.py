@@ -1,4 +1,4 @@
-"""FID, its limit and KID of one set of features against another, and in words how badly they are known."""
+"""FID, its limit and KID of one set of features against another, with a warning where FID is uncertain."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ SUBSETS, LARGEST_SUBSET = 50, 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """FID with its 95 % interval, FID of endless pictures (None for too few to tell), and KID, of `count` pictures."""
+    """FID with its interval and `limit` for infinitely many images (None for too few), and KID; of `count` images."""
 
     fid: Interval
     limit: float | None
     kid: Estimate
     count: int
 
-    def doubt(self) -> str | None:
-        """A sentence where FID is hardly known."""
+    def warning(self) -> str | None:
+        """A sentence where the interval of FID is wide, else None."""
         value, low, high = self.fid
         if high - low <= WIDE * value:
             return None
         return (
-            f"{self.count} pictures are few: FID {format_number(value)} is only known to be within "
+            f"{self.count} images are few: FID {format_number(value)} is only known to be within "
             f"{format_number(low)} and {format_number(high)}, {format_number(high - low)} wide; take more"
         )
 
 
 def distances(features: Tensor, reference: Tensor, network: str) -> Distances:
-    """The distances of features (N, D) from those (M, D) of real pictures; the same for the same, to rounding.
+    """The distances of features (N, D) from those (M, D) of real images; the same for the same, to rounding.
 
-    Raises InputError for fewer than 10 pictures, and NotFiniteError for features that are not finite.
+    Raises InputError for fewer than 10 images, and NotFiniteError for features that are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     exact = FeatureStatistics.of(reference, network)

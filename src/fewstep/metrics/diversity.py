@@ -1,4 +1,4 @@
-"""How much the pictures of one prompt differ: a model that has collapsed may be right each time, with one picture."""
+"""Diversity of the images of one prompt: a collapsed model may follow every prompt, each with one image."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from torch import Tensor
 
 from fewstep.errors import InputError
 from fewstep.metrics.intervals import Estimate, Interval
-from fewstep.metrics.pixels import Pictures, planes
+from fewstep.metrics.pixels import Images, image_tensor
 
 SEEDS = 16
 BINS = 16
-"""Of places and of sizes, over all that a picture can hold."""
+"""Of places and of sizes, over all that an image can hold."""
 COLOURED = 40
 """By how much, of 255, the highest and the lowest channel differ where there is an object and no stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How much the pictures of each of P prompts differ; all (P,) float64.
+    """How much the images of each of P prompts differ; all (P,) float64.
 
     `variance`: of the features, summed over them. `places` and `sizes`: the entropy in bits of where the coloured
-    part of a picture has its middle (the mean over both axes), and of how much of the picture it is. A model that gives
-    wrong pictures has more of all three: read them beside its accuracy.
+    part of an image has its middle (the mean over both axes), and of how much of the image it is. A model that gives
+    wrong images has more of all three: read them beside its accuracy.
     """
 
     variance: Tensor
     places: Tensor
     sizes: Tensor
 
-    def means(self) -> dict[str, float]:
+    def averages(self) -> dict[str, float]:
         """Each measure's mean over the prompts."""
         return {name: float(values.mean()) for name, values in vars(self).items()}
 
-    def share_of(self, base: Diversity) -> dict[str, Interval]:
+    def relative_to(self, base: Diversity) -> dict[str, Interval]:
         """Each mean as a share of another model's on the same prompts, with its 95 % interval.
 
-        That of a ratio of means; of one prompt it is endless, and so is a share of nothing.
+        That of a ratio of means; of one prompt it is infinite, and so is a share of 0.
         """
         return {name: _ratio(values, getattr(base, name)) for name, values in vars(self).items()}
 
 
-def diversity(pictures: Sequence[Pictures], features: Sequence[Tensor]) -> Diversity:
-    """The diversity of pictures by prompt, with the features (N, D) of each; InputError for prompts of one picture.
+def diversity(images: Sequence[Images], features: Sequence[Tensor]) -> Diversity:
+    """The diversity of images by prompt, with the features (N, D) of each; InputError for prompts of one image.
 
-    Entropies of few pictures are too low: compare equal numbers.
+    Entropies of few images are too low: compare equal numbers.
     """
-    if not pictures or min(map(len, pictures)) < 2:
-        raise InputError("one picture of a prompt differs from nothing; draw at least 2 for each prompt")
-    middles = [torch.stack([blob(picture) for picture in own]) for own in pictures]
+    if not images or min(map(len, images)) < 2:
+        raise InputError("one image of a prompt differs from nothing; draw at least 2 for each prompt")
+    middles = [torch.stack([blob(image) for image in own]) for own in images]
     return Diversity(
         variance=torch.stack([rows.double().var(0).sum() for rows in features]),
         places=_values([(entropy(rows[:, 0]) + entropy(rows[:, 1])) / 2 for rows in middles]),
@@ -61,9 +61,9 @@ def diversity(pictures: Sequence[Pictures], features: Sequence[Tensor]) -> Diver
     )
 
 
-def blob(picture: Image.Image) -> Tensor:
+def blob(image: Image.Image) -> Tensor:
     """(3,): row and column of the middle of what is coloured, and the root of its area, all as shares of the side."""
-    values = planes(picture)[0]
+    values = image_tensor(image)[0]
     mask = (values.amax(0) - values.amin(0) > COLOURED).float()
     area, (height, width) = mask.sum(), mask.shape
     if area == 0:

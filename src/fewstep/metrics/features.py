@@ -1,4 +1,4 @@
-"""What FID, KID, diversity and neighbours compare: features from the user's network, or from fewstep's own."""
+"""Image features for FID, KID, diversity and nearest neighbours: from the user's network, or from fewstep's own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.metrics.clip_score import Clip, load_clip
-from fewstep.metrics.pixels import CPU, Pictures, in_batches, squared
-from fewstep.weights.auxiliary import Card, file_digest
+from fewstep.metrics.pixels import CPU, Images, apply_in_batches, resized_tensor
+from fewstep.weights.auxiliary import NetworkId, file_digest
 
 INCEPTION_SIDE = 299
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """A network that says (N, D) numbers of N pictures, and its card."""
+    """A function from N images to their features (N, D), and the identity of its network."""
 
-    card: Card
-    of: Callable[[Pictures], Tensor]
+    network_id: NetworkId
+    of: Callable[[Images], Tensor]
 
 
 def load_features(what: Path | None = None, clip: Clip | None = None, device: torch.device = CPU) -> Features:
@@ -38,7 +38,7 @@ def load_features(what: Path | None = None, clip: Clip | None = None, device: to
     if what is not None and not what.is_dir():
         raise InputError(f"there is no file or folder {what}; give a TorchScript file or the folder of a CLIP")
     clip = clip if what is None and clip is not None else load_clip(what, device)
-    return Features(card=clip.card, of=clip.features)
+    return Features(network_id=clip.network_id, of=clip.features)
 
 
 def _scripted(path: Path, device: torch.device) -> Features:
@@ -46,8 +46,8 @@ def _scripted(path: Path, device: torch.device) -> Features:
         module: Any = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a TorchScript module: {str(error).splitlines()[0]}") from error
-    told = "return_features" in str(module.forward.schema)
-    judge = (lambda batch: module(batch, return_features=True)) if told else module
-    card = Card(name=path.name, digest=file_digest([path]))
-    ready = partial(squared, side=INCEPTION_SIDE)
-    return Features(card=card, of=lambda pictures: in_batches(pictures, ready, judge, device))
+    takes_features = "return_features" in str(module.forward.schema)
+    network = (lambda batch: module(batch, return_features=True)) if takes_features else module
+    network_id = NetworkId(name=path.name, digest=file_digest([path]))
+    preprocess = partial(resized_tensor, side=INCEPTION_SIDE)
+    return Features(network_id=network_id, of=lambda images: apply_in_batches(images, preprocess, network, device))

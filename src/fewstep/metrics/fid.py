@@ -1,12 +1,11 @@
-"""How far the features of drawn pictures are from those of real ones: FID, its interval and its limit, and KID.
+"""Distances between the features of generated and real images: FID with its interval and limit, and KID.
 
-Features (N, D) are what any network says of N pictures. A distance means something beside others only with the same
+Features (N, D) are a network's outputs for N images. A distance means something beside others only with the same
 network, the same reference and the same N, since the Fréchet distance is biased upwards by about 1/N.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +17,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
+from fewstep.files import atomic_write
 from fewstep.formats.tensors import kind_of, read_safetensors
 from fewstep.metrics.intervals import Estimate, Interval
 
 FEWEST_PICTURES = 10
 """Resampling fewer says nothing of how they scatter."""
 PICTURES_PER_FEATURE = 4
-"""From here on the bias is nearly linear in 1/N down to half of the pictures."""
+"""From here on the bias is nearly linear in 1/N down to half of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class FeatureStatistics:
     def of(cls, features: Tensor, network: str = "unnamed") -> FeatureStatistics:
         """The statistics of features (N, D), on their device.
 
-        Raises InputError for another shape or no pictures, NotFiniteError for NaN or infinity.
+        Raises InputError for another shape or no images, NotFiniteError for NaN or infinity.
         """
         rows = _rows(features)
         mean = rows.mean(0)
@@ -76,9 +76,9 @@ class FeatureStatistics:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """(D, D), unbiased; InputError for fewer than two pictures."""
+        """(D, D), unbiased; InputError for fewer than two images."""
         if self.count < 2:
-            raise InputError(f"{self.count} picture has no spread: any distance is possible; take more")
+            raise InputError(f"{self.count} image has no spread: any distance is possible; take more")
         return self.scatter / (self.count - 1)
 
     @cached_property
@@ -86,19 +86,15 @@ class FeatureStatistics:
         """(D, R) with `root @ root.T` the covariance, R its rank: no column is rounding noise."""
         values, vectors = torch.linalg.eigh(self.covariance)
         noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
-        kept = values > noise
-        root: Tensor = vectors[:, kept] * values[kept].sqrt()
+        large = values > noise
+        root: Tensor = vectors[:, large] * values[large].sqrt()
         return root
 
     def save(self, path: Path) -> None:
         """Write a .safetensors file, which appears whole or not at all."""
         tensors = {"mean": self.mean.cpu().contiguous(), "scatter": self.scatter.cpu().contiguous()}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(save(tensors, {"network": self.network, "count": str(self.count)}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write(save(tensors, {"network": self.network, "count": str(self.count)}))
 
     @classmethod
     def load(cls, path: Path) -> FeatureStatistics:
@@ -120,7 +116,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     `|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))`. The last trace is the sum of the singular values of
     `root_a^T root_b`, the square roots of the eigenvalues of the symmetric product `root_a^T B root_a`: no complex
     numbers, and no noise from covariances without full rank. Raises InputError for unlike features, or fewer than
-    two pictures.
+    two images.
     """
     _check_alike(a, b)
     shift = (a.mean - b.mean).square().sum()
@@ -136,18 +132,18 @@ def frechet_interval(
     resamples: int = 200,
     widest: float = inf,
 ) -> Interval:
-    """The FID of features (N, D), and where it would be with endless pictures, at 95 %.
+    """The FID of features (N, D), and the 95 % interval of the FID of infinitely many images.
 
     The ends are from the basic bootstrap, which mirrors the resampled distances about the value and so takes the
-    bias off; the value is always within. With no more pictures than features nothing bounds the distance below, and
-    `low` is 0. The reference counts as exact: make it of many more pictures. Time: `resamples` times that of
+    bias off; the value is always within. With no more images than features nothing bounds the distance below, and
+    `low` is 0. The reference counts as exact: make it of many more images. Time: `resamples` times that of
     `frechet_distance`.
 
-    Raises InputError for fewer than 10 pictures, and for an interval wider than `widest`, which it then tells.
+    Raises InputError for fewer than 10 images, and for an interval wider than `widest`.
     """
     rows = _rows(features)
     if len(rows) < FEWEST_PICTURES:
-        raise InputError(f"{len(rows)} pictures: any distance is possible; take at least {FEWEST_PICTURES}")
+        raise InputError(f"{len(rows)} images: any distance is possible; take at least {FEWEST_PICTURES}")
     value = _distance(rows, reference)
     picks = (torch.randint(len(rows), (len(rows),), generator=generator).to(rows.device) for _ in range(resamples))
     again = torch.tensor([_distance(rows[pick], reference) for pick in picks], dtype=torch.float64)
@@ -161,15 +157,15 @@ def frechet_interval(
 def frechet_at_infinity(
     features: Tensor, reference: FeatureStatistics, *, generator: torch.Generator, points: int = 15
 ) -> float:
-    """The FID of endless pictures: the line through those of N/2 to N pictures, at 1/N = 0 (arXiv:1911.07023).
+    """The FID of infinitely many images: the line through those of N/2 to N images, at 1/N = 0 (arXiv:1911.07023).
 
-    It may come out slightly negative. Raises InputError for fewer than 4 pictures a feature, where no line fits.
+    It may come out slightly negative. Raises InputError for fewer than 4 images a feature, where no line fits.
     """
     rows = _rows(features)
     fewest = PICTURES_PER_FEATURE * rows.shape[1]
     if len(rows) < fewest:
         raise InputError(
-            f"{len(rows)} pictures for {rows.shape[1]} features are too few to extrapolate from; take at least "
+            f"{len(rows)} images for {rows.shape[1]} features are too few to extrapolate from; take at least "
             f"{fewest}, or report frechet_interval"
         )
     sizes = torch.linspace(len(rows) / 2, len(rows), points, dtype=torch.float64).long()
@@ -187,9 +183,9 @@ def kernel_distance(
     The mean of unbiased estimates, which may be negative, from random subsets of features (N, D) and (M, D). Subsets
     of one set overlap, so the standard error is theirs scaled as subsampling demands, by
     `sqrt(subset_size / (min(N, M) - subset_size))`, which is the usual one over `sqrt(subsets)` where they share
-    out all pictures; where both sets are alike, it is too large.
+    out all images; where both sets are alike, it is too large.
 
-    Raises InputError for unlike widths, fewer than 2 subsets, or subsets of under 2 or over half of the pictures.
+    Raises InputError for unlike widths, fewer than 2 subsets, or subsets of under 2 or over half of the images.
     """
     a, b = _rows(features_a), _rows(features_b)
     if a.shape[1] != b.shape[1]:
@@ -197,8 +193,8 @@ def kernel_distance(
     fewest = min(len(a), len(b))
     if subsets < 2 or not 2 <= subset_size <= fewest // 2:
         raise InputError(
-            f"{subsets} subsets of {subset_size} from {fewest} pictures tell no error; take at least 2 subsets of 2 to "
-            f"{fewest // 2}, or more pictures"
+            f"{subsets} subsets of {subset_size} from {fewest} images tell no error; take at least 2 subsets of 2 to "
+            f"{fewest // 2}, or more images"
         )
     values = torch.stack(
         [_discrepancy(_drawn(a, subset_size, generator), _drawn(b, subset_size, generator)) for _ in range(subsets)]
@@ -212,7 +208,7 @@ def _drawn(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """The unbiased squared discrepancy of (n, D) and (n, D): no picture is compared with itself."""
+    """The unbiased squared discrepancy of (n, D) and (n, D): no image is compared with itself."""
     n, width = a.shape
     within_a, within_b, between = ((x @ y.T / width + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     within = within_a.sum() - within_a.trace() + within_b.sum() - within_b.trace()
@@ -226,13 +222,11 @@ def _distance(rows: Tensor, reference: FeatureStatistics) -> float:
 def _rows(features: Tensor) -> Tensor:
     """Features (N, D) in float64, checked."""
     if features.ndim != 2 or 0 in features.shape:
-        raise InputError(
-            f"features have shape {tuple(features.shape)}; they are (pictures, numbers), neither of them 0"
-        )
+        raise InputError(f"features have shape {tuple(features.shape)}; they are (images, numbers), neither of them 0")
     rows = features.detach().double()
     bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise NotFiniteError(f"features of {len(bad)} of {len(rows)} pictures are not finite, first of number {bad[0]}")
+        raise NotFiniteError(f"features of {len(bad)} of {len(rows)} images are not finite, first of number {bad[0]}")
     return rows
 
 
@@ -248,6 +242,6 @@ def _check_width(interval: Interval, count: int, widest: float) -> None:
     value, low, high = interval
     if high - low > widest:
         raise InputError(
-            f"the distance {value:.4g} of {count} pictures is only known to be within {low:.4g} and {high:.4g}, which "
-            f"is wider than {widest:g}; take more pictures"
+            f"the distance {value:.4g} of {count} images is only known to be within {low:.4g} and {high:.4g}, which "
+            f"is wider than {widest:g}; take more images"
         )

@@ -1,4 +1,4 @@
-"""How sure a measured number is: 95 % intervals, and the one of a share."""
+"""95 % confidence intervals of measured values and of shares."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
 
 def share_interval(share: float, count: int) -> Interval:
-    """A share, in [0, 1], of `count` pictures or votes with Wilson's interval, which stays within [0, 1].
+    """A share, in [0, 1], of `count` images or votes with Wilson's interval, which stays within [0, 1].
 
     Unlike the normal interval it has a width at 0 and at 1. Raises InputError for a count of nothing, which
     leaves any share possible, or a share outside [0, 1].

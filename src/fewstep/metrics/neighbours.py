@@ -1,4 +1,4 @@
-"""The training pictures nearest to drawn ones: whether a model repeats what it was shown."""
+"""Nearest training images of generated ones: whether a model copies its training data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn import functional as F
 
 from fewstep.errors import InputError
 from fewstep.metrics.intervals import Interval, share_interval
-from fewstep.metrics.pixels import Pictures, squared
+from fewstep.metrics.pixels import Images, resized_tensor
 
 SIDE = 32
 """At which pixels are compared."""
 COPY = 4.0
-"""Root mean square difference, of 255, up to which two pictures are one."""
+"""Root mean square difference, of 255, up to which two images are one."""
 CANDIDATES = 8
 """Nearest by features whose pixels are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """For each of N pictures: its nearest training picture, how far its features and how far its pixels are.
+    """For each of N images: its nearest training image, how far its features and how far its pixels are.
 
     `index` (N,); `distance` (N,) of the features; `pixels` (N,), the root mean square difference of 255.
     """
@@ -33,28 +33,28 @@ class Neighbours:
 
     @property
     def copies(self) -> Interval:
-        """The share of pictures that are a training picture, with its 95 % interval."""
+        """The share of images that are a training image, with its 95 % interval."""
         return share_interval(float((self.pixels <= COPY).double().mean()), len(self.pixels))
 
-    def closer_than(self, real: Neighbours) -> float:
-        """The median distance as a share of that of fresh real pictures: well under 1 tells of memory."""
-        usual = float(real.distance.median())
-        return float(self.distance.median()) / usual if usual else float("inf")
+    def relative_distance(self, real: Neighbours) -> float:
+        """The median distance as a share of that of fresh real images: well under 1 is a sign of memorization."""
+        real_median = float(real.distance.median())
+        return float(self.distance.median()) / real_median if real_median else float("inf")
 
 
-def nearest(pictures: Pictures, features: Tensor, training: Pictures, known: Tensor) -> Neighbours:
-    """The neighbours of pictures with features (N, D) among `training` with features (M, D).
+def nearest(images: Images, features: Tensor, training: Images, training_features: Tensor) -> Neighbours:
+    """The neighbours of images with features (N, D) among `training` with features (M, D).
 
     Of the 8 that features find nearest the one with the nearest pixels counts.
     """
-    if not (len(training) and len(pictures)):
-        raise InputError(f"{len(pictures)} pictures and {len(training)} to compare with; give at least one of each")
-    gaps = torch.cdist(features.double(), known.double())
+    if not (len(training) and len(images)):
+        raise InputError(f"{len(images)} images and {len(training)} to compare with; give at least one of each")
+    gaps = torch.cdist(features.double(), training_features.double())
     near = gaps.topk(min(CANDIDATES, len(training)), dim=1, largest=False).indices
-    small = torch.cat([squared(training[i], SIDE) for i in sorted(set(near.flatten().tolist()))])
+    small = torch.cat([resized_tensor(training[i], SIDE) for i in sorted(set(near.flatten().tolist()))])
     place = {index: row for row, index in enumerate(sorted(set(near.flatten().tolist())))}
     rows = torch.tensor([[place[i] for i in own] for own in near.tolist()])
-    drawn = torch.cat([squared(picture, SIDE) for picture in pictures])
-    differences = F.mse_loss(small[rows], drawn[:, None].expand(-1, rows.shape[1], -1, -1, -1), reduction="none")
+    generated = torch.cat([resized_tensor(image, SIDE) for image in images])
+    differences = F.mse_loss(small[rows], generated[:, None].expand(-1, rows.shape[1], -1, -1, -1), reduction="none")
     pixels, which = differences.mean((2, 3, 4)).sqrt().min(1)
     return Neighbours(index=near.gather(1, which[:, None])[:, 0], distance=gaps.amin(1), pixels=pixels)

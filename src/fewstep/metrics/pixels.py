@@ -1,6 +1,6 @@
-"""Pictures as the networks that judge take them: read from folders, of 8 bits, resized with antialiasing.
+"""Images as input of evaluation networks: read from folders, 8 bits, resized with antialiasing.
 
-A judge that resizes without it gives other numbers on the same pictures (arXiv:2104.11222).
+Without antialiasing the same images give other metrics (arXiv:2104.11222).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64
 CPU = torch.device("cpu")
 BLACK = 2
-"""The largest value, of 255, in a picture that counts as black."""
+"""The largest value, of 255, in an image that counts as black."""
 
 
-class Pictures(Protocol):
-    """Pictures in an order: a list, a tuple, or `PictureFiles`."""
+class Images(Protocol):
+    """Images in an order: a list, a tuple, or `ImageFiles`."""
 
     def __len__(self) -> int: ...
 
@@ -36,8 +36,8 @@ class Pictures(Protocol):
     def __iter__(self) -> Iterator[Image.Image]: ...
 
 
-class PictureFiles:
-    """The pictures in files, each opened when it is looked at, so that any number of them can be judged."""
+class ImageFiles:
+    """The images in files, each opened when it is accessed, so that any number of them fits into memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -46,46 +46,46 @@ class PictureFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return opened(self.paths[index])
+        return open_image(self.paths[index])
 
     def __iter__(self) -> Iterator[Image.Image]:
-        return map(opened, self.paths)
+        return map(open_image, self.paths)
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures in `folder` and the folders in it, in the order of their names; InputError for none."""
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` and the folders in it, in the order of their names; InputError for none."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; give one that holds pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
-    if not found:
-        raise InputError(f"{folder} holds no picture ({', '.join(ENDINGS)})")
-    return found
+        raise InputError(f"there is no folder {folder}; give one that holds images")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if not files:
+        raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
+    return files
 
 
-def opened(path: Path) -> Image.Image:
-    """The picture in a file, of 8 bits a colour; InputError for a file that cannot be read."""
+def open_image(path: Path) -> Image.Image:
+    """The image in a file, of 8 bits a colour; InputError for a file that cannot be read."""
     try:
         file_size(path)
-        with Image.open(path, formats=FORMATS) as picture:
-            return picture.convert("RGB")
+        with Image.open(path, formats=FORMATS) as image:
+            return image.convert("RGB")
     except UNREADABLE as error:
-        raise InputError(f"{path} cannot be read as a PNG, JPEG or WebP picture: {error}; take it away") from error
+        raise InputError(f"{path} cannot be read as a PNG, JPEG or WebP image: {error}; take it away") from error
 
 
-def is_black(picture: Image.Image) -> bool:
-    """Whether nothing is to be seen, as where a decoder gave NaN."""
-    return float(planes(picture).max()) <= BLACK
+def is_black(image: Image.Image) -> bool:
+    """Whether an image is black, as where a decoder gave NaN."""
+    return float(image_tensor(image).max()) <= BLACK
 
 
-def planes(picture: Image.Image) -> Tensor:
+def image_tensor(image: Image.Image) -> Tensor:
     """(1, 3, H, W) float32 from 0 to 255."""
-    array = np.asarray(picture.convert("RGB"), np.float32)
+    array = np.asarray(image.convert("RGB"), np.float32)
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
 
 
-def squared(picture: Image.Image, side: int) -> Tensor:
+def resized_tensor(image: Image.Image, side: int) -> Tensor:
     """(1, 3, side, side) float32 from 0 to 255, bicubic and antialiased; sides of another ratio are squeezed."""
-    values = planes(picture)
+    values = image_tensor(image)
     if tuple(values.shape[2:]) == (side, side):
         return values
     smooth: Tensor = F.interpolate(values, (side, side), mode="bicubic", antialias=True)
@@ -93,17 +93,17 @@ def squared(picture: Image.Image, side: int) -> Tensor:
 
 
 @torch.inference_mode()
-def in_batches(
-    pictures: Pictures,
-    ready: Callable[[Image.Image], Tensor],
-    judge: Callable[[Tensor], Tensor],
+def apply_in_batches(
+    images: Images,
+    preprocess: Callable[[Image.Image], Tensor],
+    network: Callable[[Tensor], Tensor],
     device: torch.device = CPU,
 ) -> Tensor:
-    """What `judge`, which is on `device`, says of `ready` pictures: (N, D) float32 on the CPU; InputError for none."""
-    if not len(pictures):
-        raise InputError("there are no pictures to judge; give at least one")
-    said = []
-    for first in range(0, len(pictures), BATCH):
-        batch = [ready(pictures[i]) for i in range(first, min(first + BATCH, len(pictures)))]
-        said.append(judge(torch.cat(batch).to(device)).float().cpu())
-    return torch.cat(said)
+    """The outputs (N, D) float32 of `network` on `device` for preprocessed images, on the CPU; InputError for none."""
+    if not len(images):
+        raise InputError("there are no images; give at least one")
+    outputs = []
+    for first in range(0, len(images), BATCH):
+        batch = [preprocess(images[i]) for i in range(first, min(first + BATCH, len(images)))]
+        outputs.append(network(torch.cat(batch).to(device)).float().cpu())
+    return torch.cat(outputs)

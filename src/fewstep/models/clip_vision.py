@@ -1,4 +1,4 @@
-"""CLIP's image tower (arXiv:2103.00020): a vision transformer, for scores and features with weights of the user's."""
+"""CLIP's image tower (arXiv:2103.00020): a vision transformer that maps images to embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class VisionConfig:
 
     @classmethod
     def from_transformers(cls, config: Mapping[str, Any]) -> VisionConfig:
-        """From the config.json of a `CLIPModel`; CheckpointError for an activation that CLIP has not."""
+        """From the config.json of a `CLIPModel`; CheckpointError for an activation or epsilon unlike CLIP's."""
         own = config["vision_config"]
         if (activation := own.get("hidden_act", "quick_gelu")) not in ("quick_gelu", "gelu"):
             raise CheckpointError(f"image tower: hidden_act is {activation!r}; known are 'quick_gelu' and 'gelu'")
@@ -43,7 +43,7 @@ class VisionConfig:
 
 
 class VisionTower(nn.Module):
-    """Normed pictures (B, 3, side, side) -> embeddings (B, projection).
+    """Normed images (B, 3, side, side) -> embeddings (B, projection).
 
     Parameter names are those of a transformers `CLIPModel`; the misspelt one is theirs.
     """
@@ -64,10 +64,10 @@ class VisionTower(nn.Module):
         )
         self.visual_projection = nn.Linear(width, config.projection, bias=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         embeddings, before, encoder, after = self.vision_model.values()
         assert isinstance(encoder, nn.ModuleDict)
-        x = before(embeddings(pictures))
+        x = before(embeddings(images))
         for layer in encoder["layers"].children():
             x = layer(x)
         embedded: Tensor = self.visual_projection(after(x[:, 0]))
@@ -75,7 +75,7 @@ class VisionTower(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Pictures (B, 3, side, side) -> tokens (B, 1 + patches, width), the first of which will sum them up."""
+    """Images (B, 3, side, side) -> tokens (B, 1 + patches, width), the first of which is the class token."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PatchEmbedding(nn.Module):
         self.patch_embedding = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
         self.position_embedding = nn.Embedding(count + 1, width)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        patches = self.patch_embedding(pictures).flatten(2).transpose(1, 2)
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(patches), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight

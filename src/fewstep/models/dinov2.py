@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv:2304.07193): the vision transformer by which adversarial distillation tells pictures apart."""
+"""DINOv2 (arXiv:2304.07193): a vision transformer; adversarial distillation uses its features."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Dinov2Config:
 
 
 class Dinov2(nn.Module):
-    """Normed pictures (B, 3, H, W) -> the tokens (B, 1 + N, width) before the first layer and after each one.
+    """Normed images (B, 3, H, W) -> the tokens (B, 1 + N, width) before the first layer and after each one.
 
-    The first token sums the picture up, the others are its N whole patches, row by row. Parameter names are those of a
+    The first is the class token, the others are the N whole patches, row by row. Parameter names are those of a
     transformers `Dinov2Model`. `layernorm` is for the last tokens.
     """
 
@@ -63,15 +63,15 @@ class Dinov2(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.layers))})
         self.layernorm = nn.LayerNorm(config.width, config.eps)
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        states = [self.embeddings(pictures)]
+    def forward(self, images: Tensor) -> list[Tensor]:
+        states = [self.embeddings(images)]
         for layer in self.encoder["layer"].children():
             states.append(layer(states[-1]))
         return states
 
 
 class Embeddings(nn.Module):
-    """Pictures (B, 3, H, W) -> tokens (B, 1 + N, width); positions are interpolated where N is not the trained one."""
+    """Images (B, 3, H, W) -> tokens (B, 1 + N, width); positions are interpolated where N is not the trained one."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + count, width))
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, config.patch, stride=config.patch)})
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        patches = self.patch_embeddings["projection"](pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](images)
         positions = self.positions(*patches.shape[2:])
-        tokens = torch.cat([self.cls_token.expand(len(pictures), -1, -1), patches.flatten(2).mT], dim=1)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches.flatten(2).mT], dim=1)
         return tokens + positions
 
     def positions(self, rows: int, columns: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Contenders of the speed benchmark that hang, fail or end: what a new process can import by name."""
+"""Runners of the speed benchmark that hang, fail or end: what a new process can import by name."""
 
 from __future__ import annotations
 
 import os
 import time
 
-from benchmarks.speed.tasks import Made, Run, Task
+from benchmarks.speed.tasks import Run, RunOutput, Task
 
 
 def load(task: Task) -> Run:
@@ -16,4 +16,4 @@ def load(task: Task) -> Run:
         time.sleep(600)
     if task.model == "dies":
         os._exit(3)
-    return lambda: Made(None)
+    return lambda: RunOutput(None)

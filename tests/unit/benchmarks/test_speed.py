@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.speed import contenders, ours, report, suite, waterfall
+from benchmarks.speed import fewstep_runner, report, runners, suite, waterfall
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.machine import Peaks, flops, hardware_name
-from benchmarks.speed.models import walk_of
-from benchmarks.speed.request import Request, parser, request_of
-from benchmarks.speed.sdcpp import stages
-from benchmarks.speed.tasks import Made, Piece, Task, inputs, prompt, token_ids
-from benchmarks.speed.turns import Found, measured, shares
-from benchmarks.speed.walk import run_of, torch_arrays, walked
+from benchmarks.speed.models import noise_levels_of
+from benchmarks.speed.options import BenchmarkOptions, command_parser, parse_options
+from benchmarks.speed.sampling_loop import run_of, sample, torch_arrays
+from benchmarks.speed.sdcpp_runner import stages
+from benchmarks.speed.tasks import Piece, RunOutput, Task, inputs, prompt, token_ids
+from benchmarks.speed.turns import RunnerResult, measured, shares
 from fewstep.weights.parts import Parts
 
 from fewstep.diffusion.denoiser import denoiser
@@ -65,15 +65,15 @@ def task(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Task:
     """Two guided pictures in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_parts(parts, folder)
-    walk = walk_of("small-sd", 4, "dpmpp_2m")
-    how: dict[str, Any] = {"steps": 4, "guidance": 5.0, "sampler": "dpmpp_2m", "schedule": "leading", "walk": walk}
+    levels = noise_levels_of("small-sd", 4, "dpmpp_2m")
+    how: dict[str, Any] = {"steps": 4, "guidance": 5.0, "sampler": "dpmpp_2m", "schedule": "leading", "levels": levels}
     return Task(model="small-sd", folder=folder, size=64, batch=2, threads=1, **how)
 
 
 # the task
 
 
-def test_every_contender_gets_the_ids_that_fewstep_reads():
+def test_every_runner_gets_the_ids_that_fewstep_reads():
     for run in (0, 5, 74):
         ids = tokenize(["", prompt(run)], WORDS).ids[:, 0]
         assert (token_ids(prompt(run), guided=True) == ids.numpy()).all()
@@ -88,8 +88,8 @@ def test_each_run_has_a_prompt_of_its_own():
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_shared_loop_is_fewsteps_own_sampler(sampler, steps):
     config = SchedulerConfig()
-    walk = walk_of("small-sd", steps, sampler)
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * walk.scale
+    levels = noise_levels_of("small-sd", steps, sampler)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * levels.scale
 
     def predict(x: torch.Tensor, t: float) -> torch.Tensor:
         return torch.tanh(x + t / 1000)
@@ -97,9 +97,9 @@ def test_the_shared_loop_is_fewsteps_own_sampler(sampler, steps):
     def noise() -> torch.Tensor:
         raise AssertionError("neither sampler draws noise")
 
-    *_, last = SAMPLERS[sampler](denoiser(predict, config.noise_schedule), x, walk.sigmas, noise=noise)
+    *_, last = SAMPLERS[sampler](denoiser(predict, config.noise_schedule), x, levels.sigmas, noise=noise)
     for value in (x, x.numpy()):
-        found = walked(lambda x, step: np.tanh(x + walk.times[step] / 1000), value, walk.sigmas, sampler)
+        found = sample(lambda x, step: np.tanh(x + levels.times[step] / 1000), value, levels.sigmas, sampler)
         np.testing.assert_allclose(np.asarray(found), last.x.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -114,16 +114,16 @@ def test_networks_in_the_shared_loop_draw_what_fewsteps_pipeline_draws(parts, ta
         "unet": predict,
         "decode": lambda latents: engine.decode(latents * task.scaling),
     }
-    theirs = torch.inference_mode()(run_of(task, networks, torch_arrays("cpu")))
-    mine = ours.load(task, plain=True)
+    diffusers_runner = torch.inference_mode()(run_of(task, networks, torch_arrays("cpu")))
+    mine = fewstep_runner.load(task, plain=True)
     for _ in range(2):
-        expected, found = mine(), theirs()
+        expected, found = mine(), diffusers_runner()
         np.testing.assert_allclose(found.output.numpy(), expected.output.numpy(), rtol=1e-3, atol=1e-4)
         assert found.stages.keys() == expected.stages.keys() == {"text", "unet", "decode"}
 
 
 def test_fewstep_is_measured_in_a_process_of_its_own(task):
-    (found,) = measured([replace(contenders.FEWSTEP, name="f")], replace(task, part="unet"), runs=1, turns=1)
+    (found,) = measured([replace(runners.FEWSTEP, name="f")], replace(task, part="unet"), runs=1, turns=1)
     assert found.problem is None
     assert len(found.seconds) == len(found.first) == 1
     assert found.first[0] > found.loaded[0] > 0
@@ -151,14 +151,14 @@ def test_inputs_are_the_same_in_every_process(task):
 # the report
 
 
-def contender(name: str, **options: Any) -> contenders.Contender:
-    return contenders.Contender(name=name, load=ours.load, packages=("numpy",), **options)
+def runner(name: str, **options: Any) -> runners.Runner:
+    return runners.Runner(name=name, load=fewstep_runner.load, packages=("numpy",), **options)
 
 
-def found(name: str, *seconds: float, output: float = 1.0, **options: Any) -> Found:
+def found(name: str, *seconds: float, output: float = 1.0, **options: Any) -> RunnerResult:
     stages = tuple({"text": each / 4, "unet": each / 2, "decode": each / 4} for each in seconds)
-    return Found(
-        contender=contender(name, **options),
+    return RunnerResult(
+        runner=runner(name, **options),
         first=(9.0,),
         loaded=(8.0,),
         seconds=seconds,
@@ -175,6 +175,7 @@ FACTS = report.Facts(
     flops={"text": 1e9, "unet": 5e9, "decode": 2e9},
     peaks=Peaks(product=1e10, convolution=2e10, copy=3e10),
     command="python -m benchmarks.speed --model sd-turbo",
+    commit="abc1234",
 )
 
 
@@ -220,17 +221,20 @@ def test_who_has_not_run_is_told_with_the_reason_or_the_command(compared):
     assert FACTS.command in compared
 
 
-def test_a_contender_says_its_versions_or_what_to_install():
-    assert contender("one").said() == f"numpy {np.__version__}"
-    assert contender("one").missing() is None
-    lacks = replace(contender("one"), packages=("numpy", "fewstep-of-nowhere"))
+def test_a_runner_says_its_versions_or_what_to_install():
+    assert runner("one").versions() == f"numpy {np.__version__}"
+    assert runner("one").missing() is None
+    lacks = replace(runner("one"), packages=("numpy", "fewstep-of-nowhere"))
     assert lacks.missing() == "pip install numpy fewstep-of-nowhere"
 
 
 def test_stage_times_of_stable_diffusion_cpp_are_read_from_what_it_says():
-    said = ["stable-diffusion.cpp:1 - sampling completed, taking 1.50s\n", "- something else completed, taking 9.00s"]
-    said += ["x - decode_first_stage completed, taking 0.25s\n"] * 2
-    assert stages(said) == {"unet": 1.5, "decode": 0.5}
+    log_lines = [
+        "stable-diffusion.cpp:1 - sampling completed, taking 1.50s\n",
+        "- something else completed, taking 9.00s",
+    ]
+    log_lines += ["x - decode_first_stage completed, taking 0.25s\n"] * 2
+    assert stages(log_lines) == {"unet": 1.5, "decode": 0.5}
 
 
 # the waterfall
@@ -239,8 +243,8 @@ def test_stage_times_of_stable_diffusion_cpp_are_read_from_what_it_says():
 def test_the_waterfall_adds_one_optimization_after_the_other():
     rows, names = waterfall.rows(), [each.name for each in fields(Optimizations)]
     assert [row.name for row in rows] == ["plain engine", "+ huge_pages", *(f"+ {name}" for name in names)]
-    assert rows[0].environment == ours.SMALL_PAGES
-    assert all(row.environment == ours.HUGE_PAGES for row in rows[1:])
+    assert rows[0].environment == fewstep_runner.SMALL_PAGES
+    assert all(row.environment == fewstep_runner.HUGE_PAGES for row in rows[1:])
     for count, row in enumerate(rows[2:], start=1):
         assert row.options["optimizations"] == {name: i < count for i, name in enumerate(names)}
 
@@ -249,16 +253,17 @@ def test_an_optimization_that_is_left_out_stays_out():
     first, *others = (each.name for each in fields(Optimizations))
     rows = waterfall.rows(without=("huge_pages", first))
     assert [row.name for row in rows] == ["plain engine", *(f"+ {name}" for name in others)]
-    assert all(row.environment == ours.SMALL_PAGES for row in rows)
+    assert all(row.environment == fewstep_runner.SMALL_PAGES for row in rows)
     assert not any(row.options["optimizations"][first] for row in rows[1:])
-    lacking = contenders.lacking(contenders.FEWSTEP, ("huge_pages", first))
-    assert lacking.options["optimizations"] == {first: False}
-    assert lacking.environment == ours.SMALL_PAGES
+    without_optimizations = runners.without_optimizations(runners.FEWSTEP, ("huge_pages", first))
+    assert without_optimizations.options["optimizations"] == {first: False}
+    assert without_optimizations.environment == fewstep_runner.SMALL_PAGES
 
 
 def test_the_waterfall_says_what_each_optimization_gives(task):
     found_rows = [found("plain engine", 4.0), found("+ one", 2.0, output=1.2), found("+ two", 1.0)]
     text = report.waterfall(found_rows, {"+ one": "The first."}, task, FACTS)
+    assert "Commit: abc1234." in text
     assert [cells(text, name)["gives"] for name in ("plain engine", "+ one", "+ two")] == ["", "x 2.00", "x 2.00"]
     assert cells(text, "+ two")["in all"] == "x 4.00"
     assert cells(text, "+ one")["error"] == "1.0e-01"
@@ -273,14 +278,14 @@ def test_every_optimization_is_described():
 # what is asked for
 
 
-def asked(*words: str) -> Request:
-    return request_of(parser(waterfall.names, tuple(suite.SUITES), None).parse_args(words))
+def asked(*words: str) -> BenchmarkOptions:
+    return parse_options(command_parser(waterfall.names, tuple(suite.SUITES), None).parse_args(words))
 
 
 def test_the_command_of_a_result_asks_for_the_same():
     words = ["--model", "small-sd", "--part", "unet", "--size", "256", "--peers", "fewstep+openvino", "--runs", "3"]
-    request = asked(*words, "--hardware", "box", "--without", "kernels")
-    assert asked(*shlex.split(request.command())[3:]) == request
+    options = asked(*words, "--hardware", "box", "--without", "kernels")
+    assert asked(*shlex.split(options.command())[3:]) == options
 
 
 def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
@@ -300,21 +305,21 @@ def test_optimizations_belong_to_a_device(capsys):
 
 
 def test_peers_are_chosen_by_name(task):
-    assert len(contenders.chosen("all", task)) == len(contenders.CPU)
+    assert len(runners.select_runners("all", task)) == len(runners.CPU)
     part = replace(task, part="unet")
-    assert not [each.name for each in contenders.chosen("all", part) if each.whole]
-    assert [each.name for each in contenders.chosen("openvino + diffusers", part)] == ["openvino", "diffusers"]
+    assert not [each.name for each in runners.select_runners("all", part) if each.whole]
+    assert [each.name for each in runners.select_runners("openvino + diffusers", part)] == ["openvino", "diffusers"]
     with pytest.raises(SystemExit, match="did you mean 'openvino'"):
-        contenders.chosen("openvin", task)
+        runners.select_runners("openvin", task)
     with pytest.raises(SystemExit, match="whole pictures alone"):
-        contenders.chosen("stable-diffusion.cpp, f16", part)
+        runners.select_runners("stable-diffusion.cpp, f16", part)
 
 
 def test_cuda_has_an_oracle_and_peers_of_its_own(task):
-    names = [each.name for each in contenders.chosen("all", replace(task, device="cuda"))]
-    assert contenders.oracle("cuda:0") in names
+    names = [each.name for each in runners.select_runners("all", replace(task, device="cuda"))]
+    assert runners.oracle("cuda:0") in names
     assert {"fewstep", "diffusers", "onnxruntime", "tensorrt"} < set(names)
-    assert contenders.oracle("cpu") in [each.name for each in contenders.CPU]
+    assert runners.oracle("cpu") in [each.name for each in runners.CPU]
 
 
 @pytest.mark.parametrize(("runs", "turns", "expected"), [(5, 2, [3, 2]), (1, 2, [1]), (6, 3, [2, 2, 2])])
@@ -331,16 +336,16 @@ def test_hardware_has_a_short_name(monkeypatch):
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[Request]:
-    request = Request(hardware="box", results=tmp_path / "results", cache=tmp_path / "cache")
-    return [replace(request, model=model) for model in ("sd-turbo", "small-sd")]
+def rows(tmp_path: Path) -> list[BenchmarkOptions]:
+    options = BenchmarkOptions(hardware="box", results=tmp_path / "results", cache=tmp_path / "cache")
+    return [replace(options, model=model) for model in ("sd-turbo", "small-sd")]
 
 
 def test_a_suite_goes_on_after_a_failure_and_says_so(rows, capsys):
-    def measure(request: Request) -> Path:
-        if request.model == "sd-turbo":
+    def measure(options: BenchmarkOptions) -> Path:
+        if options.model == "sd-turbo":
             raise SystemExit("error: no")
-        return request.place()
+        return options.place()
 
     assert suite.run_suite(rows, measure, resume=False, keep=True) == 1
     answer = capsys.readouterr().err
@@ -354,9 +359,9 @@ def test_a_suite_goes_on_where_it_was_left(rows):
     rows[0].place().touch()
     measured: list[str] = []
 
-    def measure(request: Request) -> Path:
-        measured.append(request.model)
-        return request.place()
+    def measure(options: BenchmarkOptions) -> Path:
+        measured.append(options.model)
+        return options.place()
 
     assert suite.run_suite(rows, measure, resume=True, keep=True) == 0
     assert measured == ["small-sd"]
@@ -366,11 +371,11 @@ def test_what_peers_had_converted_goes_after_a_models_last_row(rows):
     kept, gone = (rows[0].cache / "random-sd-turbo" / name for name in ("unet", "onnx"))
     seen: list[bool] = []
 
-    def measure(request: Request) -> Path:
+    def measure(options: BenchmarkOptions) -> Path:
         for folder in (kept, gone):
             folder.mkdir(parents=True, exist_ok=True)
         seen.append(gone.is_dir())
-        return request.place()
+        return options.place()
 
     suite.run_suite([rows[0], rows[0]], measure, resume=False, keep=False)
     assert seen == [True, True]
@@ -380,7 +385,7 @@ def test_what_peers_had_converted_goes_after_a_models_last_row(rows):
 
 @pytest.mark.parametrize("name", suite.SUITES)
 def test_each_row_of_a_suite_has_a_file_of_its_own_and_models_stand_together(name):
-    found_rows = suite.requests(name, Request(hardware="box"))
+    found_rows = suite.suite_options(name, BenchmarkOptions(hardware="box"))
     assert len({row.place() for row in found_rows}) == len(found_rows)
     models = [row.model for row in found_rows]
     changes = sum(a != b for a, b in pairwise(models))
@@ -389,4 +394,4 @@ def test_each_row_of_a_suite_has_a_file_of_its_own_and_models_stand_together(nam
 
 def test_a_run_without_stages_has_none():
     assert found("one", 1.0).stage("other") is None
-    assert Made(1).stages == {}
+    assert RunOutput(1).stages == {}

@@ -12,9 +12,9 @@ from fewstep.blockworld.detector import grade
 from fewstep.blockworld.learned_detector import FindingNetwork, SecondReader
 from fewstep.blockworld.scene import ALONE, LEFT
 from fewstep.errors import CheckpointError, InputError
-from fewstep.evaluate.blocks.composition import PARTS, READERS, Examiner, questions, versus
+from fewstep.evaluate.blocks.composition import PROMPT_GROUPS, READERS, Examiner, questions, relative_accuracy
 from fewstep.images import to_pil
-from fewstep.weights.auxiliary import ASSETS, fill, save_network
+from fewstep.weights.auxiliary import ASSETS, load_network, save_network
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +86,14 @@ def test_what_is_no_square_picture_is_refused(reader):
 
 
 def test_the_reader_says_which_weights_it_has(reader):
-    assert reader.card.name == "second-reader"
-    assert len(reader.card.digest) == 16
+    assert reader.network_id.name == "second-reader"
+    assert len(reader.network_id.digest) == 16
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
     save_network(torch.nn.Linear(2, 3), tmp_path)
     with pytest.raises(CheckpointError, match="nothing was loaded"):
-        fill(tmp_path, FindingNetwork())
+        load_network(tmp_path, FindingNetwork())
 
 
 def test_shipped_networks_are_small():
@@ -106,8 +106,8 @@ def test_shipped_networks_are_small():
 
 
 def test_the_exam_asks_what_was_held_out():
-    asked = {question.part: question for question in questions(8)}
-    assert set(asked) == set(PARTS)
+    asked = {question.group: question for question in questions(8)}
+    assert set(asked) == set(PROMPT_GROUPS)
     assert len(asked["two objects, held out"].prompts) == 8
     assert len(asked["two objects, trained on"].prompts) == 2
     assert all(" of a " in prompt or " of an " in prompt for prompt in asked["two objects, held out"].prompts)
@@ -115,18 +115,18 @@ def test_the_exam_asks_what_was_held_out():
 
 def test_both_readers_find_renders_right_and_agree():
     question = questions(12)[1]
-    answer = Examiner().grades(question, to_pil(render(question.wanted, 64)))
+    answer = Examiner().grades(question, to_pil(render(question.target, 64)))
     assert [answer.grades[reader].exact for reader in READERS] == [1.0, 1.0]
     assert answer.agreement.value == 1
     assert answer.agreement.low < 0.8, "of 12 pictures little is known"
-    assert versus([answer], [answer]) == [1.0]
+    assert relative_accuracy([answer], [answer]) == [1.0]
 
 
 def test_both_readers_find_other_pictures_wrong():
     question = questions(12)[1]
-    answer = Examiner().grades(question, to_pil(render(question.wanted, 64).roll(1, 0)))
+    answer = Examiner().grades(question, to_pil(render(question.target, 64).roll(1, 0)))
     assert [answer.grades[reader].exact for reader in READERS] == [0.0, 0.0]
-    assert versus([answer], [answer]) == [None]
+    assert relative_accuracy([answer], [answer]) == [None]
 
 
 def test_an_exam_of_nothing_is_refused():

@@ -93,7 +93,7 @@ def test_measured_power_takes_the_place_of_the_assumed_and_says_so(counters, tmp
     meter = PowerMeter(readable_counters(tmp_path), clock)
     counters["dram"].write_text("80000000", encoding="ascii")
     clock.seconds += 2
-    found = CARD.measured(meter, rest_watts=300)
+    found = CARD.with_measured_power(meter, rest_watts=300)
     assert (found.watts, found.hours, found.kg_per_kwh) == (340, CARD.hours, CARD.kg_per_kwh)
     assert "340 W (measured by RAPL: package-0, dram; 300 W assumed for the rest)" in found.statement()
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_left_to_the_assumption(tmp_path):
     zone(tmp_path, "intel-rapl:1", "package-1").unlink()
     assert readable_counters(tmp_path) == ()
     assert readable_counters(tmp_path / "nowhere") == ()
-    assert CARD.measured(PowerMeter(()), rest_watts=300) is CARD
+    assert CARD.with_measured_power(PowerMeter(()), rest_watts=300) is CARD
 
 
 def test_this_machine_s_counters_are_read_or_absent():

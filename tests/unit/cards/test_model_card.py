@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from fewstep.cards.emissions import carbon_tracked
-from fewstep.cards.licences import licence_of, strictest
-from fewstep.cards.model_card import sections, updated, write_card
+from fewstep.cards.emissions import track_carbon
+from fewstep.cards.licences import licence_of, strictest_licence
+from fewstep.cards.model_card import sections, update_card, write_card
 from fewstep.cards.training_record import (
     FILE,
     Ancestor,
     DataSource,
     Score,
-    Training,
+    TrainingRecord,
     TrainingStage,
     read_scores,
     read_training,
@@ -34,7 +34,7 @@ STAGE = TrainingStage(
     hardware="2 cores of a CPU",
     settings={"learning_rate": 1e-4, "ema": 0.999, "note": "a | b"},
 )
-TRAINING = Training(
+TRAINING = TrainingRecord(
     name="blocks",
     summary="Draws coloured solids: small, and quick.",
     example='a "red" cube',
@@ -111,7 +111,7 @@ def test_scores_come_from_files(tmp_path):
 
 
 def test_the_card_says_all_of_it():
-    card = updated("# blocks\n", TRAINING, PARTS)
+    card = update_card("# blocks\n", TRAINING, PARTS)
     numbers = ("6,270,000", "abc123", "3,000", "learning_rate 0.0001", "3.000 hours", "0.886 to 0.958", "0.135 kg")
     for said in (
         *numbers,
@@ -144,7 +144,7 @@ def test_the_hub_can_read_the_head(tmp_path):
     ],
 )
 def test_the_most_restrictive_licence_wins(names, holds):
-    assert strictest(names).name == holds
+    assert strictest_licence(names).name == holds
 
 
 def test_a_student_of_an_open_rail_teacher_cannot_be_relabelled():
@@ -156,15 +156,15 @@ def test_a_student_of_an_open_rail_teacher_cannot_be_relabelled():
 
 def test_an_unknown_licence_is_not_taken_for_a_free_one():
     assert "not known here" in licence_of("of somebody").terms
-    head = ModelCard(updated("# x\n", replace(TRAINING, licence="Of Somebody"), {})).data.to_dict()
+    head = ModelCard(update_card("# x\n", replace(TRAINING, licence="Of Somebody"), {})).data.to_dict()
     assert (head["license"], head["license_name"]) == ("other", "of somebody")
 
 
 def test_what_people_wrote_stays_when_the_card_is_written_again():
     hand = "---\nlicense: mit\ntags:\n- mine\nlanguage: de\n---\n\n# My model\n\nWritten by hand.\n"
-    card = updated(hand, TRAINING, PARTS)
+    card = update_card(hand, TRAINING, PARTS)
     card = card.replace("<!-- /fewstep: recipe -->", "<!-- /fewstep: recipe -->\n\nThe second stage was a mistake.")
-    again = updated(card, replace(TRAINING, limits=("It is slow.",)), PARTS)
+    again = update_card(card, replace(TRAINING, limits=("It is slow.",)), PARTS)
     assert "# My model\n\nWritten by hand.\n" in again
     assert "The second stage was a mistake.\n\n<!-- fewstep: emissions -->" in again
     assert "It is slow." in again
@@ -173,14 +173,14 @@ def test_what_people_wrote_stays_when_the_card_is_written_again():
     assert head["language"] == "de"
     assert head["license"] == "apache-2.0"
     assert head["tags"][0] == "mine"
-    assert updated(again, replace(TRAINING, limits=("It is slow.",)), PARTS) == again
+    assert update_card(again, replace(TRAINING, limits=("It is slow.",)), PARTS) == again
 
 
 def test_regions_stay_where_people_moved_them():
-    card = updated("# x\n", TRAINING, PARTS)
+    card = update_card("# x\n", TRAINING, PARTS)
     region = card[card.index("<!-- fewstep: limits -->") : card.index("<!-- /fewstep: limits -->") + 25]
     moved = card.replace(region, "").replace("<!-- fewstep: about -->", f"{region}\n\n<!-- fewstep: about -->")
-    again = updated(moved, TRAINING, PARTS)
+    again = update_card(moved, TRAINING, PARTS)
     assert again.index("fewstep: limits") < again.index("fewstep: about")
     assert again.count("## Limits and bias") == 1
 
@@ -204,16 +204,16 @@ def test_damaged_marks_are_refused_before_anything_is_lost(damage, tmp_path):
 
 def test_a_broken_front_matter_is_refused():
     with pytest.raises(InputError, match="front matter"):
-        updated("---\ntags: [a\n---\n\n# x\n", TRAINING, PARTS)
+        update_card("---\ntags: [a\n---\n\n# x\n", TRAINING, PARTS)
 
 
 def test_codecarbon_tracks_a_run_offline():
     pytest.importorskip("codecarbon")
-    with carbon_tracked("DEU") as tracked:
+    with track_carbon("DEU") as tracked:
         sum(range(100_000))
     assert tracked.emissions is not None
     assert tracked.emissions.watts > 0
     assert 0.05 < tracked.emissions.kg_per_kwh < 1.2
     assert "codecarbon" in tracked.emissions.statement()
-    with pytest.raises(InputError, match="no grid of 'XYZ'"), carbon_tracked("XYZ"):
+    with pytest.raises(InputError, match="no grid of 'XYZ'"), track_carbon("XYZ"):
         pass

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fewstep.compare.study import SCRAMBLED, Drawing, Study, make_study
-from fewstep.compare.tally import tallied
-from fewstep.compare.votes import QUESTIONS, Ballot, read_ballot
+from fewstep.compare.study import SCRAMBLED, ImageSet, Study, make_study
+from fewstep.compare.tally import aggregate_votes
+from fewstep.compare.votes import QUESTIONS, RaterVotes, read_votes
 
 PROMPTS = ["a red cube", 'a "blue" <b>sphere</b> & more', "ein grüner Würfel", "four"]
 COLOURS = {"a": (200, 0, 0), "b": (0, 0, 200)}
@@ -46,11 +46,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def study(folder: Path) -> Study:
-    drawings = {
-        label: Drawing(settings={}, pictures=[Image.new("RGB", (32, 32), colour)] * len(PROMPTS))
+    image_sets = {
+        label: ImageSet(settings={}, images=[Image.new("RGB", (32, 32), colour)] * len(PROMPTS))
         for label, colour in COLOURS.items()
     }
-    return make_study(drawings, PROMPTS, folder, seed=1, checks=1)
+    return make_study(image_sets, PROMPTS, folder, seed=1, checks=1)
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def vote_for(page: Any, study: Study, model: str) -> list[int]:
     return sides
 
 
-def read(path: Path, study: Study) -> Ballot:
-    return read_ballot(path, study.digest, {pair.id for pair in study.pairs})
+def read(path: Path, study: Study) -> RaterVotes:
+    return read_votes(path, study.digest, {pair.id for pair in study.pairs})
 
 
 def test_votes_by_keys_come_back_as_a_file_that_the_tally_takes(visit, study, folder):
@@ -129,16 +129,18 @@ def test_votes_by_keys_come_back_as_a_file_that_the_tally_takes(visit, study, fo
     sides = vote_for(page, study, "b")
     assert set(sides) == {0, 1}
     assert page.locator("#end").is_visible()
-    ballot = read(downloaded(page, "Save votes (JSON)", folder), study)
-    assert ballot.rater == "Zoë “Z” Ünal"
-    outcome = tallied(study, [ballot])
+    rater_votes = read(downloaded(page, "Save votes (JSON)", folder), study)
+    assert rater_votes.rater == "Zoë “Z” Ünal"
+    outcome = aggregate_votes(study, [rater_votes])
     assert [(t.question, t.votes.for_first, t.votes.for_second) for t in outcome.tallies] == [
         ("quality", 0, 4),
         ("alignment", 0, 4),
     ]
     with downloaded(page, "Save a table (CSV)", folder).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["pair"], row["question"], row["choice"]) for row in rows] == [tuple(vote) for vote in ballot.votes]
+    assert [(row["pair"], row["question"], row["choice"]) for row in rows] == [
+        tuple(vote) for vote in rater_votes.votes
+    ]
     assert {row["prompt"] for row in rows} <= set(PROMPTS)
 
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from fewstep.blockworld import captions, render, scenes
-from fewstep.compare.chart import counted, write_chart
-from fewstep.compare.judges import Judge, block_reader, judged, scenes_said
-from fewstep.compare.study import KEY, SCRAMBLED, Drawing, Study, make_study, read_study, scrambled
-from fewstep.compare.tally import tallied
-from fewstep.compare.votes import QUESTIONS, Ballot, Vote, read_ballot
+from fewstep.compare.chart import sample_line, write_chart
+from fewstep.compare.judges import ModelJudge, block_reader, judge_votes, parse_captions
+from fewstep.compare.study import KEY, SCRAMBLED, ImageSet, Study, make_study, read_study, scramble_tiles
+from fewstep.compare.tally import aggregate_votes
+from fewstep.compare.votes import QUESTIONS, RaterVotes, Vote, read_votes
 from fewstep.errors import InputError
 from fewstep.images import to_pil
 from fewstep.metrics.agreement import cohen_kappa, fleiss_kappa, kappa
@@ -27,12 +27,12 @@ from fewstep.metrics.agreement import cohen_kappa, fleiss_kappa, kappa
 PROMPTS = [f"prompt {number} </script>" for number in range(11)]
 
 
-def drawings(*labels: str) -> dict[str, Drawing]:
-    """Pictures of one colour each, so that they can be told apart."""
+def image_sets(*labels: str) -> dict[str, ImageSet]:
+    """Images of one colour each, so that they can be told apart."""
     return {
-        label: Drawing(
+        label: ImageSet(
             settings={"model": label, "steps": 1 + order},
-            pictures=[Image.new("RGB", (16, 16), (200, 20 * number, 50 * order)) for number in range(len(PROMPTS))],
+            images=[Image.new("RGB", (16, 16), (200, 20 * number, 50 * order)) for number in range(len(PROMPTS))],
         )
         for order, label in enumerate(labels)
     }
@@ -45,10 +45,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def study(folder: Path) -> Study:
-    return make_study(drawings("a", "b"), PROMPTS, folder, seed=5, checks=2)
+    return make_study(image_sets("a", "b"), PROMPTS, folder, seed=5, checks=2)
 
 
-def ballot(study: Study, rater: str, wish: Callable[[str], str] | str, judged_by: str | None = None) -> Ballot:
+def rater_votes(study: Study, rater: str, wish: Callable[[str], str] | str, judged_by: str | None = None) -> RaterVotes:
     """Votes on every question: checks answered rightly, elsewhere for the model `wish` or what it says of a prompt."""
     votes = []
     for pair in study.pairs:
@@ -56,10 +56,10 @@ def ballot(study: Study, rater: str, wish: Callable[[str], str] | str, judged_by
         wanted = next(m for m in pair.drawn_by if m != SCRAMBLED) if pair.is_check else model
         choice = str(1 + pair.drawn_by.index(wanted)) if wanted in pair.drawn_by else "tie"
         votes += [Vote(pair.id, question, choice) for question in QUESTIONS]
-    return Ballot(study=study.digest, rater=rater, votes=tuple(votes), judged_by=judged_by)
+    return RaterVotes(study=study.digest, rater=rater, votes=tuple(votes), judged_by=judged_by)
 
 
-def saved(content: Ballot, folder: Path) -> Path:
+def saved(content: RaterVotes, folder: Path) -> Path:
     path = folder / f"votes-{content.rater}.json"
     path.write_text(content.to_json(), encoding="utf-8")
     return path
@@ -74,12 +74,12 @@ def test_every_prompt_is_compared_once_and_sides_are_even(study, folder):
 
 
 def test_each_picture_lies_where_the_key_says(study, folder):
-    of = drawings("a", "b")
+    of = image_sets("a", "b")
     for pair in study.pairs:
         for path, label in zip(pair.paths, pair.drawn_by, strict=True):
             if label != SCRAMBLED:
-                with Image.open(folder / path) as picture:
-                    assert list(picture.getdata()) == list(of[label].pictures[PROMPTS.index(pair.prompt)].getdata())
+                with Image.open(folder / path) as image:
+                    assert list(image.getdata()) == list(of[label].images[PROMPTS.index(pair.prompt)].getdata())
 
 
 def test_raters_find_nothing_that_tells_the_models(study, folder):
@@ -89,8 +89,8 @@ def test_raters_find_nothing_that_tells_the_models(study, folder):
         r"drawn_by|steps|scrambled|sha256|\"a\"|\"b\"", page.partition('id="asked">')[2].partition("</")[0]
     )
     for path in (folder / "pictures").iterdir():
-        with Image.open(path) as picture:
-            assert picture.info == {}
+        with Image.open(path) as image:
+            assert image.info == {}
             assert re.fullmatch(r"\d{4}-[12]\.png", path.name)
 
 
@@ -102,34 +102,34 @@ def test_the_page_asks_nothing_of_a_network(folder, study):
 
 
 def test_a_seed_gives_the_same_study_again_and_another_seed_another(study, tmp_path):
-    again = make_study(drawings("a", "b"), PROMPTS, tmp_path / "again", seed=5, checks=2)
-    other = make_study(drawings("a", "b"), PROMPTS, tmp_path / "other", seed=6, checks=2)
+    again = make_study(image_sets("a", "b"), PROMPTS, tmp_path / "again", seed=5, checks=2)
+    other = make_study(image_sets("a", "b"), PROMPTS, tmp_path / "other", seed=6, checks=2)
     assert again == study
     assert [pair.drawn_by for pair in other.pairs] != [pair.drawn_by for pair in study.pairs]
 
 
 def test_three_models_meet_two_by_two(folder):
-    study = make_study(drawings("a", "b", "c"), PROMPTS, folder, seed=0, checks=0)
+    study = make_study(image_sets("a", "b", "c"), PROMPTS, folder, seed=0, checks=0)
     met = [frozenset(pair.drawn_by) for pair in study.pairs]
     assert {pair: met.count(pair) for pair in met} == {frozenset(two): 11 for two in ("ab", "ac", "bc")}
 
 
 def test_a_study_is_never_overwritten(study, folder):
     with pytest.raises(InputError, match="not empty"):
-        make_study(drawings("a", "b"), PROMPTS, folder, seed=0, checks=0)
+        make_study(image_sets("a", "b"), PROMPTS, folder, seed=0, checks=0)
     with pytest.raises(InputError, match="at least two"):
-        make_study(drawings("a"), PROMPTS, folder.with_name("new"), seed=0, checks=0)
+        make_study(image_sets("a"), PROMPTS, folder.with_name("new"), seed=0, checks=0)
     assert read_study(folder) == study
     assert not folder.with_name("new").exists()
 
 
 def test_a_changed_study_is_refused(study, folder):
-    picture = folder / study.pairs[0].paths[0]
-    original = picture.read_bytes()
-    Image.new("RGB", (16, 16), "white").save(picture)
+    image = folder / study.pairs[0].paths[0]
+    original = image.read_bytes()
+    Image.new("RGB", (16, 16), "white").save(image)
     with pytest.raises(InputError, match="votes are void"):
         read_study(folder)
-    picture.write_bytes(original)
+    image.write_bytes(original)
     key = json.loads((folder / KEY).read_text(encoding="utf-8"))
     key["pairs"][0]["drawn_by"].reverse()
     (folder / KEY).write_text(json.dumps(key), encoding="utf-8")
@@ -146,19 +146,19 @@ def test_a_damaged_key_is_refused(text, tmp_path):
 
 def test_a_scrambled_picture_has_the_same_pixels_elsewhere():
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
-    mixed = scrambled(noise, random.Random(1))
+    mixed = scramble_tiles(noise, random.Random(1))
     assert sorted(mixed.getdata()) == sorted(noise.getdata())
     assert mixed != noise
 
 
 def test_votes_come_back_as_they_were(study, folder):
-    sent = ballot(study, "Zoë “Z” Ünal", "a")
-    assert read_ballot(saved(sent, folder), study.digest, {pair.id for pair in study.pairs}) == sent
+    sent = rater_votes(study, "Zoë “Z” Ünal", "a")
+    assert read_votes(saved(sent, folder), study.digest, {pair.id for pair in study.pairs}) == sent
 
 
 def test_the_digest_of_a_ballot_is_that_of_its_lines():
     """The page computes it in another language: files that are out there must stay readable."""
-    own = Ballot(study="s", rater="r", votes=(Vote("0001", "quality", "1"), Vote("0002", "alignment", "tie")))
+    own = RaterVotes(study="s", rater="r", votes=(Vote("0001", "quality", "1"), Vote("0002", "alignment", "tie")))
     assert own.digest == hashlib.sha256(b"s\nr\n\n0001 quality 1\n0002 alignment tie").hexdigest()
 
 
@@ -174,12 +174,12 @@ BROKEN = {
 
 @pytest.mark.parametrize(("message", "change"), [(m, c) for m, changes in BROKEN.items() for c in changes])
 def test_foreign_damaged_and_changed_votes_are_refused(study, folder, message, change):
-    path = saved(ballot(study, "anna", "a"), folder)
+    path = saved(rater_votes(study, "anna", "a"), folder)
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(InputError, match=message):
-        read_ballot(path, study.digest, {pair.id for pair in study.pairs})
+        read_votes(path, study.digest, {pair.id for pair in study.pairs})
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_foreign_damaged_and_changed_votes_are_refused(study, folder, message, c
     ],
 )
 def test_votes_that_cannot_be_are_refused_even_with_a_right_digest(study, folder, message, votes):
-    path = saved(Ballot(study=study.digest, rater="anna", votes=tuple(votes)), folder)
+    path = saved(RaterVotes(study=study.digest, rater="anna", votes=tuple(votes)), folder)
     with pytest.raises(InputError, match=message):
-        read_ballot(path, study.digest, {pair.id for pair in study.pairs})
+        read_votes(path, study.digest, {pair.id for pair in study.pairs})
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"rater,pair\n", b"null", b'"votes"', b"[" * 100_000])
@@ -203,13 +203,15 @@ def test_what_is_no_ballot_is_refused(study, tmp_path, content):
     path = tmp_path / "votes.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match="holds no votes"):
-        read_ballot(path, study.digest, ["0001"])
+        read_votes(path, study.digest, ["0001"])
     with pytest.raises(InputError, match="cannot be read"):
-        read_ballot(tmp_path / "nothing.json", study.digest, ["0001"])
+        read_votes(tmp_path / "nothing.json", study.digest, ["0001"])
 
 
 def test_votes_count_for_the_model_and_not_for_the_side(study):
-    outcome = tallied(study, [ballot(study, "anna", "a"), ballot(study, "bert", "a"), ballot(study, "cleo", "neither")])
+    outcome = aggregate_votes(
+        study, [rater_votes(study, "anna", "a"), rater_votes(study, "bert", "a"), rater_votes(study, "cleo", "neither")]
+    )
     assert [tally.question for tally in outcome.tallies] == list(QUESTIONS)
     for tally in outcome.tallies:
         votes = tally.votes
@@ -219,37 +221,37 @@ def test_votes_count_for_the_model_and_not_for_the_side(study):
 
 
 def test_raters_who_miss_the_attention_checks_are_left_out_and_named(study):
-    blind = ballot(study, "bert", "b")
+    blind = rater_votes(study, "bert", "b")
     checks = {pair.id: pair for pair in study.pairs if pair.is_check}
     wrong = [
         vote._replace(choice=str(1 + checks[vote.pair].drawn_by.index(SCRAMBLED))) if vote.pair in checks else vote
         for vote in blind.votes
     ]
-    outcome = tallied(study, [ballot(study, "anna", "a"), replace(blind, votes=tuple(wrong))])
+    outcome = aggregate_votes(study, [rater_votes(study, "anna", "a"), replace(blind, votes=tuple(wrong))])
     assert (outcome.raters, outcome.left_out) == (("anna",), ("bert",))
     assert outcome.tallies[0].votes.for_second == 0
-    assert "1 left out" in counted(outcome)
+    assert "1 left out" in sample_line(outcome)
     with pytest.raises(InputError, match="1 of 1 raters failed"):
-        tallied(study, [replace(blind, votes=tuple(wrong))])
+        aggregate_votes(study, [replace(blind, votes=tuple(wrong))])
 
 
 def test_the_same_rater_cannot_vote_twice(study):
-    one = ballot(study, "anna", "a")
+    one = rater_votes(study, "anna", "a")
     with pytest.raises(InputError, match="'anna' votes 2 times"):
-        tallied(study, [one, one])
+        aggregate_votes(study, [one, one])
     with pytest.raises(InputError, match="no votes to count"):
-        tallied(study, [])
+        aggregate_votes(study, [])
 
 
 def test_a_model_s_votes_say_so_and_never_mix_with_people_s(study):
-    machine = ballot(study, "scorer", "a", judged_by="scorer")
-    outcome = tallied(study, [machine])
+    machine = rater_votes(study, "scorer", "a", judged_by="scorer")
+    outcome = aggregate_votes(study, [machine])
     assert outcome.title == "Judged by model: scorer"
-    assert "by a model" in counted(outcome)
+    assert "by a model" in sample_line(outcome)
     assert {row["voted"] for row in outcome.rows()} == {"model: scorer"}
-    assert tallied(study, [ballot(study, "anna", "a")]).title == "Human preference, 1 rater"
+    assert aggregate_votes(study, [rater_votes(study, "anna", "a")]).title == "Human preference, 1 rater"
     with pytest.raises(InputError, match="cannot be counted together"):
-        tallied(study, [machine, ballot(study, "anna", "a")])
+        aggregate_votes(study, [machine, rater_votes(study, "anna", "a")])
 
 
 def test_cohen_s_kappa():
@@ -279,15 +281,15 @@ def test_agreement_is_in_the_outcome(study):
     def taste(prompt: str) -> str:
         return "a" if PROMPTS.index(prompt) % 2 else "b"
 
-    agreed = tallied(study, [ballot(study, name, taste) for name in ("anna", "bert", "cleo")])
+    agreed = aggregate_votes(study, [rater_votes(study, name, taste) for name in ("anna", "bert", "cleo")])
     assert {tally.kappa for tally in agreed.tallies} == {1.0}
-    assert "kappa 1.00 (image quality)" in counted(agreed)
+    assert "kappa 1.00 (image quality)" in sample_line(agreed)
 
 
 def test_scenes_are_read_back_from_their_captions():
     """Every wording that captions have, mirrored ones among them."""
     wanted = scenes(400, seed=3, single=0.4)
-    read = scenes_said(captions(wanted, seed=4, style="varied"))
+    read = parse_captions(captions(wanted, seed=4, style="varied"))
     pairs = wanted.count == 2
     assert torch.equal(read.count, wanted.count)
     assert torch.equal(read.relation, wanted.relation)
@@ -301,7 +303,7 @@ def test_scenes_are_read_back_from_their_captions():
 )
 def test_the_reader_judges_block_scenes_only(caption):
     with pytest.raises(InputError, match="block world"):
-        scenes_said([caption])
+        parse_captions([caption])
 
 
 def test_the_reader_votes_for_the_picture_that_shows_the_prompt(folder):
@@ -310,10 +312,10 @@ def test_the_reader_votes_for_the_picture_that_shows_the_prompt(folder):
     right = to_pil(render(wanted, 64))
     empty = [Image.new("RGB", (64, 64), "grey") for _ in right]
     study = make_study(
-        {"right": Drawing(settings={}, pictures=right), "empty": Drawing(settings={}, pictures=empty)},
+        {"right": ImageSet(settings={}, images=right), "empty": ImageSet(settings={}, images=empty)},
         said, folder, seed=0, checks=1,
     )  # fmt: skip
-    outcome = tallied(study, [judged(study, folder, block_reader())])
+    outcome = aggregate_votes(study, [judge_votes(study, folder, block_reader())])
     (tally,) = outcome.tallies
     assert (tally.question, tally.votes.for_first, tally.votes.for_second) == ("alignment", 6, 0)
     assert outcome.title == "Judged by model: algorithmic reader"
@@ -326,16 +328,18 @@ def test_a_judge_is_any_function_of_prompts_and_images_of_one_size(folder):
         return (-images.mean((1, 2, 3))).tolist()
 
     large = {
-        name: replace(d, pictures=[p.resize((24, 24)) for p in d.pictures]) for name, d in drawings("a", "b").items()
+        name: replace(d, images=[p.resize((24, 24)) for p in d.images]) for name, d in image_sets("a", "b").items()
     }
-    study = make_study({**drawings("a", "b"), "b": large["b"]}, PROMPTS, folder, seed=0, checks=1)
-    (tally,) = tallied(study, [judged(study, folder, Judge(name="d", question="quality", score=darkness))]).tallies
+    study = make_study({**image_sets("a", "b"), "b": large["b"]}, PROMPTS, folder, seed=0, checks=1)
+    (tally,) = aggregate_votes(
+        study, [judge_votes(study, folder, ModelJudge(name="d", question="quality", score=darkness))]
+    ).tallies
     assert tally.votes.for_first == 11  # "b" has more blue
 
 
 def test_the_chart_says_who_voted_and_is_the_same_each_time(study, tmp_path):
     pytest.importorskip("matplotlib")
-    outcome = tallied(study, [ballot(study, "scorer", "a", judged_by="scorer")])
+    outcome = aggregate_votes(study, [rater_votes(study, "scorer", "a", judged_by="scorer")])
     paths = write_chart(outcome, tmp_path / "chart")
     assert [path.name for path in paths] == ["chart.svg", "chart.png"]
     drawn = paths[0].read_bytes()
@@ -344,5 +348,5 @@ def test_the_chart_says_who_voted_and_is_the_same_each_time(study, tmp_path):
     assert b"95 % Wilson interval" in drawn
     write_chart(outcome, tmp_path / "chart")
     assert paths[0].read_bytes() == drawn
-    with Image.open(paths[1]) as picture:
-        assert min(picture.size) > 300
+    with Image.open(paths[1]) as image:
+        assert min(image.size) > 300

@@ -1,4 +1,4 @@
-"""Drawn pictures are kept and never mistaken for others; models are set up once; reports appear whole."""
+"""Drawn images are kept and never mistaken for others; models are set up once; reports appear whole."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image
 
 from fewstep import tables as report
 from fewstep.errors import InputError, NotFiniteError
-from fewstep.evaluate.candidates import contestants
-from fewstep.evaluate.image_cache import Easel
-from fewstep.metrics.intervals import Interval
+from fewstep.evaluate.candidates import load_candidates
+from fewstep.evaluate.image_cache import ImageCache
+from fewstep.metrics.intervals import Interval, format_interval
 
 
 class Pipe:
-    """Draws plain pictures whose colour says prompt, seed and steps; chokes on the prompt "nan"."""
+    """Draws plain images whose colour says prompt, seed and steps; chokes on the prompt "nan"."""
 
     def __init__(self, name: str = "stub", weight: float = 1.0, steps: int = 10) -> None:
         network = torch.nn.Linear(1, 1)
@@ -41,11 +41,11 @@ class Pipe:
 
 def test_a_picture_is_drawn_once(tmp_path):
     pipe = Pipe()
-    first = Easel("stub", pipe, tmp_path).draw(["a", "bb"], [0, 1], {})
-    again = Easel("stub", pipe, tmp_path).draw(["a", "bb", "ccc"], [0, 1, 2], {})
+    first = ImageCache("stub", pipe, tmp_path).generate(["a", "bb"], [0, 1], {})
+    again = ImageCache("stub", pipe, tmp_path).generate(["a", "bb", "ccc"], [0, 1, 2], {})
     assert pipe.drawn == [("a", 0), ("bb", 1), ("ccc", 2)]
-    assert (first.fresh, again.fresh) == (2, 1)
-    assert [picture.getpixel((0, 0)) for picture in again.pictures] == [(1, 100, 10), (2, 101, 10), (3, 102, 10)]
+    assert (first.generated, again.generated) == (2, 1)
+    assert [image.getpixel((0, 0)) for image in again.images] == [(1, 100, 10), (2, 101, 10), (3, 102, 10)]
 
 
 @pytest.mark.parametrize(
@@ -57,17 +57,17 @@ def test_a_picture_is_drawn_once(tmp_path):
         (Pipe(), "a", 0, {"steps": 4}),
     ],
 )
-def test_other_weights_prompts_seeds_and_settings_are_other_pictures(tmp_path, pipe, prompt, seed, options):
-    Easel("stub", Pipe(), tmp_path).draw(["a"], [0], {})
-    assert Easel("stub", pipe, tmp_path).draw([prompt], [seed], options).fresh == 1
+def test_other_weights_prompts_seeds_and_settings_are_other_images(tmp_path, pipe, prompt, seed, options):
+    ImageCache("stub", Pipe(), tmp_path).generate(["a"], [0], {})
+    assert ImageCache("stub", pipe, tmp_path).generate([prompt], [seed], options).generated == 1
 
 
 def test_nan_gives_one_black_picture_and_spares_the_batch(tmp_path):
     pipe = Pipe()
-    drawn = Easel("stub", pipe, tmp_path).draw(["a", "nan", "bb"], [0, 1, 2], {})
+    drawn = ImageCache("stub", pipe, tmp_path).generate(["a", "nan", "bb"], [0, 1, 2], {})
     assert drawn.black == 1
-    assert [picture.getpixel((0, 0))[0] for picture in drawn.pictures] == [1, 0, 2]
-    assert Easel("stub", pipe, tmp_path).draw(["nan"], [1], {}).black == 1, (
+    assert [image.getpixel((0, 0))[0] for image in drawn.images] == [1, 0, 2]
+    assert ImageCache("stub", pipe, tmp_path).generate(["nan"], [1], {}).black == 1, (
         "it is black again when it comes from the file"
     )
 
@@ -79,24 +79,24 @@ def test_an_interrupted_run_goes_on(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Easel("stub", pipe, tmp_path, interrupted).draw(["a"] * 60, range(60), {})
-    told: list[tuple[int, int]] = []
-    Easel("stub", pipe, tmp_path, lambda *done: told.append(done)).draw(["a"] * 60, range(60), {})
+        ImageCache("stub", pipe, tmp_path, interrupted).generate(["a"] * 60, range(60), {})
+    calls: list[tuple[int, int]] = []
+    ImageCache("stub", pipe, tmp_path, lambda *done: calls.append(done)).generate(["a"] * 60, range(60), {})
     assert sorted(seed for _, seed in pipe.drawn) == list(range(60))
-    assert told[-1] == (60, 60)
+    assert calls[-1] == (60, 60)
 
 
 # contestants
 
 
-def set_up(name, folder, made):
+def load_cache(name, folder, made):
     made.append(name)
-    return Easel(name, Pipe(name, steps=1 if "turbo" in name else 10), folder)
+    return ImageCache(name, Pipe(name, steps=1 if "turbo" in name else 10), folder)
 
 
 def labels(texts, tmp_path):
     made: list[str] = []
-    return [one.label for one in contestants(texts, "base", lambda name: set_up(name, tmp_path, made))], made
+    return [one.label for one in load_candidates(texts, "base", lambda name: load_cache(name, tmp_path, made))], made
 
 
 def test_models_are_set_up_once_and_the_base_comes_first(tmp_path):
@@ -137,4 +137,4 @@ def test_tables_are_for_people_and_csv_for_programs():
     rows = [{"name": "a", "share": 0.98765, "many": 1234.5, "none": None}]
     assert report.table(rows).splitlines()[2] == "| a | 0.988 | 1234 |  |"
     assert report.csv_text(rows).splitlines() == ["name,share,many,none", "a,0.98765,1234.5,"]
-    assert report.spelt(Interval(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
+    assert format_interval(Interval(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"

@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 
 from fewstep.errors import InputError, MissingExtraError
-from fewstep.evaluate.image_cache import Drawn
+from fewstep.evaluate.image_cache import CachedImages
 from fewstep.evaluate.pareto.chart import write_chart
 from fewstep.evaluate.pareto.front import SCALES, Point, front, knee
-from fewstep.evaluate.pareto.suite import Scales, Subject, Sweep, subject, write_pareto
+from fewstep.evaluate.pareto.suite import GuidanceSweep, PromptSet, SweepSettings, prompt_set, write_pareto
+from fewstep.evaluate.prompts import read_prompts
 from fewstep.metrics.distances import Distances
 from fewstep.metrics.features import Features
 from fewstep.metrics.intervals import Estimate, Interval
-from fewstep.weights.auxiliary import Card
+from fewstep.weights.auxiliary import NetworkId
 
-CARD = Card(name="stub", digest="0" * 16)
+CARD = NetworkId(name="stub", digest="0" * 16)
 
 
 def point(scale: float, clip: float, fid: float, **more: object) -> Point:
@@ -46,11 +47,11 @@ def test_the_scales_are_those_of_the_card():
     assert SCALES == (1.5, 2, 3, 4, 5, 6, 7, 8)
 
 
-def test_doubts_tell_of_few_and_black_pictures():
-    assert point(3, 25, 30).doubts() == []
-    few, black = point(3, 25, 4, black=2).doubts()
+def test_doubts_tell_of_few_and_black_images():
+    assert point(3, 25, 30).warnings() == []
+    few, black = point(3, 25, 4, black=2).warnings()
     assert "within 3 and 6, 3 wide" in few
-    assert black == "guidance 3: 2 of 50 pictures are black or were not finite"
+    assert black == "guidance 3: 2 of 50 images are black or were not finite"
 
 
 def test_the_chart_shows_each_scale_and_is_the_same_each_time(tmp_path):
@@ -80,40 +81,42 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 
 
 class StubClip:
-    """Sees a picture's grey value as an angle to its text."""
+    """Sees an image's grey value as an angle to its text."""
 
-    card = CARD
+    network_id = CARD
 
-    def images(self, pictures):
-        angles = torch.tensor([picture.getpixel((0, 0))[0] / 100 for picture in pictures])
+    def images(self, images):
+        angles = torch.tensor([image.getpixel((0, 0))[0] / 100 for image in images])
         return torch.stack([angles.cos(), angles.sin()], 1)
 
     def texts(self, prompts):
         return torch.tensor([[1.0, 0.0]] * len(prompts))
 
 
-class StubEasel:
-    """Draws grey pictures, darker the higher the guidance."""
+class StubCache:
+    """Draws grey images, darker the higher the guidance."""
 
     name = "stub"
 
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
-    def draw(self, prompts, seeds, options):
-        self.asked.append((options["guidance_scale"], options["steps"], options["sampler"], list(seeds)))
+    def generate(self, prompts, seeds, options):
+        self.calls.append((options["guidance_scale"], options["steps"], options["sampler"], list(seeds)))
         grey = round(80 / options["guidance_scale"])
-        pictures = tuple(Image.new("RGB", (8, 8), (grey + seed % 3,) * 3) for seed in seeds)
-        return Drawn(pictures=pictures, black=0, fresh=len(seeds), seconds=1.0, settings={})
+        images = tuple(Image.new("RGB", (8, 8), (grey + seed % 3,) * 3) for seed in seeds)
+        return CachedImages(images=images, black=0, generated=len(seeds), seconds=1.0, settings={})
 
 
 def test_measured_points_are_right_and_written_down(tmp_path):
     real = [Image.new("RGB", (8, 8), (40 + i % 3,) * 3) for i in range(30)]
-    grey = Features(card=CARD, of=lambda own: torch.tensor([[float(p.getpixel((0, 0))[0])] for p in own]))
-    asked = Subject(prompts=["a"] * 12, real=real, said="greys")
-    easel = StubEasel()
-    report = write_pareto([easel], Scales(asked, Sweep(scales=(1.0, 2.0, 4.0)), StubClip(), grey), tmp_path)
-    assert easel.asked == [(scale, 50, "plms", list(range(12))) for scale in (1.0, 2.0, 4.0)]
+    grey = Features(network_id=CARD, of=lambda own: torch.tensor([[float(p.getpixel((0, 0))[0])] for p in own]))
+    prompts = PromptSet(prompts=["a"] * 12, real=real, description="greys")
+    cache = StubCache()
+    report = write_pareto(
+        [cache], GuidanceSweep(prompts, SweepSettings(scales=(1.0, 2.0, 4.0)), StubClip(), grey), tmp_path
+    )
+    assert cache.calls == [(scale, 50, "plms", list(range(12))) for scale in (1.0, 2.0, 4.0)]
     rows = list(csv.DictReader((tmp_path / "pareto.csv").open()))
     assert [float(row["guidance"]) for row in rows] == [1, 2, 4]
     clips = [float(row["CLIP score"]) for row in rows]
@@ -130,17 +133,15 @@ def test_prompts_and_pictures_of_the_users_own(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\n\na cat\na house\n")
     (tmp_path / "real").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "real" / "1.png")
-    own = subject(2, tmp_path / "prompts.txt", tmp_path / "real", side=64, renders=20)
+    own = prompt_set(2, tmp_path / "prompts.txt", tmp_path / "real", side=64, renders=20)
     assert own.prompts == ["a dog", "a cat"]
     assert len(own.real) == 1
-    with pytest.raises(InputError, match="holds 3 prompts for 5 pictures"):
-        subject(5, tmp_path / "prompts.txt", tmp_path / "real", side=64, renders=20)
+    with pytest.raises(InputError, match="holds 3 prompts for 5 images"):
+        prompt_set(5, tmp_path / "prompts.txt", tmp_path / "real", side=64, renders=20)
     with pytest.raises(InputError, match="belong together"):
-        subject(2, tmp_path / "prompts.txt", None, side=64, renders=20)
+        prompt_set(2, tmp_path / "prompts.txt", None, side=64, renders=20)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
-    from fewstep.evaluate.pareto.suite import _lines
-
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red cube\na blue ball\n")
-    assert _lines(tmp_path / "prompts.txt", 2) == ["a red cube", "a blue ball"]
+    assert read_prompts(tmp_path / "prompts.txt", 2) == ["a red cube", "a blue ball"]

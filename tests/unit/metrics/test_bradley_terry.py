@@ -1,4 +1,4 @@
-"""Shares of pictures and of votes, the strengths that votes give, and how sure they are."""
+"""Shares of images and of votes, the strengths that votes give, and how sure they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewstep.errors import InputError
-from fewstep.metrics.bradley_terry import Votes, preferred, strengths
+from fewstep.metrics.bradley_terry import VoteCounts, preferred, strengths
 from fewstep.metrics.intervals import Estimate, share_interval
 
 
@@ -39,8 +39,8 @@ def test_an_estimate_s_interval_is_1_96_errors_wide_to_either_side():
     assert Estimate(2.0, 0.5).interval == pytest.approx((2.0, 1.02, 2.98))
 
 
-def votes(first: str, second: str, *counts: int) -> Votes:
-    return Votes(
+def votes(first: str, second: str, *counts: int) -> VoteCounts:
+    return VoteCounts(
         first=first,
         second=second,
         for_first=counts[0],
@@ -75,7 +75,7 @@ def test_two_models_have_their_closed_form(counts):
 TRUE = {"turbo": 0.9, "base": 0.4, "small": -0.3, "older": -1.0}
 
 
-def tournament(count: int, seed: int, tied: float = 0.0) -> list[Votes]:
+def tournament(count: int, seed: int, tied: float = 0.0) -> list[VoteCounts]:
     generator, played = torch.Generator().manual_seed(seed), []
     for first, second in combinations(TRUE, 2):
         chance = torch.sigmoid(torch.tensor(TRUE[first] - TRUE[second]))

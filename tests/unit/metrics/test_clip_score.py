@@ -14,7 +14,7 @@ from fewstep.images import to_pil
 from fewstep.metrics.clip_score import BlockClip, clip_scores, mean_score
 from fewstep.metrics.distances import distances
 from fewstep.metrics.features import load_features
-from fewstep.metrics.pixels import is_black, opened, picture_files, squared
+from fewstep.metrics.pixels import image_files, is_black, open_image, resized_tensor
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def clip() -> BlockClip:
 
 @pytest.fixture(scope="module")
 def world():
-    """Forty captions and their pictures."""
+    """Forty captions and their images."""
     batch = scenes(40, seed=41)
     return captions(batch, seed=0, style="canonical"), to_pil(render(batch, 64))
 
@@ -39,7 +39,7 @@ def test_the_score_is_100_cosines_and_never_negative():
 
 
 def test_pictures_without_their_texts_are_refused():
-    with pytest.raises(InputError, match="3 pictures and 2 texts"):
+    with pytest.raises(InputError, match="3 images and 2 texts"):
         clip_scores(torch.zeros(3, 4), torch.zeros(2, 4))
 
 
@@ -51,8 +51,8 @@ def test_the_error_of_a_mean_falls_with_the_number():
 
 
 def test_block_towers_match_pictures_with_their_own_captions(clip, world):
-    prompts, pictures = world
-    images, texts = (torch.nn.functional.normalize(x) for x in (clip.images(pictures), clip.texts(prompts)))
+    prompts, images = world
+    images, texts = (torch.nn.functional.normalize(x) for x in (clip.images(images), clip.texts(prompts)))
     own = clip_scores(images, texts)
     assert own.mean() > 1.5 * clip_scores(images, texts.roll(1, 0)).mean()
     nearest = (images @ texts.T).argmax(1)
@@ -79,11 +79,11 @@ def test_block_towers_refuse_what_they_cannot_read(clip):
 
 
 def test_features_are_the_same_in_any_batch_and_after_a_file(clip, world, tmp_path):
-    _, pictures = world
-    pictures[0].save(tmp_path / "a.png")
-    whole = clip.features(pictures)
-    torch.testing.assert_close(clip.features(pictures[:1]), whole[:1], atol=1e-4, rtol=1e-4)
-    assert torch.equal(clip.features([opened(tmp_path / "a.png")]), clip.features(pictures[:1]))
+    _, images = world
+    images[0].save(tmp_path / "a.png")
+    whole = clip.features(images)
+    torch.testing.assert_close(clip.features(images[:1]), whole[:1], atol=1e-4, rtol=1e-4)
+    assert torch.equal(clip.features([open_image(tmp_path / "a.png")]), clip.features(images[:1]))
 
 
 class Inception(torch.nn.Module):
@@ -94,8 +94,8 @@ class Inception(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return pictures.amax((2, 3))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.amax((2, 3))
 
 
 @pytest.mark.parametrize("module", [Inception(), Plain()])
@@ -103,9 +103,9 @@ def test_torchscript_gets_299_pixels_from_0_to_255(module, tmp_path):
     path = tmp_path / "network.pt"
     torch.jit.script(module).save(path)
     features = load_features(path)
-    picture = Image.new("RGB", (20, 30), (255, 0, 128))
-    torch.testing.assert_close(features.of([picture, picture]), torch.tensor([[255.0, 0.0, 128.0]] * 2))
-    assert features.card.name == "network.pt"
+    image = Image.new("RGB", (20, 30), (255, 0, 128))
+    torch.testing.assert_close(features.of([image, image]), torch.tensor([[255.0, 0.0, 128.0]] * 2))
+    assert features.network_id.name == "network.pt"
 
 
 def test_another_file_is_refused(tmp_path):
@@ -120,7 +120,7 @@ def test_shrinking_is_antialiased():
     """Every other column white: without antialiasing all of it would come out white, or black."""
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = squared(Image.fromarray(stripes), 16)
+    small = resized_tensor(Image.fromarray(stripes), 16)
     assert 100 < small.min() <= small.max() < 155
 
 
@@ -140,11 +140,11 @@ def test_distances_know_like_from_unlike():
 
 def test_too_few_pictures_say_how_wide_the_interval_is():
     chance = torch.Generator().manual_seed(0)
-    doubt = distances(torch.randn(12, 4, generator=chance), torch.randn(600, 4, generator=chance), "test").doubt()
-    assert doubt is not None
-    assert doubt.startswith("12 pictures are few")
-    assert "wide" in doubt
-    with pytest.raises(InputError, match="9 pictures"):
+    warning = distances(torch.randn(12, 4, generator=chance), torch.randn(600, 4, generator=chance), "test").warning()
+    assert warning is not None
+    assert warning.startswith("12 images are few")
+    assert "wide" in warning
+    with pytest.raises(InputError, match="9 images"):
         distances(torch.randn(9, 4), torch.randn(60, 4), "test")
 
 
@@ -152,11 +152,11 @@ def test_too_few_pictures_say_how_wide_the_interval_is():
 
 
 def test_folders_are_compared_and_black_pictures_counted(world, tmp_path):
-    _, pictures = world
-    for name, own in (("drawn", pictures[:19]), ("real", pictures)):
+    _, images = world
+    for name, own in (("drawn", images[:19]), ("real", images)):
         (tmp_path / name).mkdir()
-        for i, picture in enumerate(own):
-            picture.save(tmp_path / name / f"{i:02d}.png")
+        for i, image in enumerate(own):
+            image.save(tmp_path / name / f"{i:02d}.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "drawn" / "black.png")
     report = write_fid(tmp_path / "drawn", tmp_path / "real", load_features(), tmp_path / "out")
     text, (head, row) = report.read_text(), (tmp_path / "out" / "fid.csv").read_text().splitlines()
@@ -164,15 +164,15 @@ def test_folders_are_compared_and_black_pictures_counted(world, tmp_path):
     assert (values["pictures"], values["black"], values["reference"]) == ("20", "1", "40")
     assert float(values["fid_low"]) <= float(values["FID"]) <= float(values["fid_high"])
     assert "block-clip" in text
-    assert "20 pictures are few" in text
+    assert "20 images are few" in text
 
 
 def test_a_folder_without_pictures_and_a_broken_one_are_named(tmp_path):
-    with pytest.raises(InputError, match="holds no picture"):
-        picture_files(tmp_path)
+    with pytest.raises(InputError, match="holds no image"):
+        image_files(tmp_path)
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        opened(picture_files(tmp_path)[0])
+        open_image(image_files(tmp_path)[0])
 
 
 def test_black_is_black():

@@ -16,39 +16,39 @@ from fewstep.metrics.neighbours import nearest
 
 
 def square(column: int, side: int = 16) -> Image.Image:
-    picture = Image.new("RGB", (64, 64), (180, 180, 185))
-    picture.paste((220, 30, 30), (column, 20, column + side, 20 + side))
-    return picture
+    image = Image.new("RGB", (64, 64), (180, 180, 185))
+    image.paste((220, 30, 30), (column, 20, column + side, 20 + side))
+    return image
 
 
 def test_one_picture_again_and_again_is_no_diversity():
     found = diversity([[square(10)] * 16], [torch.ones(16, 8)])
-    assert found.means() == {"variance": 0.0, "places": 0.0, "sizes": 0.0}
+    assert found.averages() == {"variance": 0.0, "places": 0.0, "sizes": 0.0}
 
 
 def test_moving_and_growing_are_seen_apart():
     rows = torch.zeros(16, 8)
     moving = diversity([[square(3 * i) for i in range(16)]], [rows])
     growing = diversity([[square(20, 4 + 2 * i) for i in range(16)]], [rows])
-    assert moving.means()["places"] > 1
-    assert moving.means()["sizes"] == 0
-    assert growing.means()["sizes"] > 1.5
+    assert moving.averages()["places"] > 1
+    assert moving.averages()["sizes"] == 0
+    assert growing.averages()["sizes"] > 1.5
 
 
 def test_a_share_of_the_base_knows_how_sure_it_is():
     base = Diversity(**dict.fromkeys(("variance", "places", "sizes"), torch.tensor([1.0, 2.0, 3.0]).double()))
     half = Diversity(variance=base.variance / 2, places=torch.tensor([0.5, 2.0, 0.5]).double(), sizes=base.sizes * 0)
-    shares = half.share_of(base)
+    shares = half.relative_to(base)
     assert shares["variance"] == (0.5, 0.5, 0.5)
     assert shares["places"].value == 0.5
     assert shares["places"].low < 0.2 < 0.8 < shares["places"].high
-    assert base.share_of(half)["sizes"].high == float("inf")
+    assert base.relative_to(half)["sizes"].high == float("inf")
 
 
 def test_variance_is_that_of_the_features_within_a_prompt():
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    pictures = [[square(10)] * 16] * 2
-    spread = diversity(pictures, [rows, rows + 100]).means()["variance"]
+    images = [[square(10)] * 16] * 2
+    spread = diversity(images, [rows, rows + 100]).averages()["variance"]
     assert spread == pytest.approx(float(rows.double().var(0).sum()))
 
 
@@ -79,25 +79,25 @@ def world():
 
 
 def test_a_planted_copy_is_found(world):
-    training, known, fresh, features = world
+    training, training_features, fresh, features = world
     noisy = np.asarray(training[7]).astype(int) + np.random.default_rng(0).integers(-2, 3, (64, 64, 3))
     copy = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     drawn, rows = [*fresh[:19], copy], torch.cat([features[:19], load_features().of([copy])])
-    found = nearest(drawn, rows, training, known)
+    found = nearest(drawn, rows, training, training_features)
     assert found.index[-1] == 7
     assert found.copies.value == 1 / 20
     assert found.pixels[-1] < 4 < found.pixels[:-1].min()
 
 
 def test_fresh_pictures_are_no_copies_and_as_far_as_fresh_ones(world):
-    training, known, fresh, features = world
-    found = nearest(fresh, features, training, known)
+    training, training_features, fresh, features = world
+    found = nearest(fresh, features, training, training_features)
     assert found.copies.value == 0
-    assert found.closer_than(found) == 1
-    assert nearest(training, known, training, known).closer_than(found) < 0.1
+    assert found.relative_distance(found) == 1
+    assert nearest(training, training_features, training, training_features).relative_distance(found) < 0.1
 
 
 def test_nothing_to_compare_with_is_refused(world):
-    training, known, _, _ = world
-    with pytest.raises(InputError, match="0 pictures and 120"):
-        nearest([], known[:0], training, known)
+    training, training_features, _, _ = world
+    with pytest.raises(InputError, match="0 images and 120"):
+        nearest([], training_features[:0], training, training_features)

@@ -28,7 +28,7 @@ def normal(count: int, width: int, seed: int) -> Tensor:
 
 
 def exact(mean: Tensor, covariance: Tensor) -> FeatureStatistics:
-    """The statistics of a distribution, as of a thousand pictures."""
+    """The statistics of a distribution, as of a thousand images."""
     return FeatureStatistics(network="unnamed", count=1000, mean=mean.double(), scatter=covariance.double() * 999)
 
 
@@ -48,10 +48,10 @@ def plain_formula(a: Tensor, b: Tensor) -> float:
 def test_commuting_gaussians_have_their_closed_form(width):
     a, b = torch.linspace(0.1, 3, width), torch.linspace(2, 0.5, width)  # variances
     turn = torch.linalg.qr(normal(width, width, 0)).Q
-    means = normal(2, width, 1)
+    averages = normal(2, width, 1)
     covariances = [turn @ torch.diag(variances.double()) @ turn.T for variances in (a, b)]
-    expected = (means[0] - means[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
-    found = frechet_distance(exact(means[0], covariances[0]), exact(means[1], covariances[1]))
+    expected = (averages[0] - averages[1]).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    found = frechet_distance(exact(averages[0], covariances[0]), exact(averages[1], covariances[1]))
     assert found == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_the_plain_formula_agrees(width):
 
 
 def test_few_pictures_leave_no_noise():
-    """Fewer pictures than features: zero eigenvalues, whose roots would be 1e-8 each."""
+    """Fewer images than features: zero eigenvalues, whose roots would be 1e-8 each."""
     a, b = 100 * correlated(20, 200, 0), 100 * correlated(30, 200, 5)
     centred = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)]
     cross = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
@@ -143,7 +143,7 @@ def test_features_of_other_shapes_are_refused(shape):
 def test_features_that_are_not_finite_are_counted():
     features = normal(10, 3, 0)
     features[4, 1], features[7] = torch.nan, torch.inf
-    with pytest.raises(NotFiniteError, match="2 of 10 pictures are not finite, first of number 4"):
+    with pytest.raises(NotFiniteError, match="2 of 10 images are not finite, first of number 4"):
         of(features)
 
 
@@ -157,7 +157,7 @@ def test_statistics_of_unlike_features_are_never_mixed():
 
 
 def test_one_picture_and_none_have_no_distance():
-    with pytest.raises(InputError, match="1 picture has no spread: any distance is possible"):
+    with pytest.raises(InputError, match="1 image has no spread: any distance is possible"):
         frechet_distance(of(normal(1, 3, 0)), of(normal(9, 3, 0)))
     with pytest.raises(InputError, match="at least one batch"):
         FeatureStatistics.of_batches([])
@@ -195,7 +195,7 @@ def test_with_fewer_pictures_than_features_nothing_bounds_the_distance_below():
 
 
 def test_too_few_pictures_are_told_how_wide_the_interval_is():
-    with pytest.raises(InputError, match=r"of 20 pictures is only known to be within 0 and 4\.\d+, which"):
+    with pytest.raises(InputError, match=r"of 20 images is only known to be within 0 and 4\.\d+, which"):
         frechet_interval(drawn(20, 0), REFERENCE, generator=seeded(0), widest=0.5)
     with pytest.raises(InputError, match="any distance is possible; take at least 10"):
         frechet_interval(drawn(9, 0), REFERENCE, generator=seeded(0))
@@ -226,10 +226,10 @@ def test_kernel_distance_of_a_subset_pair_is_its_definition():
     def kernel(x: Tensor, y: Tensor) -> float:
         return (float(x @ y) / 3 + 1) ** 3
 
-    # Over all subsets of the doubled sets, two different members are the same picture once in 15 pairs.
+    # Over all subsets of the doubled sets, two different members are the same image once in 15 pairs.
     within = [sum(kernel(x, y) * (2 if x is y else 4) for x in s for y in s) / (16 * 15) for s in (list(a), list(b))]
     between = sum(kernel(x, y) for x in a for y in b) / 64
-    scatter = found.standard_error / 400**0.5  # of the mean; with half of the pictures its scale is 1
+    scatter = found.standard_error / 400**0.5  # of the mean; with half of the images its scale is 1
     assert abs(found.value - (sum(within) - 2 * between)) < 4 * scatter
 
 

@@ -1,1 +1,1 @@
-"""The benchmark of block models."""
+"""The benchmark of block-world models: prompt following, diversity, FID, and copies of training images."""

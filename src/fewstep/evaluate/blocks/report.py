@@ -1,4 +1,4 @@
-"""The report on block models: tables, and sheets to look at."""
+"""The report on block models: tables, a chart and contact sheets."""
 
 from __future__ import annotations
 
@@ -12,132 +12,134 @@ from fewstep.blockworld import split_digest
 from fewstep.cards.training_record import Score
 from fewstep.charts import require_matplotlib
 from fewstep.evaluate.blocks.chart import write_chart
-from fewstep.evaluate.blocks.composition import READERS, versus
-from fewstep.evaluate.blocks.suite import Extent, Judge, Measured
-from fewstep.evaluate.candidates import Contestant
+from fewstep.evaluate.blocks.composition import READERS, relative_accuracy
+from fewstep.evaluate.blocks.suite import BlockBenchmark, BlockResults, SampleSizes
+from fewstep.evaluate.candidates import LoadedCandidate
+from fewstep.evaluate.environment import machine
+from fewstep.images import save_png
 from fewstep.metrics.diversity import SEEDS
 from fewstep.metrics.features import Features
 from fewstep.metrics.intervals import format_interval
-from fewstep.tables import Cell, Rows, csv_text, machine, save_picture, table, write_text
+from fewstep.tables import Cell, Rows, csv_text, table, write_text
 
 WIDE = 0.1
 """An interval of a share that is wider is said to be."""
 
 
-def write_blocks(models: Sequence[Contestant], extent: Extent, features: Features, folder: Path) -> Path:
-    """Examine `models`, the first being what the others are compared with; the path of the report.
+def write_blocks(models: Sequence[LoadedCandidate], sizes: SampleSizes, features: Features, folder: Path) -> Path:
+    """Measure `models`, of which the first is the baseline of the others, and write the report; its path.
 
-    Writes `blocks.md`, `.csv`, `.svg` and `.png` into `folder`, and for each model two sheets and its card's scores.
+    Writes `blocks.md`, `.csv`, `.svg` and `.png` into `folder`, and for each model two contact sheets and a JSON file
+    of scores for its model card.
     """
     require_matplotlib()
-    judge = Judge(models[0].easel.pipe.parts.defaults.width, extent, features)
-    found = [judge.measure(model) for model in models]
-    for one in found:
+    benchmark = BlockBenchmark(models[0].cache.pipe.parts.defaults.width, sizes, features)
+    results = [benchmark.measure(model) for model in models]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in results:
         for what, sheet in one.sheets.items():
-            save_picture(sheet, folder / sheet_name(one.contestant, what))
-        scores = [asdict(score) for score in _scores(one, found[0])]
-        write_text(folder / file_name(one.contestant, "scores.json"), json.dumps(scores, indent=1) + "\n")
-    title = f"{extent.count} held-out prompts of either kind; FID by {features.card.name}"
-    write_chart(found, title, [folder / "blocks.svg", folder / "blocks.png"])
-    write_text(folder / "blocks.csv", csv_text(_marks(found)))
-    write_text(folder / "blocks.md", _report(found, judge))
+            save_png(sheet, folder / sheet_name(one.candidate, what), {})
+        scores = [asdict(score) for score in _scores(one, results[0])]
+        write_text(folder / file_name(one.candidate, "scores.json"), json.dumps(scores, indent=1) + "\n")
+    title = f"{sizes.count} held-out prompts of either kind; FID by {features.network_id.name}"
+    write_chart(results, title, [folder / "blocks.svg", folder / "blocks.png"])
+    write_text(folder / "blocks.csv", csv_text(_marks(results)))
+    write_text(folder / "blocks.md", _report(results, benchmark))
     return folder / "blocks.md"
 
 
-def sheet_name(model: Contestant, what: str) -> str:
+def sheet_name(model: LoadedCandidate, what: str) -> str:
     """`blocks-turbo-4-steps-answers.png`."""
     return file_name(model, f"{what}.png")
 
 
-def file_name(model: Contestant, what: str) -> str:
+def file_name(model: LoadedCandidate, what: str) -> str:
     """`blocks-turbo-4-steps-scores.json`."""
     return re.sub(r"[^\w.]+", "-", f"{model.label} {what}")
 
 
-def _scores(one: Measured, base: Measured) -> list[Score]:
-    """What a card says: what each reader finds right, and the diversity beside the base's."""
-    drawn, scores = one.contestant.label, list[Score]()
+def _scores(one: BlockResults, base: BlockResults) -> list[Score]:
+    """The scores of a model card: prompt following by each reader, and diversity relative to the baseline."""
+    label, scores = one.candidate.label, list[Score]()
     for answer in one.answers:
         for reader in READERS:
             value, low, high = answer.exact(reader)
-            how, what = f"{drawn}; by the {reader}", f"drawn right, {answer.question.part}"
+            how, what = f"{label}; by the {reader}", f"drawn right, {answer.question.group}"
             scores.append(Score(what=what, value=value, how=how, low=low, high=high, count=answer.count))
     if one is not base:
-        value, low, high = one.diversity.share_of(base.diversity)["variance"]
-        how, what = f"{drawn}; variance of features", f"diversity, as a share of that of {base.contestant.label}"
+        value, low, high = one.diversity.relative_to(base.diversity)["variance"]
+        how, what = f"{label}; variance of features", f"diversity, as a share of that of {base.candidate.label}"
         scores.append(Score(what=what, value=value, how=how, low=low, high=high, count=len(one.diversity.variance)))
     return scores
 
 
-def _sheets(found: Sequence[Measured], what: str) -> list[str]:
-    return [f"![{one.contestant.label}]({sheet_name(one.contestant, what)})" for one in found]
+def _sheets(results: Sequence[BlockResults], what: str) -> list[str]:
+    return [f"![{one.candidate.label}]({sheet_name(one.candidate, what)})" for one in results]
 
 
-def _report(found: Sequence[Measured], judge: Judge) -> str:
-    extent, network = judge.extent, judge.examiner.network.card
-    where = f"pictures in {extent.trained_on}" if extent.trained_on else "fresh renders of training scenes"
+def _report(results: Sequence[BlockResults], benchmark: BlockBenchmark) -> str:
+    sizes, network = benchmark.sizes, benchmark.examiner.network.network_id
+    where = f"images in {sizes.trained_on}" if sizes.trained_on else "fresh renders of training scenes"
     parts = [
         "# What block models draw",
-        f"Canonical captions; the seed of picture i is i. Split {split_digest()}. Readers: the algorithm "
-        f"(`BlockReader`) and the network {network}. Features: {judge.features.card}. {machine()}.",
-        table([one.contestant.row(one.drawings) for one in found]),
+        f"Canonical captions; the seed of image i is i. Split {split_digest()}. Readers: the algorithm "
+        f"(`BlockReader`) and the network {network}. Features: {benchmark.features.network_id}. {machine()}.",
+        table([one.candidate.row(one.image_sets) for one in results]),
         "## Prompts drawn right",
         "Count, colours, shapes on their colours, sizes that are said, relation, direction; Wilson's 95 % intervals. "
         "The last column is the mean of both readers as a share.",
-        table(_summary(found)),
-        *_doubts(found),
-        "Under each picture the algorithm's verdict on the left, the network's on the right; green is right.",
-        *_sheets(found, "answers"),
+        table(_summary(results)),
+        *_sample_size_warnings(results),
+        "Under each image the algorithm's verdict on the left, the network's on the right; green is right.",
+        *_sheets(results, "answers"),
         "![the chart](blocks.svg)",
         "## Diversity, and likeness to renders",
-        f"{extent.varied} held-out prompts with {SEEDS} seeds each: variance of the features, entropy in bits of place "
-        "and of size. Wrong pictures raise all three. FID and KID: of the pictures with two objects, held out.",
-        table([_diversity(one, found[0]) for one in found]),
-        "## Nearest training pictures",
-        f"Of pictures with two objects, held out, among {len(judge.training)} {where}. `distance`: "
-        "the median of the features', as a share of that of fresh real pictures of held-out scenes; well under 1 would "
+        f"{sizes.varied} held-out prompts with {SEEDS} seeds each: variance of the features, entropy in bits of place "
+        "and of size. Wrong images raise all three. FID and KID: of the images with two objects, held out.",
+        table([_diversity(one, results[0]) for one in results]),
+        "## Nearest training images",
+        f"Of images with two objects, held out, among {len(benchmark.training)} {where}. `distance`: "
+        "the median of the features', as a share of that of fresh real images of held-out scenes; well under 1 would "
         "tell of memory.",
-        table([_neighbours(one) for one in found]),
-        *_sheets(found, "neighbours"),
+        table([_neighbours(one) for one in results]),
+        *_sheets(results, "neighbours"),
         "## Mark by mark",
         "What the columns mean: `fewstep.blockworld.detector.Grades`.",
-        table(_marks(found)),
+        table(_marks(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(found: Sequence[Measured]) -> Rows:
-    base, rows = found[0], list[dict[str, Cell]]()
-    for one in found:
-        for answer, share in zip(one.answers, versus(one.answers, base.answers), strict=True):
-            row: dict[str, Cell] = {"model": one.contestant.label, "prompts": answer.question.part, "n": answer.count}
+def _summary(results: Sequence[BlockResults]) -> Rows:
+    base, rows = results[0], list[dict[str, Cell]]()
+    for one in results:
+        for answer, share in zip(one.answers, relative_accuracy(one.answers, base.answers), strict=True):
+            row: dict[str, Cell] = {"model": one.candidate.label, "prompts": answer.question.group, "n": answer.count}
             row |= {f"right, by the {reader}": format_interval(answer.exact(reader)) for reader in READERS}
-            rows.append(
-                row | {"readers agree": format_interval(answer.agreement), f"of {base.contestant.label}": share}
-            )
+            rows.append(row | {"readers agree": format_interval(answer.agreement), f"of {base.candidate.label}": share})
     return rows
 
 
-def _marks(found: Sequence[Measured]) -> Rows:
-    return [row for one in found for answer in one.answers for row in answer.rows(one.contestant.label)]
+def _marks(results: Sequence[BlockResults]) -> Rows:
+    return [row for one in results for answer in one.answers for row in answer.rows(one.candidate.label)]
 
 
-def _doubts(found: Sequence[Measured]) -> list[str]:
-    """What is known badly, in a sentence."""
+def _sample_size_warnings(results: Sequence[BlockResults]) -> list[str]:
+    """A sentence on the intervals that are too wide; none where all are narrow."""
     widths = dict[str, float]()
-    for one in found:
+    for one in results:
         for answer in one.answers:
             _, low, high = answer.exact(READERS[0])
-            part = f"{answer.question.part} (n = {answer.count})"
+            part = f"{answer.question.group} (n = {answer.count})"
             widths[part] = max(high - low, widths.get(part, 0.0))
-    said = [f"{part}: an interval {width:.2f} wide" for part, width in widths.items() if width > WIDE]
-    return [f"Too few pictures to tell models well apart: {'; '.join(said)}. Take more with `--count`."] if said else []
+    wide = [f"{part}: an interval {width:.2f} wide" for part, width in widths.items() if width > WIDE]
+    return [f"Too few images to tell models well apart: {'; '.join(wide)}. Take more with `--count`."] if wide else []
 
 
-def _diversity(one: Measured, base: Measured) -> dict[str, Cell]:
-    row: dict[str, Cell] = {"model": one.contestant.label, **one.diversity.means()}
-    shares = one.diversity.share_of(base.diversity)
-    row |= {f"{name} of {base.contestant.label}": format_interval(share) for name, share in shares.items()}
+def _diversity(one: BlockResults, base: BlockResults) -> dict[str, Cell]:
+    row: dict[str, Cell] = {"model": one.candidate.label, **one.diversity.averages()}
+    shares = one.diversity.relative_to(base.diversity)
+    row |= {f"{name} of {base.candidate.label}": format_interval(share) for name, share in shares.items()}
     far = one.distances
     return row | (
         {"FID": format_interval(far.fid), "KID": format_interval(far.kid.interval)}
@@ -146,13 +148,13 @@ def _diversity(one: Measured, base: Measured) -> dict[str, Cell]:
     )
 
 
-def _neighbours(one: Measured) -> dict[str, Cell]:
+def _neighbours(one: BlockResults) -> dict[str, Cell]:
     pixels = one.neighbours.pixels
     return {
-        "model": one.contestant.label,
+        "model": one.candidate.label,
         "pictures": len(pixels),
         "copies": format_interval(one.neighbours.copies),
-        "distance": one.closer,
+        "distance": one.relative_distance,
         "least difference of pixels, of 255": float(pixels.min()),
         "its median": float(pixels.median()),
     }

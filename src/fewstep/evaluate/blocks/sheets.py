@@ -1,4 +1,4 @@
-"""Sheets of pictures with what was found in them, nothing picked by hand."""
+"""Contact sheets: the first images of a model with their grades, and with their nearest training images."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from torch import Tensor
 
 from fewstep.evaluate.blocks.composition import READERS, Answer
 from fewstep.images import contact_sheet
-from fewstep.metrics.pixels import Pictures
+from fewstep.metrics.pixels import Images
 
 TILE, WORDS = 192, 44
 PAIRS = 8
 RIGHT, WRONG = "#2a9d4a", "#c0392b"
 
 
-def exam_sheet(answer: Answer, pictures: Pictures, count: int, columns: int = 5) -> Image.Image:
-    """The first `count` pictures of an answer with their prompts; the bar's left half is the algorithm's verdict,
-    its right half the network's: green for right.
+def exam_sheet(answer: Answer, images: Images, count: int, columns: int = 5) -> Image.Image:
+    """The first `count` images of an answer with their prompts.
+
+    The bar's left half is the algorithm's verdict, its right half the network's: green for right.
     """
     tiles = []
     for i in range(min(count, answer.count)):
         verdicts = [answer.grades[reader].images[i] for reader in READERS]
-        tiles.append(_tile(pictures[i], answer.question.prompts[i], verdicts))
+        tiles.append(_tile(images[i], answer.question.prompts[i], verdicts))
     return contact_sheet(tiles, columns)
 
 
-def neighbours_sheet(drawn: Pictures, training: Pictures, index: Tensor, captions: Sequence[str]) -> Image.Image:
-    """The first drawn pictures, and to the right of each its nearest training picture, of number `index` (N,)."""
+def neighbours_sheet(images: Images, training: Images, index: Tensor, captions: Sequence[str]) -> Image.Image:
+    """The first generated images, each with its nearest training image, of number `index` (N,), to the right."""
     tiles = []
-    for i in range(min(PAIRS, len(drawn))):
-        tiles.append(_tile(drawn[i], f"drawn: {captions[i]}", []))
-        tiles.append(_tile(training[int(index[i])], "nearest training picture", []))
+    for i in range(min(PAIRS, len(images))):
+        tiles.append(_tile(images[i], f"drawn: {captions[i]}", []))
+        tiles.append(_tile(training[int(index[i])], "nearest training image", []))
     return contact_sheet(tiles, 4)
 
 
-def _tile(picture: Image.Image, caption: str, verdicts: Sequence[bool]) -> Image.Image:
-    """One picture enlarged, a bar for each verdict side by side, and its caption."""
+def _tile(image: Image.Image, caption: str, verdicts: Sequence[bool]) -> Image.Image:
+    """One image enlarged, a bar for each verdict side by side, and its caption."""
     tile = Image.new("RGB", (TILE, TILE + WORDS), "white")
-    tile.paste(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), (0, 0))
+    tile.paste(image.resize((TILE, TILE), Image.Resampling.BICUBIC), (0, 0))
     draw = ImageDraw.Draw(tile)
     for i, right in enumerate(verdicts):
         left = i * TILE // len(verdicts)

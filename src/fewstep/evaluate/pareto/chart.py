@@ -1,4 +1,4 @@
-"""The chart of FID against CLIP score, a line a model."""
+"""The chart of FID against CLIP score, one line for each model."""
 
 from __future__ import annotations
 

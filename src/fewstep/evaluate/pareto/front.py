@@ -1,4 +1,4 @@
-"""FID against CLIP score over guidance scales: what a model trades for following its prompt.
+"""FID against CLIP score over guidance scales: the Pareto front and its knee.
 
 As the card of Stable Diffusion v1-4 shows it: guidance 1.5 to 8.0, 50 PLMS steps.
 """
@@ -19,7 +19,7 @@ STEPS, SAMPLER = 50, "plms"
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One guidance scale: the mean CLIP score, and the distances from real pictures; `black` of them show nothing."""
+    """One guidance scale: the mean CLIP score, and the distances from real images; `black` of its images are black."""
 
     scale: float
     clip: Estimate
@@ -32,27 +32,27 @@ class Point:
         return self.distances.fid.value
 
     def row(self, model: str) -> dict[str, Cell]:
-        """The point's line in a table."""
-        clip, found = self.clip.interval, self.distances
+        """The point's table row."""
+        clip, distances = self.clip.interval, self.distances
         return {
             "model": model,
             "guidance": self.scale,
             "CLIP score": clip.value,
             "clip_low": clip.low,
             "clip_high": clip.high,
-            "FID": found.fid.value,
-            "fid_low": found.fid.low,
-            "fid_high": found.fid.high,
-            "KID": found.kid.value,
-            "kid_error": found.kid.standard_error,
-            "pictures": found.count,
+            "FID": distances.fid.value,
+            "fid_low": distances.fid.low,
+            "fid_high": distances.fid.high,
+            "KID": distances.kid.value,
+            "kid_error": distances.kid.standard_error,
+            "pictures": distances.count,
             "black": self.black,
         }
 
-    def doubts(self) -> list[str]:
-        """Sentences on what is hardly known."""
-        black = f"{self.black} of {self.distances.count} pictures are black or were not finite" if self.black else None
-        return [f"guidance {self.scale:g}: {said}" for said in (self.distances.doubt(), black) if said]
+    def warnings(self) -> list[str]:
+        """Sentences on a wide interval of FID and on black images."""
+        black = f"{self.black} of {self.distances.count} images are black or were not finite" if self.black else None
+        return [f"guidance {self.scale:g}: {text}" for text in (self.distances.warning(), black) if text]
 
 
 def front(points: Sequence[Point]) -> tuple[Point, ...]:

@@ -19,7 +19,7 @@ def prepare_openvino(task: Task) -> None:
     import openvino
     import torch
 
-    from benchmarks.speed.theirs import example, module
+    from benchmarks.speed.diffusers_runner import example, module
 
     task = replace(task, made=False)
     for piece in task.pieces:
@@ -37,7 +37,7 @@ def load_openvino(task: Task) -> Run:
     """OpenVINO on a CPU, for latency, in float32."""
     import openvino
 
-    from benchmarks.speed.walk import NUMPY, run_of
+    from benchmarks.speed.sampling_loop import NUMPY, run_of
 
     settings = {"INFERENCE_NUM_THREADS": task.threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     core = openvino.Core()
@@ -54,7 +54,7 @@ def prepare_onnx(task: Task) -> None:
     """Each network as an ONNX file of fixed shapes, its weights beside it."""
     import torch
 
-    from benchmarks.speed.theirs import example, module
+    from benchmarks.speed.diffusers_runner import example, module
 
     task = replace(task, made=False)
     for piece in task.pieces:
@@ -68,7 +68,7 @@ def load_onnxruntime(task: Task) -> Run:
     """ONNX Runtime on a CPU."""
     import onnxruntime
 
-    from benchmarks.speed.walk import NUMPY, run_of
+    from benchmarks.speed.sampling_loop import NUMPY, run_of
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = task.threads
@@ -87,7 +87,7 @@ def load_onnxruntime_cuda(task: Task) -> Run:
     import onnxruntime
     import torch
 
-    from benchmarks.speed.walk import run_of, torch_arrays
+    from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     settings = {"device_id": torch.device(task.device).index or 0, "cudnn_conv_algo_search": "EXHAUSTIVE"}
 
@@ -111,9 +111,9 @@ def _bound(session: Any, task: Task, piece: Piece) -> Callable[..., Any]:
     names = [each.name for each in session.get_inputs()]
 
     def network(*given: Any) -> Any:
-        binding, kept = session.io_binding(), [value.contiguous() for value in given]
+        binding, contiguous = session.io_binding(), [value.contiguous() for value in given]
         output = torch.empty(tuple(target.shape), device=task.device)
-        for name, value in zip(names, kept, strict=True):
+        for name, value in zip(names, contiguous, strict=True):
             kind = np.int64 if value.dtype == torch.int64 else np.float32
             binding.bind_input(name, "cuda", index, kind, tuple(value.shape), value.data_ptr())
         binding.bind_output(target.name, "cuda", index, np.float32, tuple(output.shape), output.data_ptr())
@@ -150,7 +150,7 @@ def load_tensorrt(task: Task) -> Run:
     import tensorrt
     import torch
 
-    from benchmarks.speed.walk import run_of, torch_arrays
+    from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
 
@@ -173,9 +173,9 @@ def _executed(engine: Any, device: str) -> Callable[..., Any]:
     names.remove(target)
 
     def network(*given: Any) -> Any:
-        kept = [value.contiguous() for value in given]
+        contiguous = [value.contiguous() for value in given]
         output = torch.empty(tuple(engine.get_tensor_shape(target)), device=device)
-        for name, value in zip([*names, target], [*kept, output], strict=True):
+        for name, value in zip([*names, target], [*contiguous, output], strict=True):
             context.set_tensor_address(name, value.data_ptr())
         stream.wait_stream(torch.cuda.current_stream())
         if not context.execute_async_v3(stream.cuda_stream):

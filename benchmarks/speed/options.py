@@ -1,4 +1,4 @@
-"""What the command line asks for, and the task that it makes."""
+"""The options of `python -m benchmarks.speed`, and the task that they define."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import COMMIT_HELP
 from benchmarks.speed.machine import hardware_name, threads_here
+from benchmarks.speed.sampling_loop import SAMPLERS
 from benchmarks.speed.tasks import PARTS, Task
-from benchmarks.speed.walk import SAMPLERS
 
 RESULTS = Path(__file__).parent.parent / "results"
-_UNSAID = ("cache", "results")  # of a command: where files lie changes no number
+_NOT_IN_COMMAND = ("cache", "results", "commit")  # they change no number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class BenchmarkOptions:
     """The options of `python -m benchmarks.speed`; None is what suits the model or the machine."""
 
     model: str = "sd-turbo"
@@ -42,6 +43,7 @@ class Request:
     peer_seconds: float = 240.0
     cache: Path = Path("cache")
     results: Path = RESULTS
+    commit: str = ""
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class Request:
         always = () if suite else ("model", "part", "size")
         for each in fields(self):
             value, flag = getattr(self, each.name), f"--{each.name.replace('_', '-')}"
-            if each.name in _UNSAID or (value == each.default and each.name not in always):
+            if each.name in _NOT_IN_COMMAND or (value == each.default and each.name not in always):
                 continue
             if each.name == "without":
                 words += [word for name in value for word in (flag, name)]
@@ -73,18 +75,18 @@ class Request:
         return shlex.join(words)
 
 
-def parser(
+def command_parser(
     optimizations: Callable[[str], Sequence[str]], suites: Sequence[str], about: str | None
 ) -> argparse.ArgumentParser:
     """The command line; `optimizations` are what `--without` knows on a device, `suites` what `--suite` does."""
-    usual = Request()
-    found = argparse.ArgumentParser(
+    defaults = BenchmarkOptions()
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
     def option(name: str, text: str, **options: Any) -> None:
         flag = f"--{name.replace('_', '-')}"
-        found.add_argument(flag, default=getattr(usual, name), help=text, **options)
+        parser.add_argument(flag, default=getattr(defaults, name), help=text, **options)
 
     option("model", "a name of fewstep's catalogue, as sd-turbo, sd-v1-4, small-sd, sdxl-base")
     option("part", "the whole from prompt to picture, or one network", choices=PARTS)
@@ -98,42 +100,42 @@ def parser(
     option("dtype", "else float32 on a CPU and float16 on CUDA", choices=("float32", "float16", "bfloat16"))
     option("threads", "else all processors", type=int)
     option("peers", "names with a + between them, or all; else all, and of the suite cuda fewstep alone")
-    option("peer_seconds", "of a suite for cards: for one row of one contender, which is ended after", type=float)
+    option("peer_seconds", "of a suite for cards: for one row of one runner, which is ended after", type=float)
     option("waterfall", "fewstep with one optimization after the other, instead of the peers", action="store_true")
-    option("runs", "that count, for each contender", type=int)
+    option("runs", "that count, for each runner", type=int)
     option("turns", "in how many processes one after the other, by turns with the others", type=int)
     option("hardware", "a short name for the file, else the processor's or the card's")
     option("cache", "where random models lie", type=Path)
     option("results", "where the results go", type=Path)
-    found.set_defaults(peers=None)
+    option("commit", COMMIT_HELP)
+    parser.set_defaults(peers=None)
     known = sorted({*optimizations("cpu"), *optimizations("cuda")})
-    found.add_argument("--without", action="append", default=[], choices=known, help="turn off an optimization")
-    found.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
-    found.add_argument("--commit", default="", help="of a suite for cards: what is measured, where git does not say")
-    found.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")
-    found.add_argument("--keep-exports", action="store_true", help="of a suite: keep what peers had converted")
-    return found
+    parser.add_argument("--without", action="append", default=[], choices=known, help="turn off an optimization")
+    parser.add_argument("--suite", choices=suites, help="all rows of the table, one after the other")
+    parser.add_argument("--resume", action="store_true", help="of a suite: leave out rows that have a file of today")
+    parser.add_argument("--keep-exports", action="store_true", help="of a suite: keep what peers had converted")
+    return parser
 
 
-def request_of(asked: argparse.Namespace) -> Request:
-    """The request of a command line. Exits where the device is not there or cannot do it."""
-    named = {each.name: getattr(asked, each.name) for each in fields(Request)}
-    peers = asked.peers or ("fewstep" if asked.suite == "cuda" else "all")
-    request = Request(**{**named, "without": tuple(asked.without), "peers": peers})
-    if request.device != "cpu":
-        _check_cuda(request.device)
-    elif request.dtype not in (None, "float32"):
-        raise SystemExit(f"error: --dtype {request.dtype}: all contenders compute in float32 on a CPU; leave it out")
-    if request.runs < 1 or request.turns < 1:
+def parse_options(arguments: argparse.Namespace) -> BenchmarkOptions:
+    """The options of a parsed command line. Exits where the device is not there or cannot do it."""
+    runners_named = {each.name: getattr(arguments, each.name) for each in fields(BenchmarkOptions)}
+    peers = arguments.peers or ("fewstep" if arguments.suite == "cuda" else "all")
+    options = BenchmarkOptions(**{**runners_named, "without": tuple(arguments.without), "peers": peers})
+    if options.device != "cpu":
+        _check_cuda(options.device)
+    elif options.dtype not in (None, "float32"):
+        raise SystemExit(f"error: --dtype {options.dtype}: all runners compute in float32 on a CPU; leave it out")
+    if options.runs < 1 or options.turns < 1:
         raise SystemExit("error: --runs and --turns are at least 1")
-    return request
+    return options
 
 
 def _check_cuda(device: str) -> None:
     import torch
 
     if not device.startswith("cuda"):
-        raise SystemExit(f"error: --device {device}: contenders run on cpu and on cuda")
+        raise SystemExit(f"error: --device {device}: runners run on cpu and on cuda")
     if not torch.cuda.is_available():
         raise SystemExit(
             f"error: --device {device}: PyTorch {torch.__version__} finds no CUDA device here; run this on a machine "
@@ -141,34 +143,34 @@ def _check_cuda(device: str) -> None:
         )
 
 
-def task_of(request: Request) -> Task:
+def task_of(options: BenchmarkOptions) -> Task:
     """The task; on a card its weights are made there, by all who read no folder."""
-    from benchmarks.speed.models import random_model, walk_of
+    from benchmarks.speed.models import noise_levels_of, random_model
     from fewstep.models.zoo import entry
 
-    known = entry(request.model)
+    known = entry(options.model)
     if known.unet is None or known.defaults is None:
-        raise SystemExit(f"error: --model {request.model} has no shapes in the catalogue; name one such as sd-turbo")
-    guidance = known.defaults.guidance_scale if request.guidance is None else request.guidance
-    sampler = request.sampler or ("dpmpp_2m" if guidance > 1 else "euler")
-    steps = request.steps or min(known.defaults.steps, 10)
-    made, dtype = request.device != "cpu", request.dtype or ("float32" if request.device == "cpu" else "float16")
+        raise SystemExit(f"error: --model {options.model} has no shapes in the catalogue; name one such as sd-turbo")
+    guidance = known.defaults.guidance_scale if options.guidance is None else options.guidance
+    sampler = options.sampler or ("dpmpp_2m" if guidance > 1 else "euler")
+    steps = options.steps or min(known.defaults.steps, 10)
+    made, dtype = options.device != "cpu", options.dtype or ("float32" if options.device == "cpu" else "float16")
     kind = f"-{dtype}-cuda" if made else ""
     task = Task(
-        model=request.model,
-        folder=request.cache / f"random-{request.model}{kind}",
-        part=request.part,
-        size=request.size,
-        batch=request.batch,
-        threads=request.threads or threads_here(),
-        device=request.device,
+        model=options.model,
+        folder=options.cache / f"random-{options.model}{kind}",
+        part=options.part,
+        size=options.size,
+        batch=options.batch,
+        threads=options.threads or threads_here(),
+        device=options.device,
         dtype=dtype,
         steps=steps,
         guidance=guidance,
         sampler=sampler,
         schedule=known.defaults.schedule or "leading",
-        walk=walk_of(request.model, steps, sampler),
-        decoder=request.cache / f"random-taesd{kind}" if request.decoder == "tiny" else None,
+        levels=noise_levels_of(options.model, steps, sampler),
+        decoder=options.cache / f"random-taesd{kind}" if options.decoder == "tiny" else None,
         made=made,
     )
     if not made:

@@ -13,7 +13,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.speed.contenders import Contender
+from benchmarks.speed.runners import Runner
 from benchmarks.speed.tasks import Run, Task
 from benchmarks.speed.turns import answer, error_line, prepared, process
 
@@ -22,7 +22,7 @@ RUNS, FEW, ENOUGH, LONG = 20, 3, 5.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class CaseResult:
     """Seconds of the runs of a job, or what went wrong.
 
     `loaded`: seconds until its engine was there, `first`: of the first run, which compiles, chooses and records.
@@ -42,47 +42,47 @@ class Measured:
         return median(self.seconds)
 
 
-def measured_alone(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+def measure_isolated(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:
     """Each job in turn, in one process, and after one that went wrong in a new one.
 
     A job that takes over `seconds` is ended, and said to be.
     """
     done = 0
-    while done < len(jobs):
-        contender, task = jobs[done]
-        problem = prepared(contender, task, seconds)
+    while done < len(cases):
+        runner, task = cases[done]
+        problem = prepared(runner, task, seconds)
         if problem is not None:
-            yield Measured(problem=problem)
+            yield CaseResult(problem=problem)
             done += 1
             continue
-        stop = done + 1 if contender.prepare else len(jobs)
-        with process(serve_jobs, jobs[done:stop], environment=contender.environment, patience=5) as line:
+        stop = done + 1 if runner.prepare else len(cases)
+        with process(serve_cases, cases[done:stop], environment=runner.environment, patience=5) as line:
             while done < stop and problem is None:
                 reply = answer(line, seconds)
-                measured = Measured(problem=reply) if isinstance(reply, str) else reply
+                measured = CaseResult(problem=reply) if isinstance(reply, str) else reply
                 problem = measured.problem
                 done += 1
                 yield measured
 
 
-def serve_jobs(jobs: Sequence[tuple[Contender, Task]], line: Connection) -> None:
+def serve_cases(cases: Sequence[tuple[Runner, Task]], line: Connection) -> None:
     """Say of each job how it went; the last is the first that went wrong, for what comes after could go wrong by it."""
-    for contender, task in jobs:
-        measured = measured_here(contender, task)
+    for runner, task in cases:
+        measured = measure_case(runner, task)
         line.send(measured)
         if measured.problem is not None:
             return
 
 
-def measured_here(contender: Contender, task: Task) -> Measured:
+def measure_case(runner: Runner, task: Task) -> CaseResult:
     """A job in this process."""
     try:
-        return _measured(contender, task)
+        return _measured(runner, task)
     except Exception as error:  # whatever an engine raises is a row of the table
-        return Measured(problem=error_line(error))
+        return CaseResult(problem=error_line(error))
 
 
-def _measured(contender: Contender, task: Task) -> Measured:
+def _measured(runner: Runner, task: Task) -> CaseResult:
     import torch
 
     on_card = task.device.startswith("cuda")
@@ -92,7 +92,7 @@ def _measured(contender: Contender, task: Task) -> Measured:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(task.device)
     started = perf_counter()
-    run = contender.load(task, **contender.options)
+    run = runner.load(task, **runner.options)
     if on_card:
         torch.cuda.synchronize(task.device)
     loaded = perf_counter()
@@ -103,7 +103,7 @@ def _measured(contender: Contender, task: Task) -> Measured:
     if output is not None:
         output = output.float().cpu().numpy() if hasattr(output, "cpu") else output
     peak = torch.cuda.max_memory_reserved(task.device) if on_card else 0
-    return Measured(seconds=seconds, loaded=loaded - started, first=first, peak=peak, output=output)
+    return CaseResult(seconds=seconds, loaded=loaded - started, first=first, peak=peak, output=output)
 
 
 def timed(run: Run) -> tuple[float, ...]:
@@ -116,23 +116,33 @@ def timed(run: Run) -> tuple[float, ...]:
     return tuple(found)
 
 
-def first_pictures(jobs: Sequence[tuple[Contender, Task]], seconds: float) -> Iterator[Measured]:
+def first_pictures(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:
     """From the start of a new process to its first picture, twice, without making the random weights.
 
     `loaded` is what making them took.
     """
-    for _, task in jobs:
+    for _, task in cases:
         try:
             runs = [_first_picture(task, seconds) for _ in range(2)]
         except (RuntimeError, subprocess.TimeoutExpired) as error:
-            yield Measured(problem=error_line(error))
+            yield CaseResult(problem=error_line(error))
             continue
-        yield Measured(seconds=tuple(each for each, _ in runs), loaded=max(made for _, made in runs), first=runs[0][0])
+        yield CaseResult(
+            seconds=tuple(each for each, _ in runs), loaded=max(made for _, made in runs), first=runs[0][0]
+        )
 
 
 def _first_picture(task: Task, seconds: float) -> tuple[float, float]:
     """Seconds to the first picture without making weights, and those of making them."""
-    command = [sys.executable, "-m", "benchmarks.speed.first", task.model, task.device, task.dtype, str(task.size)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.first_image",
+        task.model,
+        task.device,
+        task.dtype,
+        str(task.size),
+    ]
     started = perf_counter()
     ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     if ended.returncode:

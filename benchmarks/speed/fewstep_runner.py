@@ -1,4 +1,4 @@
-"""fewstep as a contender: one part through an engine, or the whole through its pipeline."""
+"""fewstep as a runner: one part through an engine, or the whole through its pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.speed.tasks import Made, Run, Task, noise, prompt
+from benchmarks.speed.tasks import Run, RunOutput, Task, noise, prompt
 
 if TYPE_CHECKING:
     from fewstep.engines.engine import Engine
@@ -24,7 +24,7 @@ def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] |
     """The engine for the device, with `optimizations` as told, or the plain one."""
     import torch
 
-    from benchmarks.speed.walk import run_of, torch_arrays
+    from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     torch.set_num_threads(task.threads)
     parts, arrays = _parts(task), torch_arrays(task.device)
@@ -94,7 +94,7 @@ def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
     }
     numbers = count()
 
-    def run() -> Made:
+    def run() -> RunOutput:
         result = pipe.text_to_image(prompt(next(numbers)), **options)
         started = perf_counter()
         assert result.latents is not None
@@ -102,7 +102,7 @@ def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
         wait()
         seconds = result.seconds
         stages = {"text": seconds["text"], "unet": seconds["denoise"], "decode": perf_counter() - started}
-        return Made(picture, stages)
+        return RunOutput(picture, stages)
 
     return run
 
@@ -113,12 +113,12 @@ def _pictures(pipe: Pipeline, task: Task) -> Run:
     options |= {"width": task.size, "height": task.size, "images_per_prompt": task.batch}
     numbers, under_way, most = count(), deque[Any](), 1 if task.batch > 1 else 0
 
-    def run() -> Made:
+    def run() -> RunOutput:
         while len(under_way) <= most:
             number = next(numbers)
             under_way.append(pipe.start(prompt(number), seed=number, **options).launch())
         result = under_way.popleft().result()
         assert [image.size for image in result.images] == [(task.size, task.size)] * task.batch
-        return Made(None)
+        return RunOutput(None)
 
     return run

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.speed.tasks import Made, Run, Task, inputs, noise, prompt, token_ids
+from benchmarks.speed.tasks import Run, RunOutput, Task, inputs, noise, prompt, token_ids
 
 SAMPLERS = ("euler", "dpmpp_2m")
-"""What `walked` knows, by fewstep's names."""
+"""What `sample` knows, by fewstep's names."""
 
 Network = Callable[..., Any]
 Predict = Callable[[Any, int], Any]
@@ -22,7 +22,7 @@ Predict = Callable[[Any, int], Any]
 
 
 class Arrays(NamedTuple):
-    """A contender's arrays: how to make one from NumPy's, to put some end to end, and to wait until all are there."""
+    """A runner's arrays: how to make one from NumPy's, to put some end to end, and to wait until all are there."""
 
     made: Callable[[Any], Any] = lambda value: value
     joined: Callable[[Sequence[Any]], Any] = np.concatenate
@@ -51,22 +51,22 @@ def run_of(task: Task, networks: Mapping[str, Network], arrays: Arrays) -> Run:
     (piece,) = task.pieces
     network, given = networks[piece.kind], [arrays.made(value) for value in inputs(task, piece)]
 
-    def run() -> Made:
+    def run() -> RunOutput:
         output = network(*given)
         arrays.wait()
-        return Made(output)
+        return RunOutput(output)
 
     return run
 
 
 def _whole(task: Task, networks: Mapping[str, Network], arrays: Arrays) -> Run:
     text, unet, _ = task.pieces
-    times = [arrays.made(np.full(unet.rows, t, dtype=np.float32)) for t in task.walk.times]
-    start = arrays.made(noise(task) * np.float32(task.walk.scale))
+    times = [arrays.made(np.full(unet.rows, t, dtype=np.float32)) for t in task.levels.times]
+    start = arrays.made(noise(task) * np.float32(task.levels.scale))
     rows = [row for row in range(text.rows) for _ in range(task.batch)]
     scaling, numbers = task.scaling, count()
 
-    def run() -> Made:
+    def run() -> RunOutput:
         clock, ids = Clock(arrays.wait), token_ids(prompt(next(numbers)), guided=task.guided)
         with clock.stage("text"):
             context = networks["text"](arrays.made(ids))[rows]
@@ -76,10 +76,10 @@ def _whole(task: Task, networks: Mapping[str, Network], arrays: Arrays) -> Run:
                 return networks["unet"](x, times[step], context)
 
             noise_in = _guided(predict, task.guidance, arrays) if task.guided else predict
-            latents = walked(noise_in, start, task.walk.sigmas, task.sampler)
+            latents = sample(noise_in, start, task.levels.sigmas, task.sampler)
         with clock.stage("decode"):
             picture = networks["decode"](latents / scaling)
-        return Made(picture, clock.seconds)
+        return RunOutput(picture, clock.seconds)
 
     return run
 
@@ -95,7 +95,7 @@ def _guided(predict: Predict, guidance: float, arrays: Arrays) -> Predict:
     return guided
 
 
-def walked(predict: Predict, x: Any, sigmas: Sequence[float], sampler: str) -> Any:
+def sample(predict: Predict, x: Any, sigmas: Sequence[float], sampler: str) -> Any:
     """The latents at the end of `sigmas`, 0: Euler steps, or DPM-Solver++(2M) (arXiv:2211.01095, Alg. 2).
 
     `x` is at level `sigmas[0]`.

@@ -1,4 +1,4 @@
-"""diffusers as a contender, eager and compiled; its networks as modules of tensors alone, which others export."""
+"""diffusers as a runner, eager and compiled; its networks as modules of tensors alone, which others export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(task: Task, *, channels_last: bool = True, compiled: str | None = None,
     """
     import torch
 
-    from benchmarks.speed.walk import run_of, torch_arrays
+    from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     torch.set_num_threads(task.threads)
     if exact:

@@ -1,4 +1,4 @@
-"""What ComfyUI writes into a PNG: a graph of nodes as JSON, read for the settings that other programs write flat."""
+"""The prompt and settings in a ComfyUI PNG, read from the graph of nodes that it stores as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from fewstep import images
 from fewstep.errors import InputError, quoted
 
 LARGEST_GRAPH = 4_000_000  # characters
@@ -34,16 +37,12 @@ Graph = Mapping[str, Node]
 
 def read_settings(path: Path) -> dict[str, Any] | None:
     """The prompt and settings in the PNG at `path`, as far as they are found; None if ComfyUI did not write it."""
-    from PIL import Image
-
-    from fewstep import images
-
     try:
         with Image.open(path, formats=images.FORMATS) as image:
             chunks = [image.info.get(name) for name in ("prompt", "workflow")]
         graph, workflow = (_json(chunk) for chunk in chunks)
     except images.UNREADABLE as error:
-        raise InputError(f"{quoted(path)} cannot be read as a picture: {error}") from error
+        raise InputError(f"{quoted(path)} cannot be read as an image: {error}") from error
     nodes = {name: node for name, node in graph.items() if isinstance(node, dict) and _inputs(node)}
     if nodes:
         return settings_of(nodes)
@@ -52,20 +51,20 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 
 def settings_of(graph: Graph) -> dict[str, Any]:
-    """What the first node that samples, and those before it, say; another program's words for samplers and models."""
+    """The settings of the first sampling node and of the nodes before it; samplers and models by ComfyUI's names."""
     start = next((name for name, node in graph.items() if {"positive", "sampler"} & _inputs(node).keys()), None)
     start = next((name for name, node in graph.items() if {"steps", "sampler_name"} <= _inputs(node).keys()), start)
     if start is None:
         return {}
     before = list(_before(graph, start))
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "prompt": _text(graph, before, ("positive", "conditioning")),
         "negative_prompt": _text(graph, before, ("negative",)),
     }
     for name, keys in NAMES.items():
         values = (_inputs(node).get(key) for node in before for key in keys)
-        found[name] = next((value for value in values if isinstance(value, str | int | float)), None)
-    return {name: value for name, value in found.items() if value is not None}
+        settings[name] = next((value for value in values if isinstance(value, str | int | float)), None)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _text(graph: Graph, before: list[Node], links: tuple[str, ...]) -> str | None:
@@ -80,29 +79,29 @@ def _text(graph: Graph, before: list[Node], links: tuple[str, ...]) -> str | Non
 
 def _before(graph: Graph, start: str | None) -> Iterator[Node]:
     """The node called `start` and all that it depends on, the nearest first."""
-    waiting, seen = deque([start]), {start}
-    while waiting and len(seen) < MOST_NODES:
+    waiting, visited = deque([start]), {start}
+    while waiting and len(visited) < MOST_NODES:
         node = graph.get(waiting.popleft() or "")
         if node is None:
             continue
         yield node
         following = [_target(value) for value in _inputs(node).values()]
-        waiting.extend(dict.fromkeys(name for name in following if name is not None and name not in seen))
-        seen.update(following)
+        waiting.extend(dict.fromkeys(name for name in following if name is not None and name not in visited))
+        visited.update(following)
 
 
 def _of_workflow(nodes: list[Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for node in nodes:
         values = node.get("widgets_values") if isinstance(node, dict) else None
         if not isinstance(values, list) or not isinstance(node.get("type"), str):
             continue
         for name, place in WIDGETS.get(node["type"], {}).items():
             if place < len(values) and isinstance(values[place], str | int | float):
-                found.setdefault(name, values[place])
+                settings.setdefault(name, values[place])
         if node["type"] == "CLIPTextEncode" and values and isinstance(values[0], str):
-            found.setdefault("prompts", []).append(values[0])
-    return found
+            settings.setdefault("prompts", []).append(values[0])
+    return settings
 
 
 def _target(link: Any) -> str | None:

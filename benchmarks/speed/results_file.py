@@ -12,31 +12,32 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from benchmarks.speed.alone import Measured
-from benchmarks.speed.contenders import Contender, version_of
+from benchmarks.speed.isolated import CaseResult
 from benchmarks.speed.machine import hardware_name, threads_here
+from benchmarks.speed.options import BenchmarkOptions
 from benchmarks.speed.report import table
-from benchmarks.speed.request import Request
+from benchmarks.speed.runners import Runner, version_of
+from fewstep.evaluate.environment import source_commit
 from fewstep.files import atomic_write
 
 if TYPE_CHECKING:
-    from benchmarks.speed.card import Row
+    from benchmarks.speed.gpu_suite import Row
 
-_HEADS = ("row", "contender", "median", "least to most", "runs", "must / aim", "reached")
+_HEADS = ("row", "runner", "median", "least to most", "runs", "must / aim", "reached")
 _TAIL = ("load, s", "first run, s", "peak GB", "error")
 
 
-class Line(NamedTuple):
-    """A row for a contender, as measured."""
+class ResultLine(NamedTuple):
+    """A row for a runner, as measured."""
 
     row: Row
-    contender: Contender
-    measured: Measured
+    runner: Runner
+    measured: CaseResult
 
 
 @dataclass(kw_only=True)
-class Sheet:
-    """What has been measured so far; `absent`: the command that installs each contender that is not here.
+class ResultsFile:
+    """What has been measured so far; `absent`: the command that installs each runner that is not here.
 
     `about`: of a waterfall, what each of its lines adds.
     """
@@ -46,24 +47,24 @@ class Sheet:
     facts: str
     command: str
     about: Mapping[str, str]
-    lines: list[Line] = field(default_factory=list)
+    lines: list[ResultLine] = field(default_factory=list)
     absent: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(name: str, request: Request, commit: str, about: Mapping[str, str]) -> Sheet:
+    def of(name: str, options: BenchmarkOptions, about: Mapping[str, str]) -> ResultsFile:
         """The empty sheet of a suite."""
-        hardware = request.hardware or hardware_name(request.device, request.threads or threads_here())
-        return Sheet(
-            path=request.results / f"speed_{name}-suite_{hardware}_{datetime.date.today()}.md",
+        hardware = options.hardware or hardware_name(options.device, options.threads or threads_here())
+        return ResultsFile(
+            path=options.results / f"speed_{name}-suite_{hardware}_{datetime.date.today()}.md",
             title=f"The suite {name} on {hardware}",
-            facts=f"{_versions(request.device)}, commit {commit or _commit()}, {datetime.date.today()}",
-            command=request.command(name),
+            facts=f"{_versions(options.device)}, commit {options.commit or source_commit()}, {datetime.date.today()}",
+            command=options.command(name),
             about=about,
         )
 
-    def add(self, row: Row, contender: Contender, measured: Measured) -> None:
+    def add(self, row: Row, runner: Runner, measured: CaseResult) -> None:
         """Take up a line and write the file."""
-        self.lines.append(Line(row, contender, measured))
+        self.lines.append(ResultLine(row, runner, measured))
         self.write()
 
     def write(self) -> None:
@@ -78,10 +79,10 @@ class Sheet:
 
     def last(self) -> str:
         """The last line in short."""
-        row, contender, measured = self.lines[-1]
+        row, runner, measured = self.lines[-1]
         what = measured.problem or shown(row, measured.middle)
-        target = "" if measured.problem or contender.peer else f" {reached(row, measured)}".rstrip()
-        return f"{row.title()}, {contender.name}: {what}{target}"
+        target = "" if measured.problem or runner.peer else f" {reached(row, measured)}".rstrip()
+        return f"{row.title()}, {runner.name}: {what}{target}"
 
     def text(self) -> str:
         """The whole file in markdown."""
@@ -97,12 +98,12 @@ class Sheet:
         tail = ["", *notes, *([""] * bool(notes)), f"Command: `{self.command}`", ""]
         return "\n".join([*head, *table((*_HEADS, *ratio, *_TAIL), rows), *tail])
 
-    def _ratios(self, line: Line, good: list[Line]) -> list[str]:
+    def _ratios(self, line: ResultLine, good: list[ResultLine]) -> list[str]:
         same = [each for each in good if each.row == line.row]
         if self.about:
             before = same[max(same.index(line) - 1, 0)]
             return [f"x {each.measured.middle / line.measured.middle:.2f}" for each in (before, same[0])]
-        mine = next((each for each in same if each.contender.name == "fewstep"), line)
+        mine = next((each for each in same if each.runner.name == "fewstep"), line)
         return ["" if mine is line else f"x {line.measured.middle / mine.measured.middle:.2f}"]
 
 
@@ -114,7 +115,7 @@ _METHOD = (
     "the weights included, in the process's first row of a model. First picture: from the start of a process, "
     "imports included, without making the weights (their seconds are under load); what was compiled and chosen "
     "before lies on disk. Peak: what PyTorch holds of the card. Error: the largest difference from diffusers in "
-    "float32, or else from another contender that is not fewstep's engine, as a share of the largest value."
+    "float32, or else from another runner that is not fewstep's engine, as a share of the largest value."
 )
 
 
@@ -133,7 +134,7 @@ def in_unit(row: Row, seconds: float) -> float:
     return row.batch / seconds if row.unit == "pictures/s" else seconds * {"ms": 1e3, "s": 1}[row.unit]
 
 
-def reached(row: Row, measured: Measured) -> str:
+def reached(row: Row, measured: CaseResult) -> str:
     """Which target is reached, or by what factor the first is missed."""
     if row.must is None or row.aim is None:
         return ""
@@ -144,29 +145,29 @@ def reached(row: Row, measured: Measured) -> str:
     return "must" if short <= 1 else f"no, x {short:.2f}"
 
 
-def _start(line: Line) -> list[str]:
-    row, contender, measured = line
+def _start(line: ResultLine) -> list[str]:
+    row, runner, measured = line
     low, high = sorted((min(measured.seconds), max(measured.seconds)), key=lambda each: in_unit(row, each))
     return [
         row.title(),
-        contender.name,
+        runner.name,
         shown(row, measured.middle),
         f"{shown(row, low)} to {shown(row, high)}",
         str(len(measured.seconds)),
-        "" if contender.peer or row.must is None else f"{row.must:g} / {row.aim:g}",
-        "" if contender.peer else reached(row, measured),
+        "" if runner.peer or row.must is None else f"{row.must:g} / {row.aim:g}",
+        "" if runner.peer else reached(row, measured),
     ]
 
 
-def _end(line: Line, good: list[Line]) -> list[str]:
+def _end(line: ResultLine, good: list[ResultLine]) -> list[str]:
     measured, peak = line.measured, line.measured.peak
     times = [f"{measured.loaded:.1f}", f"{measured.first:.1f}"]
     return [*times, f"{peak / 1e9:.2f}" if peak else "", _error(line, good)]
 
 
-def _error(line: Line, good: list[Line]) -> str:
+def _error(line: ResultLine, good: list[ResultLine]) -> str:
     """Beside the first of the row's outputs that is the oracle's, or else another's."""
-    outputs = {each.contender.name: each.measured.output for each in good if each.row == line.row}
+    outputs = {each.runner.name: each.measured.output for each in good if each.row == line.row}
     order = ("diffusers, float32", "diffusers", "fewstep, plain engine")
     expected = next((outputs[name] for name in order if outputs.get(name) is not None), None)
     found = line.measured.output
@@ -192,10 +193,6 @@ def _versions(device: str) -> str:
 
 
 _DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-
-
-def _commit() -> str:
-    return _output("git", "rev-parse", "--short", "HEAD")
 
 
 def _output(*command: str) -> str:

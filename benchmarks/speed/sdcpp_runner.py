@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp as a contender. It draws whole pictures alone, from noise of its own."""
+"""stable-diffusion.cpp as a runner. It draws whole pictures alone, from noise of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.tasks import Made, Run, Task, prompt
+from benchmarks.speed.tasks import Run, RunOutput, Task, prompt
 
 SAMPLERS = {"euler": "euler", "dpmpp_2m": "dpm++2m"}
 STAGES = {"get_learned_condition": "text", "sampling": "unet", "decode_first_stage": "decode"}
@@ -35,8 +35,8 @@ def load(task: Task, *, weights: str) -> Run:
     import numpy as np
     import stable_diffusion_cpp
 
-    said: list[str] = []
-    heard = _listening(said)
+    log_lines: list[str] = []
+    callback = _capture_log(log_lines)
     tiny = {} if task.decoder is None else {"taesd_path": str(_tensors(task.decoder))}
     model = stable_diffusion_cpp.StableDiffusion(
         model_path=str(_single_file(task)),
@@ -48,11 +48,11 @@ def load(task: Task, *, weights: str) -> Run:
         verbose=False,
         **tiny,
     )
-    _check_loaded(model, said)
+    _check_loaded(model, log_lines)
     numbers = count()
 
-    def run() -> Made:
-        said.clear()
+    def run() -> RunOutput:
+        log_lines.clear()
         pictures = model.generate_image(
             prompt(next(numbers)),
             width=task.size,
@@ -63,40 +63,40 @@ def load(task: Task, *, weights: str) -> Run:
             batch_count=task.batch,
             seed=0,
         )
-        assert heard is not None
-        return Made(np.stack([np.asarray(picture) for picture in pictures]), stages(said))
+        assert callback is not None
+        return RunOutput(np.stack([np.asarray(picture) for picture in pictures]), stages(log_lines))
 
     return run
 
 
-def _check_loaded(model: Any, said: list[str]) -> None:
+def _check_loaded(model: Any, log_lines: list[str]) -> None:
     """RuntimeError with its own words where it has not loaded: its package finds out only when it draws."""
     if model._model.model:
         return
     model._model.model = None  # there is nothing to free, and to free it crashes
-    why = next((line for line in said if "wrong shape" in line or "failed" in line), "it does not say why")
+    why = next((line for line in log_lines if "wrong shape" in line or "failed" in line), "it does not say why")
     raise RuntimeError(f"it does not load a model of this shape: {why.partition(' - ')[2].strip() or why}")
 
 
-def stages(said: list[str]) -> Mapping[str, float]:
+def stages(log_lines: list[str]) -> Mapping[str, float]:
     """The seconds of each stage by what the library says of itself; of a batch it draws one after the other."""
-    found: dict[str, float] = {}
-    for match in filter(None, map(_TAKEN.search, said)):
+    seconds: dict[str, float] = {}
+    for match in filter(None, map(_TAKEN.search, log_lines)):
         if (name := STAGES.get(match[1])) is not None:
-            found[name] = found.get(name, 0.0) + float(match[2])
-    return found
+            seconds[name] = seconds.get(name, 0.0) + float(match[2])
+    return seconds
 
 
-def _listening(said: list[str]) -> Any:
-    """Put what the library says into `said`, for as long as the value lives."""
+def _capture_log(log_lines: list[str]) -> Any:
+    """Put what the library says into `log_lines`, for as long as the value lives."""
     import stable_diffusion_cpp
 
     @stable_diffusion_cpp.sd_log_callback
-    def hear(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        said.append(text.decode("utf-8", errors="replace"))
+    def append_line(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+        log_lines.append(text.decode("utf-8", errors="replace"))
 
-    stable_diffusion_cpp.sd_set_log_callback(hear, ctypes.c_void_p(0))
-    return hear
+    stable_diffusion_cpp.sd_set_log_callback(append_line, ctypes.c_void_p(0))
+    return append_line
 
 
 def _single_file(task: Task) -> Path:

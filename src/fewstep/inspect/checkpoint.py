@@ -1,4 +1,4 @@
-"""What a file or folder of weights is, told from its names and shapes: no weight is read."""
+"""What a file or folder of weights is, by the names and shapes of its tensors; no weight is read."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fewstep.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from fewstep.formats.tensors import TensorFile
+from fewstep.formats.tensors import TensorFile
+from fewstep.models.config import UNetConfig
+from fewstep.weights.folder import parsed, parts_of, read_json
+from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX
+from fewstep.weights.load import open_part, open_tensors, read_scheduler
+from fewstep.weights.parts import family_of
+from fewstep.weights.single import recognise
 
 Description = dict[str, Any]
 
@@ -25,20 +29,15 @@ def describe(path: Path) -> Description:
     if (path / "config.json").is_file():
         return _network(path)
     if (path / "lora.safetensors").is_file():
-        found = _single_file(path / "lora.safetensors")
-        return {**found, "parts": {"lora": found["parts"]["all"]}}
+        content = _single_file(path / "lora.safetensors")
+        return {**content, "parts": {"lora": content["parts"]["all"]}}
     raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers folder; name a file in it")
 
 
 def _model(folder: Path) -> Description:
-    from fewstep.models.config import UNetConfig
-    from fewstep.weights.folder import parsed, parts_of, read_json
-    from fewstep.weights.load import open_part, read_scheduler
-    from fewstep.weights.parts import family_of
-
     index = read_json(folder / "model_index.json")
-    noted = index.get("_fewstep")
-    notes = noted if isinstance(noted, dict) else {}
+    entry = index.get("_fewstep")
+    notes = entry if isinstance(entry, dict) else {}
     unet = parsed(folder / "unet" / "config.json", UNetConfig.from_diffusers)
     scheduler = read_scheduler(folder / "scheduler", unet)
     own = [
@@ -48,7 +47,7 @@ def _model(folder: Path) -> Description:
     return {
         "family": notes.get("family", family_of(unet)),
         "layout": f"diffusers folder of a {index.get('_class_name')}",
-        "parts": {name: _counted(file, file.shapes) for name, file in parts.items()},
+        "parts": {name: _counts(file, file.shapes) for name, file in parts.items()},
         "prediction": scheduler.prediction,
         "inpainting": unet.in_channels == 9,
         "licence": notes.get("licence"),
@@ -56,24 +55,18 @@ def _model(folder: Path) -> Description:
 
 
 def _network(folder: Path) -> Description:
-    from fewstep.weights.folder import read_json
-    from fewstep.weights.load import open_part
-
     name, file = read_json(folder / "config.json").get("_class_name"), open_part(folder)
-    return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counted(file, file.shapes)}}
+    return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counts(file, file.shapes)}}
 
 
 def _single_file(path: Path) -> Description:
-    from fewstep.weights.load import open_tensors
-    from fewstep.weights.single import recognise
-
     file = open_tensors(path)
     notes = {"licence": file.notes.get("modelspec.license"), "notes": dict(file.notes)}
     try:
         contents = recognise(file)
     except CheckpointError as error:
         what = str(error).removeprefix(f"{path} is ").partition(";")[0]
-        return {"family": None, "layout": what, "parts": {"all": _counted(file, file.shapes)}, **notes}
+        return {"family": None, "layout": what, "parts": {"all": _counts(file, file.shapes)}, **notes}
     return {
         "family": contents.family,
         "layout": "original single file",
@@ -85,17 +78,15 @@ def _single_file(path: Path) -> Description:
 
 def _prefixed(file: TensorFile, family: str) -> Description:
     """The parts of an original single file by the beginnings of their names; averages and constants are `other`."""
-    from fewstep.weights.layouts import AUTOENCODER_PREFIX, TEXT_PREFIXES, UNET_PREFIX
-
     prefixes = {"unet": UNET_PREFIX, "vae": AUTOENCODER_PREFIX}
-    towers = next(found for name, found in TEXT_PREFIXES.items() if name == family)
+    towers = next(starts for name, starts in TEXT_PREFIXES.items() if name == family)
     prefixes |= dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False))
     named = {part: [key for key in file.shapes if key.startswith(start)] for part, start in prefixes.items()}
     others = file.shapes.keys() - {key for keys in named.values() for key in keys}
-    return {part: _counted(file, keys) for part, keys in {**named, "other": others}.items() if keys}
+    return {part: _counts(file, keys) for part, keys in {**named, "other": others}.items() if keys}
 
 
-def _counted(file: TensorFile, keys: Iterable[str]) -> Description:
+def _counts(file: TensorFile, keys: Iterable[str]) -> Description:
     """How many numbers the tensors called `keys` hold, and their formats, the commonest first."""
     sizes: Counter[str] = Counter()
     for key in keys:

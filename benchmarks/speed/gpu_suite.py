@@ -8,15 +8,15 @@ from itertools import groupby
 from typing import NamedTuple
 
 from benchmarks.speed import waterfall
-from benchmarks.speed.alone import Measured, first_pictures, measured_alone
-from benchmarks.speed.contenders import CUDA, Contender, named
+from benchmarks.speed.isolated import CaseResult, first_pictures, measure_isolated
 from benchmarks.speed.machine import threads_here
-from benchmarks.speed.models import walk_of
-from benchmarks.speed.request import Request
-from benchmarks.speed.sheet import Sheet
-from benchmarks.speed.suite import say
-from benchmarks.speed.tasks import Task, Walk
-from benchmarks.speed.walk import SAMPLERS
+from benchmarks.speed.models import noise_levels_of
+from benchmarks.speed.options import BenchmarkOptions
+from benchmarks.speed.results_file import ResultsFile
+from benchmarks.speed.runners import CUDA, Runner, runners_named
+from benchmarks.speed.sampling_loop import SAMPLERS
+from benchmarks.speed.suite import log
+from benchmarks.speed.tasks import NoiseLevels, Task
 from fewstep.models.zoo import entry
 
 FIRST = "first picture"
@@ -41,27 +41,27 @@ class Row:
     aim: float | None = None
     unit: str = "ms"
 
-    def task(self, request: Request) -> Task:
-        """The task on the request's device."""
+    def task(self, options: BenchmarkOptions) -> Task:
+        """The task on the device of `options`."""
         known = entry(self.model)
         assert known.defaults is not None
         steps, sampler = self.steps or known.defaults.steps, self.sampler or known.defaults.sampler
-        dtype = request.dtype or ("float32" if request.device == "cpu" else "float16")
-        kind = f"{dtype}-{request.device.partition(':')[0]}"
+        dtype = options.dtype or ("float32" if options.device == "cpu" else "float16")
+        kind = f"{dtype}-{options.device.partition(':')[0]}"
         return Task(
             model=self.model,
-            folder=request.cache / f"random-{self.model}-{kind}",
+            folder=options.cache / f"random-{self.model}-{kind}",
             part="whole" if self.part == FIRST else self.part,
             size=self.size,
             batch=self.batch,
-            threads=request.threads or threads_here(),
-            device=request.device,
+            threads=options.threads or threads_here(),
+            device=options.device,
             dtype=dtype,
             steps=steps,
             guidance=known.defaults.guidance_scale,
             sampler=sampler,
-            walk=walk_of(self.model, steps, sampler) if sampler in SAMPLERS else Walk(),
-            decoder=request.cache / f"random-taesd-{kind}" if self.decoder == "tiny" else None,
+            levels=noise_levels_of(self.model, steps, sampler) if sampler in SAMPLERS else NoiseLevels(),
+            decoder=options.cache / f"random-taesd-{kind}" if self.decoder == "tiny" else None,
             made=True,
             pictures=True,
         )
@@ -102,65 +102,69 @@ _SUITES: dict[str, tuple[Row, ...]] = {
 NAMES = tuple(_SUITES)
 
 
-class Job(NamedTuple):
-    """A row for a contender."""
+class Case(NamedTuple):
+    """A row for a runner."""
 
     row: Row
-    contender: Contender
+    runner: Runner
     task: Task
 
 
-Measure = Callable[[Sequence[tuple[Contender, Task]], float], Iterator[Measured]]
+Measure = Callable[[Sequence[tuple[Runner, Task]], float], Iterator[CaseResult]]
 
 
 def run_card_suite(
-    name: str, request: Request, commit: str, *, alone: Measure = measured_alone, first: Measure = first_pictures
+    name: str,
+    options: BenchmarkOptions,
+    *,
+    isolated: Measure = measure_isolated,
+    first: Measure = first_pictures,
 ) -> int:
     """Measure a suite; its file is written anew after each row. How many rows have failed.
 
-    `alone` and `first` measure the jobs of one process, and first pictures.
+    `isolated` and `first` measure the jobs of one process, and first pictures.
     """
-    batches = jobs(name, request)
+    batches = cases(name, options)
     done, of = 0, sum(map(len, batches))
-    sheet = Sheet.of(name, request, commit, waterfall.descriptions(request.device) if _is_waterfall(name) else {})
-    sheet.absent = {each.name: install for each in wanted(name, request) if (install := each.missing())}
-    sheet.write()
+    results = ResultsFile.of(name, options, waterfall.descriptions(options.device) if _is_waterfall(name) else {})
+    results.absent = {each.name: install for each in runners_of(name, options) if (install := each.missing())}
+    results.write()
     for batch in batches:
-        measure = first if batch[0].row.part == FIRST else alone
-        pairs = [(job.contender, job.task) for job in batch]
-        for job, measured in zip(batch, measure(pairs, request.peer_seconds), strict=True):
+        measure = first if batch[0].row.part == FIRST else isolated
+        pairs = [(case.runner, case.task) for case in batch]
+        for case, measured in zip(batch, measure(pairs, options.peer_seconds), strict=True):
             done += 1
-            sheet.add(job.row, job.contender, measured)
-            say(f"[{done}/{of}] {sheet.last()}")
-    say(f"{sheet.path}")
-    return sheet.failures()
+            results.add(case.row, case.runner, measured)
+            log(f"[{done}/{of}] {results.last()}")
+    log(f"{results.path}")
+    return results.failures()
 
 
-def jobs(name: str, request: Request) -> list[list[Job]]:
-    """What is measured, each list in one process: a model's rows for one contender, or a whole waterfall."""
-    here = [each for each in wanted(name, request) if not each.missing()]
+def cases(name: str, options: BenchmarkOptions) -> list[list[Case]]:
+    """What is measured, each list in one process: a model's rows for one runner, or a whole waterfall."""
+    here = [each for each in runners_of(name, options) if not each.missing()]
     found = []
     for (_, first), group in groupby(_SUITES[name], key=lambda row: (row.model, row.part == FIRST)):
         rows = list(group)
         pairs = [(row, each) for each in here for row in rows if _suits(row, each, first=first)]
         batches = [list(some) for _, some in groupby(pairs, key=lambda pair: _is_waterfall(name) or pair[1].name)]
-        found += [[Job(row, each, row.task(request)) for row, each in batch] for batch in batches]
+        found += [[Case(row, each, row.task(options)) for row, each in batch] for batch in batches]
     return found
 
 
-def wanted(name: str, request: Request) -> list[Contender]:
-    """The contenders of a suite: the waterfall's, or those asked for."""
+def runners_of(name: str, options: BenchmarkOptions) -> list[Runner]:
+    """The runners of a suite: those of the waterfall, or the peers of `options`."""
     if _is_waterfall(name):
-        return waterfall.rows(request.without, request.device)
-    return named(request.peers, CUDA)
+        return waterfall.rows(options.without, options.device)
+    return runners_named(options.peers, CUDA)
 
 
-def _suits(row: Row, contender: Contender, *, first: bool) -> bool:
-    if contender.peer and row.part == "whole":  # by the loop that peers share: see walk.py
+def _suits(row: Row, runner: Runner, *, first: bool) -> bool:
+    if runner.peer and row.part == "whole":  # by the loop that peers share: see sampling_loop.py
         known = entry(row.model)
         assert known.defaults is not None
         return len(known.texts) == 1 and (row.sampler or known.defaults.sampler) in SAMPLERS
-    return not first or contender.name == "fewstep"
+    return not first or runner.name == "fewstep"
 
 
 def _is_waterfall(name: str) -> bool:

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from benchmarks.speed import exported, ours, sdcpp, theirs
-from benchmarks.speed.ours import HUGE_PAGES, SMALL_PAGES
+from benchmarks.speed import diffusers_runner, exported_runners, fewstep_runner, sdcpp_runner
+from benchmarks.speed.fewstep_runner import HUGE_PAGES, SMALL_PAGES
 from benchmarks.speed.tasks import Run, Task
 from fewstep.models.zoo import entry
 
@@ -18,7 +18,7 @@ SWITCHES = ("huge_pages",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Runner:
     """How it loads a task, in a process with `environment`; the packages whose versions name it.
 
     `prepare` writes the files that it reads, in a process that is not measured. `whole`: it draws whole pictures
@@ -35,7 +35,7 @@ class Contender:
     whole: bool = False
     comparable: bool = True
 
-    def said(self) -> str:
+    def versions(self) -> str:
         """`openvino 2026.4.1`: its packages, which must be installed."""
         return ", ".join(f"{name} {version_of(name)}" for name in self.packages)
 
@@ -61,75 +61,75 @@ def version_of(package: str) -> str:
         return __version__
 
 
-FEWSTEP = Contender(name="fewstep", load=ours.load, packages=("fewstep", "torch"), environment=HUGE_PAGES, peer=False)
-_FEWSTEP: dict[str, Any] = {"load": ours.load, "packages": ("fewstep", "torch"), "peer": False}
-_DIFFUSERS: dict[str, Any] = {"load": theirs.load, "packages": ("diffusers", "transformers", "torch")}
+FEWSTEP = Runner(
+    name="fewstep", load=fewstep_runner.load, packages=("fewstep", "torch"), environment=HUGE_PAGES, peer=False
+)
+_FEWSTEP: dict[str, Any] = {"load": fewstep_runner.load, "packages": ("fewstep", "torch"), "peer": False}
+_DIFFUSERS: dict[str, Any] = {"load": diffusers_runner.load, "packages": ("diffusers", "transformers", "torch")}
 _SD_CPP: dict[str, Any] = {
-    "load": sdcpp.load,
+    "load": sdcpp_runner.load,
     "packages": ("stable-diffusion-cpp-python",),
-    "prepare": sdcpp.prepare,
+    "prepare": sdcpp_runner.prepare,
     "whole": True,
     "comparable": False,
 }
 
+FEWSTEP = Runner(name="fewstep", environment=HUGE_PAGES, **_FEWSTEP)
 CPU = (
     FEWSTEP,
-    Contender(
-        name="fewstep, plain engine", load=ours.load, packages=("fewstep", "torch"), options={"plain": True}, peer=False
-    ),
-    Contender(
-        name="fewstep, strict",
-        load=ours.load,
+    Runner(
+        name="fewstep, plain engine",
+        load=fewstep_runner.load,
         packages=("fewstep", "torch"),
-        options={"strict": True},
-        environment=HUGE_PAGES,
+        options={"plain": True},
         peer=False,
     ),
-    Contender(name="diffusers", options={"channels_last": False}, **_DIFFUSERS),
-    Contender(name="diffusers, channels last, huge pages", environment=HUGE_PAGES, **_DIFFUSERS),
-    Contender(name="diffusers, torch.compile", environment=HUGE_PAGES, options={"compiled": "default"}, **_DIFFUSERS),
-    Contender(
+    Runner(name="fewstep, strict", options={"strict": True}, environment=HUGE_PAGES, **_FEWSTEP),
+    Runner(name="diffusers", options={"channels_last": False}, **_DIFFUSERS),
+    Runner(name="diffusers, channels last, huge pages", environment=HUGE_PAGES, **_DIFFUSERS),
+    Runner(name="diffusers, torch.compile", environment=HUGE_PAGES, options={"compiled": "default"}, **_DIFFUSERS),
+    Runner(
         name="openvino",
-        load=exported.load_openvino,
+        load=exported_runners.load_openvino,
         packages=("openvino", "diffusers"),
-        prepare=exported.prepare_openvino,
+        prepare=exported_runners.prepare_openvino,
     ),
-    Contender(
+    Runner(
         name="onnxruntime",
-        load=exported.load_onnxruntime,
+        load=exported_runners.load_onnxruntime,
         packages=("onnxruntime", "onnxscript", "diffusers"),
-        prepare=exported.prepare_onnx,
+        prepare=exported_runners.prepare_onnx,
     ),
     *(
-        Contender(name=f"stable-diffusion.cpp, {weights}", options={"weights": weights}, **_SD_CPP)
+        Runner(name=f"stable-diffusion.cpp, {weights}", options={"weights": weights}, **_SD_CPP)
         for weights in ("f32", "f16", "q8_0")
     ),
 )
 CUDA = (
-    Contender(name="fewstep", **_FEWSTEP),
-    Contender(name="fewstep, plain engine", options={"plain": True}, **_FEWSTEP),
-    Contender(name="diffusers", **_DIFFUSERS),
-    Contender(name="diffusers, float32", options={"channels_last": False, "exact": True}, **_DIFFUSERS),
+    Runner(name="fewstep", **_FEWSTEP),
+    Runner(name="fewstep, plain engine", options={"plain": True}, **_FEWSTEP),
+    Runner(name="diffusers", **_DIFFUSERS),
+    Runner(name="diffusers, float32", options={"channels_last": False, "exact": True}, **_DIFFUSERS),
     *(
-        Contender(name=f"diffusers, {mode}", options={"compiled": mode}, **_DIFFUSERS)
+        Runner(name=f"diffusers, {mode}", options={"compiled": mode}, **_DIFFUSERS)
         for mode in ("reduce-overhead", "max-autotune")
     ),
-    Contender(
+    Runner(
         name="onnxruntime",
-        load=exported.load_onnxruntime_cuda,
+        load=exported_runners.load_onnxruntime_cuda,
         packages=("onnxruntime-gpu", "onnxscript", "diffusers"),
-        prepare=exported.prepare_onnx,
+        prepare=exported_runners.prepare_onnx,
     ),
-    Contender(
+    Runner(
         name="tensorrt",
-        load=exported.load_tensorrt,
+        load=exported_runners.load_tensorrt,
         packages=("tensorrt", "onnxscript", "diffusers"),
-        prepare=exported.prepare_tensorrt,
+        prepare=exported_runners.prepare_tensorrt,
     ),
 )
 
 
-def of_device(device: str) -> tuple[Contender, ...]:
+def runners_for(device: str) -> tuple[Runner, ...]:
     """All that can run on a device."""
     return CUDA if device.startswith("cuda") else CPU
 
@@ -139,20 +139,20 @@ def oracle(device: str) -> str:
     return "diffusers, float32" if device.startswith("cuda") else "diffusers"
 
 
-def chosen(peers: str, task: Task, without: Sequence[str] = ()) -> list[Contender]:
+def select_runners(peers: str, task: Task, without: Sequence[str] = ()) -> list[Runner]:
     """Those named in `peers` that can do the task; fewstep runs without the optimizations `without`."""
-    found = named(peers, of_device(task.device))
-    able = [each for each in found if task.part == "whole" or not each.whole]
+    selected = runners_named(peers, runners_for(task.device))
+    able = [each for each in selected if task.part == "whole" or not each.whole]
     if not able:
         raise SystemExit(f"error: --peers {peers}: they draw whole pictures alone; use --part whole")
     if task.part == "whole" and len(entry(task.model).texts) > 1:
         able = [each for each in able if not each.peer]  # the others are given one text tower here
         if not able:
             raise SystemExit(f"error: --peers {peers}: of two text towers fewstep draws wholes alone; use --part unet")
-    return [lacking(each, without) if each.name == "fewstep" else each for each in able]
+    return [without_optimizations(each, without) if each.name == "fewstep" else each for each in able]
 
 
-def named(peers: str, all_here: Sequence[Contender]) -> list[Contender]:
+def runners_named(peers: str, all_here: Sequence[Runner]) -> list[Runner]:
     """Those in `peers`, with a + between, or "all". Exits with the nearest name for one that there is not."""
     here = {each.name: each for each in all_here}
     names = list(here) if peers == "all" else [name.strip() for name in peers.split("+")]
@@ -164,16 +164,16 @@ def named(peers: str, all_here: Sequence[Contender]) -> list[Contender]:
     return [here[name] for name in names]
 
 
-def lacking(contender: Contender, without: Sequence[str]) -> Contender:
-    """fewstep's `contender` with the optimizations `without` turned off, or itself where there are none."""
+def without_optimizations(runner: Runner, without: Sequence[str]) -> Runner:
+    """fewstep's `runner` with the optimizations `without` turned off, or itself where there are none."""
     if not without:
-        return contender
+        return runner
     optimizations = {name: False for name in without if name not in SWITCHES}
-    return Contender(
-        name=f"{contender.name} without {', '.join(without)}",
-        load=contender.load,
-        packages=contender.packages,
-        options={**contender.options, "optimizations": optimizations},
-        environment=SMALL_PAGES if "huge_pages" in without else contender.environment,
+    return Runner(
+        name=f"{runner.name} without {', '.join(without)}",
+        load=runner.load,
+        packages=runner.packages,
+        options={**runner.options, "optimizations": optimizations},
+        environment=SMALL_PAGES if "huge_pages" in without else runner.environment,
         peer=False,
     )

@@ -1,7 +1,7 @@
-"""The settings that a picture carries, and how far they are trusted: a picture may come from anybody.
+"""The settings in an image's metadata, as far as they are trusted: an image may come from anybody.
 
-Its word loads models of the catalogue, hub ids that are in the cache, and files below the current folder or its own.
-All else, and more work than an honest picture asks for, has to be repeated on the command line.
+Trusted are models of the catalogue, hub ids in the cache, and files below the current folder or the image's own.
+Anything else, and more work than `MOST_WORK`, has to be given on the command line.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from fewstep.cli.settings import MODELS, NUMBERS, PICTURES, TEXTS, Settings
 from fewstep.errors import InputError, quoted
 from fewstep.files import checksum
+from fewstep.safety.provenance import IMAGES, MODELS, NUMBERS, TEXTS, Settings
 
 MOST_PIXELS = 2**22  # 2048 x 2048
 MOST_WORK = 2**28  # pixels x steps: 256 steps at 1024 x 1024, 64 at 2048 x 2048
@@ -21,28 +21,28 @@ MOST_LETTERS = 5_000  # of a prompt
 MOST_LORAS = 16
 
 
-def from_picture(path: Path, instead: Mapping[str, Any]) -> Settings:
-    """The settings that the picture at `path` carries, but for the entries `instead`; paths in it start at its folder.
+def settings_of_image(path: Path, instead: Mapping[str, Any]) -> Settings:
+    """The settings of the image at `path`, but for the entries `instead`; paths in it are relative to its folder.
 
     Raises InputError if it carries none, those of another version, if a file it names is gone or has changed, and for
     what it may not ask for.
     """
     from fewstep import images
 
-    found = images.read_metadata(path)
-    if found is None or "fewstep" not in found:
-        raise InputError(f"{quoted(path)} does not say how fewstep drew it; fewstep inspect shows what it does say")
-    digests = {name: found.pop(f"{name}_sha256", None) for name in PICTURES}
-    settings = {name: value for name, value in found.items() if value is not None}
+    metadata = images.read_metadata(path)
+    if metadata is None or "fewstep" not in metadata:
+        raise InputError(f"{quoted(path)} carries no settings of fewstep; fewstep inspect shows what it carries")
+    digests = {name: metadata.pop(f"{name}_sha256", None) for name in IMAGES}
+    settings = {name: value for name, value in metadata.items() if value is not None}
     for name in ("fewstep", "task"):
         settings.pop(name, None)
-    _check_kinds(settings, f"{quoted(path)}, by fewstep {quoted(found['fewstep'], 20)},")
+    _check_kinds(settings, f"{quoted(path)}, by fewstep {quoted(metadata['fewstep'], 20)},")
     _drop_replaced(settings, instead)
     _check_work(settings, instead, path)
     for name in MODELS:
         if name in settings:
             settings[name] = _weights(name, settings[name], path, settings.get("revision"))
-    for name in PICTURES:
+    for name in IMAGES:
         if name in settings:
             settings[name] = _unchanged(settings[name], digests[name], path, f"--{name}")
     if "lora" in settings:
@@ -52,9 +52,9 @@ def from_picture(path: Path, instead: Mapping[str, Any]) -> Settings:
 
 
 def _drop_replaced(settings: Settings, instead: Mapping[str, Any]) -> None:
-    """Take out what the command line says too, and what belongs to a model that it replaces by another."""
-    told, own = instead.get("model"), settings.get("model")
-    if told is not None and (own is None or Path(told).name != Path(own).name):
+    """Remove the settings that the command line gives too, and those of a model that it replaces by another."""
+    given, own = instead.get("model"), settings.get("model")
+    if given is not None and (own is None or Path(given).name != Path(own).name):
         for name in ("revision", "prediction", "tokenizer"):
             settings.pop(name, None)
     for name in instead:
@@ -62,7 +62,7 @@ def _drop_replaced(settings: Settings, instead: Mapping[str, Any]) -> None:
 
 
 def _check_kinds(settings: Settings, source: str) -> None:
-    """A picture may come from anybody, or from a later version."""
+    """InputError for unknown settings and values of a wrong type: from a later version, or from anybody."""
     for name, value in settings.items():
         number, text = name in NUMBERS and _is_number(value), name in TEXTS and isinstance(value, str)
         if not (number or text or (name == "lora" and _are_loras(value))):
@@ -70,7 +70,7 @@ def _check_kinds(settings: Settings, source: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that can be reckoned with: neither NaN nor of thousands of digits."""
+    """Whether it is a number that can be computed with: neither NaN nor of thousands of digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -(2**64) < value < 2**64
 
 
@@ -90,26 +90,26 @@ def _are_loras(value: Any) -> bool:
 
 
 def _check_work(settings: Settings, instead: Mapping[str, Any], png: Path) -> None:
-    """InputError if the picture's own word, and not the command line, would keep the machine busy for long."""
+    """InputError if the image, and not the command line, asks for more work or longer texts than are trusted."""
     both = {**settings, **instead}
     steps, width, height = (both.get(name, 1) for name in ("steps", "width", "height"))
     pixels = width * height
     much = pixels > MOST_PIXELS and settings.keys() & {"width", "height"}
     if much or (pixels * steps > MOST_WORK and settings.keys() & {"steps", "width", "height"}):
         raise InputError(
-            f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on a "
-            f"picture's word; to draw it all the same add --steps {steps} --size {width}x{height}"
+            f"{quoted(png)} asks for {steps} steps at {width}x{height} pixels, which is more work than is done on an "
+            f"image's word; to run it all the same add --steps {steps} --size {width}x{height}"
         )
     for name in ("prompt", "negative_prompt"):
         if len(settings.get(name, "")) > MOST_LETTERS:
             raise InputError(
                 f"{quoted(png)} has a {name.replace('_', ' ')} of {len(settings[name])} letters, more than the "
-                f"{MOST_LETTERS} that are read on a picture's word; give one of your own"
+                f"{MOST_LETTERS} that are read on an image's word; give one of your own"
             )
 
 
 def _weights(name: str, text: str, png: Path, revision: str | None) -> str:
-    """The model, refiner, decoder or tokenizer that a picture names, if its word is enough to load it."""
+    """The model, refiner, decoder or tokenizer that an image names; InputError if it is not trusted."""
     from fewstep.models.zoo import CATALOGUE
     from fewstep.weights.fetch import HUB_ID, is_cached
 
@@ -124,12 +124,12 @@ def _weights(name: str, text: str, png: Path, revision: str | None) -> str:
     of = f" (revision {quoted(revision)})" if revision is not None else ""
     raise InputError(
         f"{quoted(png)} names the {name} {quoted(text)}{of}, which is neither in the catalogue nor in the cache: it is "
-        f"not loaded on a picture's word; give the one that you want with --{name}"
+        f"not loaded on an image's word; give the one that you want with --{name}"
     )
 
 
 def _beside(text: str, png: Path, option: str) -> Path:
-    """The path that a picture names, seen from its folder; InputError if it leads out of that and the current one."""
+    """The path that an image names, relative to its folder; InputError if it leads out of that and the current one."""
     foreign = PureWindowsPath(text)
     plain = not (foreign.drive or foreign.root or text.startswith("~") or "\\" in text or "\0" in text)
     home = png.absolute().parent
@@ -137,7 +137,7 @@ def _beside(text: str, png: Path, option: str) -> Path:
     if not plain or not any(path.is_relative_to(os.path.normpath(near)) for near in (home, Path.cwd())):
         raise InputError(
             f"{quoted(png)} names {quoted(text)}, which is not below its folder or the current one: it is not opened "
-            f"on a picture's word; give the file that you want with {option}"
+            f"on an image's word; give the file that you want with {option}"
         )
     return Path(os.path.relpath(path))
 
@@ -145,7 +145,7 @@ def _beside(text: str, png: Path, option: str) -> Path:
 def _unchanged(text: str, digest: Any, png: Path, option: str) -> Path:
     file = _beside(text, png, option)
     if not file.is_file():
-        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which is not there; give it with {option}")
+        raise InputError(f"{quoted(png)} was generated with {quoted(file)}, which is not there; give it with {option}")
     if digest and checksum(file) != digest:
-        raise InputError(f"{quoted(png)} was drawn with {quoted(file)}, which has changed; give it with {option}")
+        raise InputError(f"{quoted(png)} was generated with {quoted(file)}, which has changed; give it with {option}")
     return file

@@ -1,4 +1,4 @@
-"""Draws one picture and ends: `python -m benchmarks.speed.first sd-turbo cuda float16 512`.
+"""Draws one picture and ends: `python -m benchmarks.speed.first_image sd-turbo cuda float16 512`.
 
 Prints {"drawn": when the picture was there by the system's monotonic clock, "made": seconds of making weights}.
 """

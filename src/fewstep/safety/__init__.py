@@ -1,0 +1,1 @@
+"""The settings that images carry in their metadata, and how far they are trusted."""
