@@ -95,8 +95,8 @@ def write_checkpoint(folder: Path) -> int:
 
     pipe = fewstep.load(device="cpu")
     stages = tuple(Stage(channels=c, depth=1, heads=8) for c in (256, 512, 768))
-    unet = UNet(UNetConfig(stages=stages, context=pipe.parts.unet.config.context))
-    fewstep.Pipeline(replace(pipe.parts, unet=unet)).save(folder)
+    unet = UNet(UNetConfig(stages=stages, context=pipe.spec.unet.context))
+    fewstep.Pipeline(replace(pipe, unet=unet)).save(folder)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
@@ -115,7 +115,7 @@ with open("/proc/self/clear_refs", "w") as peak:
 start = time.perf_counter()
 pipe = fewstep.load(sys.argv[1], device="cpu", dtype="float32")
 seconds = time.perf_counter() - start
-parts = (pipe.parts.unet, pipe.parts.autoencoder, *pipe.parts.text_encoders)
+parts = (pipe.networks.unet, pipe.networks.autoencoder, *pipe.networks.text_encoders)
 total = sum(float(weight.sum()) for part in parts for weight in part.state_dict().values())  # reads every page
 print(json.dumps({"seconds": seconds, "growth": memory("VmHWM") - before}))
 """

@@ -36,6 +36,7 @@ from blocks_data import (
     write_latents,
 )
 from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
+from fewstep.weights.parts import Parts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -52,7 +53,6 @@ from fewstep.train.plan import Part, Plan, mixed_seed
 from fewstep.train.stages import Run, Work
 from fewstep.train.trainer import Loss, Trainer, Turn
 from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
 

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 from blocks_data import Cached
+from fewstep.adapters.derived_model import FILE, VECTORS, vectors
 from safetensors.torch import save_file
 
-from fewstep.adapters.derived_model import FILE, VECTORS, vectors
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fewstep.weights.parts import Parts
 
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Family
 from fewstep.text.tokenizer import Tokenizer
+from fewstep.weights.model import LoadedModel, ModelSpec
 from fewstep.weights.scheduler import usual_scheduler
 
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl", "sdxl-refiner")
@@ -55,29 +56,34 @@ def autoencoder_config(family: Family) -> AutoencoderConfig:
     return AutoencoderConfig(channels=(32, 64), resnets=1, scaling_factor=0.13025 if xl else 0.18215, force_upcast=xl)
 
 
-def parts(family: Family, **changes: Any) -> Parts:
+def small_model(family: Family, **changes: Any) -> LoadedModel:
     scheduler = usual_scheduler(family, "v_prediction" if family == "sd2" else "epsilon")
     texts = text_configs(family)
-    return Parts(
-        name=f"a tiny {family}",
-        family=family,
+    networks = Networks(
         unet=UNet(unet_config(family, **changes)),
         autoencoder=AutoencoderKL(autoencoder_config(family)),
         text_encoders=tuple(TextEncoder(config) for config in texts),
-        tokenizers=tuple(tokenizer() for _ in texts),
+    )
+    spec = ModelSpec(
+        name=f"a tiny {family}",
+        family=family,
+        unet=networks.unet.config,
+        autoencoder=networks.autoencoder.config,
+        texts=texts,
         scheduler=scheduler,
         defaults=Defaults(steps=3, guidance_scale=2.0, sampler="euler", schedule="trailing", width=128, height=128),
         licence="none",
         force_zeros_for_empty_prompt=family == "sdxl",
     )
+    return LoadedModel(spec, tuple(tokenizer() for _ in texts), networks)
 
 
-def networks(loaded: Parts) -> dict[str, torch.nn.Module]:
-    towers = {f"text {i}": tower for i, tower in enumerate(loaded.text_encoders)}
-    return {"unet": loaded.unet, "autoencoder": loaded.autoencoder, **towers}
+def networks(loaded: LoadedModel) -> dict[str, torch.nn.Module]:
+    towers = {f"text {i}": tower for i, tower in enumerate(loaded.networks.text_encoders)}
+    return {"unet": loaded.networks.unet, "autoencoder": loaded.networks.autoencoder, **towers}
 
 
-def assert_same_weights(ours: Parts, theirs: Parts) -> None:
+def assert_same_weights(ours: LoadedModel, theirs: LoadedModel) -> None:
     """Every parameter equal to the last bit, and every config."""
     mine, yours = networks(ours), networks(theirs)
     assert mine.keys() == yours.keys()

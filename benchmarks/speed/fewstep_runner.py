@@ -14,7 +14,7 @@ from benchmarks.speed.tasks import Run, RunOutput, Task, noise, prompt
 if TYPE_CHECKING:
     from fewstep.engines.engine import Engine
     from fewstep.pipeline.pipeline import Pipeline
-    from fewstep.weights.parts import Parts
+    from fewstep.weights.model import LoadedModel
 
 HUGE_PAGES, SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}, {"THP_MEM_ALLOC_ENABLE": "0"}
 """PyTorch's allocator asks for huge pages, or not, as its process's first environment says."""
@@ -27,31 +27,31 @@ def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] |
     from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     torch.set_num_threads(task.threads)
-    parts, arrays = _parts(task), torch_arrays(task.device)
-    engine = _engine(parts, plain=plain, optimizations=optimizations, **options)
+    model, arrays = _parts(task), torch_arrays(task.device)
+    engine = _engine(model, plain=plain, optimizations=optimizations, **options)
     if task.part != "whole":
         return torch.inference_mode()(run_of(task, _networks(engine, task.scaling), arrays))
     from fewstep.pipeline.pipeline import Pipeline
 
-    pipe = Pipeline(parts, engine)
+    pipe = Pipeline(model.spec, model.tokenizers, engine)
     return _pictures(pipe, task) if task.pictures else torch.inference_mode()(_whole(pipe, task, arrays.wait))
 
 
-def _parts(task: Task) -> Parts:
+def _parts(task: Task) -> LoadedModel:
     import torch
 
     if task.made:
         from benchmarks.speed.models import random_parts_of
 
         return random_parts_of(task)
-    from fewstep.weights.load import load_parts, load_tiny
+    from fewstep.weights.load import load_model, load_tiny
 
     where: dict[str, Any] = {"dtype": getattr(torch, task.dtype), "device": torch.device(task.device)}
-    parts = load_parts(task.folder, **where)
-    return parts if task.decoder is None else replace(parts, tiny=load_tiny(task.decoder, **where))
+    model = load_model(task.folder, **where)
+    return model if task.decoder is None else replace(model, tiny=load_tiny(task.decoder, **where))
 
 
-def _engine(parts: Parts, *, plain: bool, optimizations: Mapping[str, bool] | None, **options: Any) -> Engine:
+def _engine(model: LoadedModel, *, plain: bool, optimizations: Mapping[str, bool] | None, **options: Any) -> Engine:
     from fewstep.engines.cpu.engine import CpuEngine
     from fewstep.engines.cpu.optimizations import Optimizations
     from fewstep.engines.cuda.engine import CudaEngine
@@ -59,10 +59,10 @@ def _engine(parts: Parts, *, plain: bool, optimizations: Mapping[str, bool] | No
     from fewstep.engines.eager import EagerEngine
 
     if plain:
-        return EagerEngine(parts)
-    if parts.unet.conv_in.weight.is_cuda:
-        return CudaEngine(parts, optimizations=CudaOptimizations(**optimizations or {}), **options)
-    return CpuEngine(parts, optimizations=Optimizations(**optimizations or {}), **options)
+        return EagerEngine(model.spec, model.networks)
+    if model.networks.unet.conv_in.weight.is_cuda:
+        return CudaEngine(model.spec, model.networks, optimizations=CudaOptimizations(**optimizations or {}), **options)
+    return CpuEngine(model.spec, model.networks, optimizations=Optimizations(**optimizations or {}), **options)
 
 
 def _networks(engine: Engine, scaling: float) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Entry, entry
 from fewstep.text.tokenizer import word_tokenizer
-from fewstep.weights.parts import Parts
-from fewstep.weights.save import save_parts, save_tiny
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model, save_tiny
 from fewstep.weights.scheduler import SchedulerConfig
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -37,14 +37,14 @@ def random_model(task: Task) -> Path:
     return task.folder
 
 
-def random_parts_of(task: Task) -> Parts:
-    """The parts of a task, made on its device: no file is read or written."""
-    parts = random_parts(task.model, task.device, getattr(torch, task.dtype))
-    return parts if task.decoder is None else replace(parts, tiny=random_tiny(task.device, getattr(torch, task.dtype)))
+def random_parts_of(task: Task) -> LoadedModel:
+    """The model of a task, made on its device: no file is read or written."""
+    model = random_parts(task.model, task.device, getattr(torch, task.dtype))
+    return model if task.decoder is None else replace(model, tiny=random_tiny(task.device, getattr(torch, task.dtype)))
 
 
 @lru_cache(maxsize=1)
-def random_parts(name: str, device: str, dtype: torch.dtype) -> Parts:
+def random_parts(name: str, device: str, dtype: torch.dtype) -> LoadedModel:
     """A model of the catalogue's shape in `dtype`, the same in each process of a device; the last one is kept."""
     known = entry(name)
     assert known.unet is not None
@@ -52,7 +52,7 @@ def random_parts(name: str, device: str, dtype: torch.dtype) -> Parts:
     assert known.defaults is not None
     words = word_tokenizer(["a"], 77)
     unet, autoencoder = known.unet, known.autoencoder
-    return Parts(
+    return LoadedModel(
         name=name,
         family=known.family,
         unet=_random(lambda: UNet(unet), device, dtype),
@@ -94,7 +94,7 @@ def _alone(function: Callable[..., None], *given: Any) -> None:
 
 def _save_model(task: Task) -> None:
     task.folder.parent.mkdir(parents=True, exist_ok=True)
-    save_parts(random_parts(task.model, task.device, getattr(torch, task.dtype)), task.folder)
+    save_model(random_parts(task.model, task.device, getattr(torch, task.dtype)), task.folder)
 
 
 def _save_tiny(task: Task) -> None:

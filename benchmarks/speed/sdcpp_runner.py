@@ -23,11 +23,11 @@ def prepare(task: Task) -> None:
         return
     import torch
 
-    from fewstep.weights.load import load_parts
+    from fewstep.weights.load import load_model
     from fewstep.weights.save import save_single_file
 
     path.parent.mkdir(exist_ok=True)
-    save_single_file(load_parts(task.folder, dtype=torch.float32), path)
+    save_single_file(load_model(task.folder, dtype=torch.float32), path)
 
 
 def load(task: Task, *, weights: str) -> Run:

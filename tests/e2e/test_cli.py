@@ -52,7 +52,6 @@ def cli(capsys: Any, tmp_path: Path, monkeypatch: Any) -> Cli:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a model with random weights that draws 64 x 64 pictures in milliseconds."""
     import torch
-    from fewstep.weights.parts import Parts
 
     import fewstep
     from fewstep.models.autoencoder import AutoencoderKL
@@ -61,13 +60,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fewstep.models.unet import UNet
     from fewstep.models.zoo import Defaults
     from fewstep.text.tokenizer import word_tokenizer
+    from fewstep.weights.model import LoadedModel
     from fewstep.weights.scheduler import SchedulerConfig
 
     torch.manual_seed(0)
     words = word_tokenizer(["a", "red", "cube", "on", "top", "of", "blue", "sphere"], window=16)
     levels = (Stage(channels=32, resnets=1, depth=1), Stage(channels=32, resnets=1))
     text = TextConfig(vocabulary=len(words), window=16, width=64, layers=1, heads=1, inner=64, eos=len(words) - 1)
-    parts = Parts(
+    model = LoadedModel(
         name="tiny",
         family="sd1",
         unet=UNet(UNetConfig(stages=levels, context=64)).eval(),
@@ -79,7 +79,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         licence="CC0-1.0",
     )
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    fewstep.Pipeline(parts).save(folder)
+    fewstep.Pipeline.of(model).save(folder)
     return folder
 
 
@@ -473,8 +473,8 @@ def test_inspect_hides_terminal_commands(cli):
 def test_inspect_tells_what_a_folder_is(cli, tiny):
     found = json.loads(cli("inspect", tiny, "--json").out)
     assert (found["family"], found["prediction"], found["licence"]) == ("sd1", "epsilon", "CC0-1.0")
-    assert found["parts"]["unet"]["dtypes"] == ["float32"]
-    assert found["parts"]["unet"]["parameters"] > 10_000
+    assert found["model"]["unet"]["dtypes"] == ["float32"]
+    assert found["model"]["unet"]["parameters"] > 10_000
     assert "parameters, float32" in cli("inspect", tiny).out
 
 
@@ -485,9 +485,9 @@ def test_inspect_tells_what_a_single_file_is(cli, tiny):
     save_single_file(load(tiny).parts, "tiny.safetensors")
     found = json.loads(cli("inspect", "tiny.safetensors", "--json").out)
     assert (found["family"], found["layout"]) == ("sd1", "original single file")
-    assert set(found["parts"]) == {"unet", "vae", "text_encoder"}
+    assert set(found["model"]) == {"unet", "vae", "text_encoder"}
     whole = json.loads(cli("inspect", tiny, "--json").out)
-    assert found["parts"] == whole["parts"]
+    assert found["model"] == whole["model"]
 
 
 def test_inspect_tells_what_a_part_is(cli, tiny):

@@ -122,7 +122,7 @@ def test_a_cache_holds_what_the_model_s_parts_give(prepared, tmp_path, cli, embe
     from fewstep.data.shards import open_shards, stacked_images
 
     assert cli("cache", prepared, "--out", tmp_path / "c", "--store", "float32", "--device", "cpu", "-q").code == 0
-    shards, vae = open_shards(prepared), embedded.parts.autoencoder
+    shards, vae = open_shards(prepared), embedded.networks.autoencoder
     key = latent_key(shards, vae.state_dict(), vae.config.scaling_factor, torch.float32)
     mean, std = embedded.engine.encode(stacked_images(shards.read([5, 2])))
     read = open_cache(tmp_path / "c", shards, key).read([5, 2])

@@ -20,9 +20,9 @@ from fewstep import images
 from fewstep.adapters.read import read_lora
 from fewstep.engines.autotune import Autotuner
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
-from tests.factories import parts
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model
+from tests.factories import small_model
 from tests.hostile.frame import assert_cheap, assert_refused, attempt
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for family in ("sd1", "sdxl"):
-        save_parts(parts(family), folder / family)
+        save_model(small_model(family), folder / family)
     return folder
 
 
@@ -125,7 +125,7 @@ def test_settings_of_models(model: Path, name: str) -> None:
     file, change = CHANGES[name]
     path = model / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert_refused(attempt(lambda: load_parts(model, dtype=torch.float32)))
+    assert_refused(attempt(lambda: load_model(model, dtype=torch.float32)))
 
 
 TEXTS = {
@@ -145,7 +145,7 @@ TEXTS = {
 @pytest.mark.parametrize("file", [UNET, TEXT, SCHEDULER, INDEX, "tokenizer/tokenizer_config.json"])
 def test_texts_of_settings(model: Path, file: str, name: str) -> None:
     (model / file).write_bytes(TEXTS[name])
-    outcome = attempt(lambda: load_parts(model, dtype=torch.float32))
+    outcome = attempt(lambda: load_model(model, dtype=torch.float32))
     if (file, name) == ("tokenizer/tokenizer_config.json", "2 MB"):  # less than a vocabulary may have
         assert_cheap(outcome)
     else:
@@ -158,16 +158,16 @@ def test_texts_of_settings(model: Path, file: str, name: str) -> None:
 def test_pipes_and_folders_in_the_place_of_files(model: Path, file: str) -> None:
     (model / file).unlink()
     os.mkfifo(model / file)
-    assert_refused(attempt(lambda: load_parts(model, dtype=torch.float32)))
+    assert_refused(attempt(lambda: load_model(model, dtype=torch.float32)))
     (model / file).unlink()
     (model / file).mkdir()
-    assert_refused(attempt(lambda: load_parts(model, dtype=torch.float32)))
+    assert_refused(attempt(lambda: load_model(model, dtype=torch.float32)))
 
 
 def test_notes_that_are_no_dictionary_are_none(model: Path) -> None:
     index = json.loads((model / INDEX).read_text())
     (model / INDEX).write_text(json.dumps(index | {"_fewstep": [1, 2]}))
-    outcome = attempt(lambda: load_parts(model, dtype=torch.float32))
+    outcome = attempt(lambda: load_model(model, dtype=torch.float32))
     assert not outcome.kind, outcome.words
 
 
@@ -175,7 +175,7 @@ def test_a_shard_of_another_folder(model: Path) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     index = {"weight_map": {"a": "../\x1b[2J/etc/passwd"}}
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(attempt(lambda: load_parts(model, dtype=torch.float32)))
+    assert_refused(attempt(lambda: load_model(model, dtype=torch.float32)))
 
 
 VOCABULARIES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -236,7 +236,7 @@ ALPHA: dict[str, Any] = {"NaN": NAN, "infinity": float("inf")}
     ],
 )
 def test_settings_of_loras(saved: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    model = load_parts(saved / "sd1", dtype=torch.float32)
+    model = load_model(saved / "sd1", dtype=torch.float32)
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {
         f"base_model.model.{name}.lora_A.weight": torch.zeros(4, 64),
@@ -253,7 +253,7 @@ def test_settings_of_loras(saved: Path, tmp_path: Path, settings: dict[str, Any]
 
 @pytest.mark.parametrize("note", ["{", "[" * 100_000, "[]", "5", '{"lora_alpha": ' + "9" * 5000 + "}", "\x1b[2J"])
 def test_notes_in_loras(saved: Path, tmp_path: Path, note: str) -> None:
-    model = load_parts(saved / "sd1", dtype=torch.float32)
+    model = load_model(saved / "sd1", dtype=torch.float32)
     tensors = {f"{KEY}.lora_down.weight": torch.zeros(4, 64), f"{KEY}.lora_up.weight": torch.zeros(64, 4)}
     save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": note})
     assert_refused(attempt(lambda: read_lora(tmp_path / "lora.safetensors", model)))

@@ -18,14 +18,13 @@ from fewstep.engines.cpu.build import kernels
 from fewstep.engines.cpu.context import LayerContext
 from fewstep.engines.cpu.engine import CpuEngine
 from fewstep.engines.cpu.optimizations import Optimizations
-from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.engines.replace_layers import replace_layers
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 from tests.parity.engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
 
 
@@ -47,8 +46,10 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 def pair(path: Path | str, *, strict: bool = False) -> Pair:
     """The same model with the plain engine and with that for CPUs, both with weights of their own."""
-    first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
-    return Pipeline(first, EagerEngine(first)), Pipeline(second, CpuEngine(second, strict=strict, autotuner=Last()))
+    first, second = (load_model(path, dtype=torch.float32) for _ in range(2))
+    return Pipeline.of(first, plain=True), Pipeline(
+        second.spec, second.tokenizers, CpuEngine(second.spec, second.networks, strict=strict, autotuner=Last())
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
@@ -89,24 +90,27 @@ def test_the_strict_engine_is_closer(folder: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_weights_in_half_the_memory(folder: Callable[[str], Path], kind: str) -> None:
-    halves = load_parts(folder(kind), dtype=torch.float16)
-    wide = load_parts(folder(kind), dtype=torch.float16)
-    for network in (wide.unet, wide.autoencoder, *wide.text_encoders):
+    halves = load_model(folder(kind), dtype=torch.float16)
+    wide = load_model(folder(kind), dtype=torch.float16)
+    for network in (wide.networks.unet, wide.networks.autoencoder, *wide.networks.text_encoders):
         network.float()
-    both = Pipeline(wide, EagerEngine(wide)), Pipeline(halves, CpuEngine(halves, autotuner=Last()))
+    both = (
+        Pipeline.of(wide, plain=True),
+        Pipeline(halves.spec, halves.tokenizers, CpuEngine(halves.spec, halves.networks, autotuner=Last())),
+    )
     assert_same(both, "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
     assert_same(both, "image_to_image", picture(), steps=2, strength=0.5, seed=[1, 2])
-    assert all(each.dtype == torch.float16 for each in halves.unet.parameters())
+    assert all(each.dtype == torch.float16 for each in halves.networks.unet.parameters())
 
 
 def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
     folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = load_parts(folder("sd1"), dtype=torch.float32)
-    fast = CpuEngine(parts, autotuner=Last())
-    x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, parts.unet.config.context))
+    model = load_model(folder("sd1"), dtype=torch.float32)
+    fast = CpuEngine(model.spec, model.networks, autotuner=Last())
+    x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, model.spec.unet.context))
     before = fast.predict(x, 10.0, told)
-    parts.unet.bfloat16()
+    model.networks.unet.bfloat16()
     with caplog.at_level("DEBUG", logger="fewstep"):
         assert error(fast.predict(x, 10.0, told), before) < 0.1
         fast.predict(x, 10.0, told)
@@ -157,7 +161,7 @@ def test_weights_that_change_and_prompts_that_change_count_at_once(folder: Calla
         assert error(fast, plain) <= 1e-4
     before = plain
     for pipe in both:
-        for name, parameter in pipe.parts.unet.named_parameters():
+        for name, parameter in pipe.networks.unet.named_parameters():
             if name.endswith(("conv1.weight", "to_k.weight", "to_q.weight")):
                 parameter *= 1.5
     plain, fast = (pipe.text_to_image(PROMPTS[-1], **options).latents for pipe in both)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from PIL import Image
 from torch import Tensor
 
@@ -18,17 +17,18 @@ from fewstep.engines.cuda.graphs import Graphs
 from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
 from tests.parity.engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error, picture
 
 
-def engine(parts: Parts, **options: bool) -> CudaEngine:
-    return CudaEngine(parts, graphs=Graphs(Replayed), **options)
+def engine(model: LoadedModel, **options: bool) -> CudaEngine:
+    return CudaEngine(model.spec, model.networks, graphs=Graphs(Replayed), **options)
 
 
 def pair(path: Path | str, **options: bool) -> Pair:
-    first, second = (load_parts(path, dtype=torch.float32) for _ in range(2))
-    return Pipeline(first, EagerEngine(first)), Pipeline(second, engine(second, **options))
+    first, second = (load_model(path, dtype=torch.float32) for _ in range(2))
+    return Pipeline.of(first, plain=True), Pipeline(second.spec, second.tokenizers, engine(second, **options))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
@@ -61,8 +61,8 @@ def test_a_tiny_decoder(folder: Callable[[str], Path]) -> None:
 
     first, second = pair(folder("sd1"))
     decoder = TinyAutoencoder(16).eval()
-    plain = Pipeline(quick := replace(first.parts, tiny=decoder), EagerEngine(quick))
-    fast = Pipeline(quick, engine(replace(second.parts, tiny=decoder)))
+    plain = Pipeline(quick := replace(first, tiny=decoder), EagerEngine(quick.spec, quick.networks))
+    fast = Pipeline(quick.spec, quick.tokenizers, engine(replace(second, tiny=decoder)))
     assert_same((plain, fast), "text_to_image", steps=1, seed=[1, 2])
 
 
@@ -79,7 +79,7 @@ def test_changed_weights_count_at_the_next_call(folder: Callable[[str], Path]) -
     for change in (None, torch.Tensor.add_, torch.Tensor.sub_):
         for pipe in (plain, fast):
             with torch.no_grad():
-                for network in (pipe.parts.unet, *pipe.parts.text_encoders):
+                for network in (pipe.networks.unet, *pipe.networks.text_encoders):
                     for weight in network.parameters() if change else ():
                         change(weight, 0.05)
         assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
@@ -90,16 +90,16 @@ def test_moved_weights_are_found(folder: Callable[[str], Path]) -> None:
     plain, fast = pair(folder("sd1"))
     assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
     for pipe in (plain, fast):
-        for weight in pipe.parts.unet.parameters():
+        for weight in pipe.networks.unet.parameters():
             weight.data = weight.data * 1.1
     assert_same((plain, fast), "text_to_image", steps=2, seed=[1, 2])
 
 
 def test_a_decoder_that_overflows_is_run_in_float32(folder: Callable[[str], Path]) -> None:
-    parts = load_parts(folder("sd1"), dtype=torch.bfloat16)
-    fast = engine(parts)
+    model = load_model(folder("sd1"), dtype=torch.bfloat16)
+    fast = engine(model)
     latents = torch.randn(1, 4, 8, 8)
-    wanted = EagerEngine(load_parts(folder("sd1"), dtype=torch.float32)).decode(latents).detach()
+    wanted = EagerEngine(load_model(folder("sd1"), dtype=torch.float32)).decode(latents).detach()
     assert error(fast.decode(latents), wanted) < 0.1
     run = fast._decode
     fast._decode = lambda rows: run(rows) * float("nan")
@@ -127,13 +127,13 @@ def test_short_memory_splits_the_batch_and_then_the_picture(folder: Callable[[st
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
 @pytest.mark.gpu
 def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
-    plain = load_parts(folder(kind), dtype=torch.float32)
+    plain = load_model(folder(kind), dtype=torch.float32)
     for dtype in (torch.float16, torch.bfloat16):
-        parts = load_parts(folder(kind), dtype=dtype, device=torch.device("cuda"))
+        model = load_model(folder(kind), dtype=dtype, device=torch.device("cuda"))
         options = {"steps": 2, "guidance_scale": 4.0, "seed": [1, 2], "output": "numpy", **SIZE}
         wanted, found = (
-            Pipeline(each, run(each)).text_to_image(PROMPTS, **options).array
-            for each, run in ((plain, EagerEngine), (parts, CudaEngine))
+            Pipeline(each.spec, each.tokenizers, run(each)).text_to_image(PROMPTS, **options).array
+            for each, run in ((plain, EagerEngine), (model, CudaEngine))
         )
         noise = float(np.square(found - wanted).mean())
         assert -10 * np.log10(noise) >= 35

@@ -19,7 +19,7 @@ def test_diffusers_draws_the_same_picture(embedded: Pipeline) -> None:
     oracles.quiet()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    prompt, defaults = "a red cube on top of a blue sphere", embedded.parts.defaults
+    prompt, defaults = "a red cube on top of a blue sphere", embedded.spec.defaults
     wanted = theirs(
         prompt,
         num_inference_steps=10,

@@ -54,7 +54,7 @@ def pair(request: Any, oracle: Callable[[str], tuple[Any, Path]]) -> Iterator[Pa
 @torch.no_grad()
 def outputs(theirs: Any, ours: Pipeline) -> list[tuple[Tensor, Tensor]]:
     """What each network of both makes of the same inputs."""
-    unet, x, t = ours.parts.unet, torch.randn(2, 4, 8, 8), torch.tensor([7, 900])
+    unet, x, t = ours.networks.unet, torch.randn(2, 4, 8, 8), torch.tensor([7, 900])
     context = torch.randn(2, 5, unet.config.context)
     added: tuple[Tensor, ...] = ()
     if unet.config.addition:
@@ -62,7 +62,7 @@ def outputs(theirs: Any, ours: Pipeline) -> list[tuple[Tensor, Tensor]]:
     conditions = dict(zip(("text_embeds", "time_ids"), added, strict=bool(added)))
     pairs = [(unet(x, t, context, *added), theirs.unet(x, t, context, added_cond_kwargs=conditions).sample)]
     towers = [theirs.text_encoder, getattr(theirs, "text_encoder_2", None)]
-    for mine, tower in zip(ours.parts.text_encoders, towers, strict=False):
+    for mine, tower in zip(ours.networks.text_encoders, towers, strict=False):
         ids = torch.randint(0, 300, (2, oracles.WINDOW))
         ids[:, -1] = mine.config.eos
         pairs.append((mine(ids).penultimate, tower(ids, output_hidden_states=True).hidden_states[-2]))
@@ -76,7 +76,7 @@ def assert_same(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 def random_lora(pipe: Pipeline, targets: tuple[str, ...] = ATTENTION, alpha: float = 2.0) -> Lora:
     """One of rank 4 in every network, of rank 2 in the convolutions."""
-    found = networks(pipe.parts)
+    found = networks(pipe)
     updates = [*inject(found, rank=4, alpha=alpha, targets=[t for t in targets if t not in CONVOLUTIONS])]
     if "conv1" in targets:
         updates += [*inject({"unet": found["unet"]}, rank=2, alpha=alpha, targets=CONVOLUTIONS)]
@@ -171,7 +171,7 @@ def kohya_file(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("pair", ["sd1", "sdxl"], indirect=True)
 def test_kohya_files_do_the_same_in_both(pair, tmp_path):
     theirs, ours = pair
-    kohya_file(tmp_path / "kohya.safetensors", ours.parts.family)
+    kohya_file(tmp_path / "kohya.safetensors", ours.spec.family)
     theirs.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
     fewstep.add_lora(ours, tmp_path / "kohya.safetensors")
     assert_same(outputs(theirs, ours))

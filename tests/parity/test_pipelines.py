@@ -328,7 +328,7 @@ def test_image_to_image_leaves_the_spacing_to_the_sampler_too(pair: Callable[[st
     wanted = task(
         PROMPT, image=picture(), num_inference_steps=7, generator=generators(11), **common, output_type="latent"
     ).images
-    parts = replace(ours.parts, scheduler=replace(ours.parts.scheduler, spacing=None))
+    parts = replace(ours.parts, scheduler=replace(ours.spec.scheduler, spacing=None))
     result = Pipeline(parts, ours.engine).image_to_image(
         PROMPT, picture(), steps=7, seed=11, sampler=sampler, **common, output="latent"
     )
@@ -346,9 +346,9 @@ def test_a_model_that_cannot_refine_is_refused(pair: Callable[[str], Pair], kind
 
 def test_a_refiner_of_other_latents_is_refused(pair: Callable[[str], Pair]) -> None:
     ours, other = pair("sdxl")[1], pair("refiner")[1]
-    vae = AutoencoderKL(replace(other.parts.autoencoder.config, scaling_factor=0.2))
+    vae = AutoencoderKL(replace(other.spec.autoencoder, scaling_factor=0.2))
     with pytest.raises(fewstep.InputError, match=r"scaled by 0\.13025 and 0\.2"):
-        ours.start(PROMPT, refiner=Pipeline(replace(other.parts, autoencoder=vae), other.engine))
+        ours.start(PROMPT, refiner=Pipeline(replace(other, autoencoder=vae), other.engine))
 
 
 def test_another_base_refines_as_in_diffusers(pair: Callable[[str], Pair]) -> None:
@@ -385,7 +385,7 @@ def test_a_sampler_that_stands_in_for_another_is_said(tmp_path: Any, name: str) 
     theirs.save_pretrained(tmp_path / "model")
     ours = fewstep.load(tmp_path / "model", device="cpu")
     options = {"steps": 2, "width": 64, "height": 64, "seed": 1, "output": "latent"}
-    sampler = ours.parts.scheduler.sampler
+    sampler = ours.spec.scheduler.sampler
     assert ours.text_to_image(PROMPT, **options).notes == (
         f"{name}Scheduler is not implemented; {sampler} stands in for it",
     )

@@ -21,7 +21,7 @@ from fewstep.engines.cuda.graphs import Graphs
 from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.pipeline.recorded import MOST_PREDICTIONS
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 from tests.parity.engine_exam import PROMPTS, SIZE, Replayed
 
 
@@ -38,13 +38,13 @@ class Recording(Graphs):
 
 
 def fast(path: Path | str) -> tuple[Pipeline, Recording]:
-    parts, graphs = load_parts(path, dtype=torch.float32), Recording()
-    return Pipeline(parts, CudaEngine(parts, graphs=graphs)), graphs
+    model, graphs = load_model(path, dtype=torch.float32), Recording()
+    return Pipeline(model.spec, model.tokenizers, CudaEngine(model.spec, model.networks, graphs=graphs)), graphs
 
 
 def plain(path: Path | str) -> Pipeline:
-    parts = load_parts(path, dtype=torch.float32)
-    return Pipeline(parts, EagerEngine(parts))
+    model = load_model(path, dtype=torch.float32)
+    return Pipeline.of(model, plain=True)
 
 
 def off(found: Result, wanted: Result) -> int:
@@ -161,21 +161,21 @@ def test_weights_that_change_count_in_recorded_runs(folder: Callable[[str], Path
     before = [pipe.text_to_image("a cube", **options) for _ in range(2)][1]
     for each in (pipe, other):
         with torch.no_grad():
-            for weight in (*each.parts.unet.parameters(), *each.parts.text_encoders[0].parameters()):
+            for weight in (*each.networks.unet.parameters(), *each.networks.text_encoders[0].parameters()):
                 weight.mul_(1.5)
     found, wanted = (each.text_to_image("a cube", **options) for each in (pipe, other))
     assert off(found, wanted) <= 1
     assert off(found, before) > 1
     for each in (pipe, other):
-        for weight in each.parts.autoencoder.parameters():
+        for weight in each.networks.autoencoder.parameters():
             weight.data = weight.data * 1.2
     found, wanted = (each.text_to_image("a cube", **options) for each in (pipe, other))
     assert off(found, wanted) <= 1
 
 
 def test_a_decoder_that_overflows_runs_in_float32(folder: Callable[[str], Path]) -> None:
-    parts, graphs = load_parts(folder("sd1"), dtype=torch.bfloat16), Recording()
-    pipe = Pipeline(parts, CudaEngine(parts, graphs=graphs))
+    model, graphs = load_model(folder("sd1"), dtype=torch.bfloat16), Recording()
+    pipe = Pipeline(model.spec, model.tokenizers, CudaEngine(model.spec, model.networks, graphs=graphs))
     options: dict[str, Any] = {"steps": 1, "seed": 1, "sampler": "euler", "width": 64, "height": 64}
     fine = pipe.text_to_image("a cube", **options)
     decode = pipe.engine._decode
@@ -191,11 +191,11 @@ def test_overflow_of_text_and_steps_is_said(folder: Callable[[str], Path]) -> No
     for _ in range(2):
         pipe.text_to_image("a cube", **options)
     with torch.no_grad():
-        pipe.parts.unet.conv_out.bias.fill_(float("nan"))
+        pipe.networks.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match="denoising steps gave NaN"):
         pipe.text_to_image("a cube", **options)
     with torch.no_grad():
-        next(pipe.parts.text_encoders[0].parameters()).fill_(float("nan"))
+        next(pipe.networks.text_encoders[0].parameters()).fill_(float("nan"))
     with pytest.raises(NotFiniteError, match="text encoder gave NaN"):
         pipe.text_to_image("a cube", **options)
 
@@ -235,10 +235,10 @@ def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str]
     from fewstep.cli.batch import Line, generate_batches
 
     (pipe, _), other = fast(folder("turbo")), plain(folder("turbo"))
-    parts = [[Line(number, "a cube", Path(f"{number}.png"))] for number in (1, 2, 3)]
+    model = [[Line(number, "a cube", Path(f"{number}.png"))] for number in (1, 2, 3)]
     options: dict[str, Any] = {"prompt": "", "steps": 1, "width": 64, "height": 64}
-    found = list(generate_batches(pipe, options, parts, seed=5))
-    assert [lines for lines, _ in found] == parts
+    found = list(generate_batches(pipe, options, model, seed=5))
+    assert [lines for lines, _ in found] == model
     for number, (_, result) in enumerate(found):
         wanted = other.text_to_image("a cube", steps=1, seed=5 + number, width=64, height=64)
         assert off(result, wanted) <= 1
@@ -253,8 +253,8 @@ def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str]
     pipe.start = failing  # type: ignore[method-assign]
     kept: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        kept.extend(lines for lines, _ in generate_batches(pipe, options, parts, seed=5))
-    assert kept == parts[:2]
+        kept.extend(lines for lines, _ in generate_batches(pipe, options, model, seed=5))
+    assert kept == model[:2]
 
 
 def test_threads_draw_what_one_draws_alone(folder: Callable[[str], Path]) -> None:
@@ -293,7 +293,7 @@ def test_on_a_card(folder: Callable[[str], Path], kind: str) -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         assert matches(pipe.text_to_image(PROMPTS[1], seed=1, **options), 1)
     with torch.no_grad():
-        pipe.parts.unet.conv_out.weight.mul_(0.5)
+        pipe.networks.unet.conv_out.weight.mul_(0.5)
     assert not matches(pipe.text_to_image(PROMPTS[1], seed=1, **options), 1)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from safetensors.torch import save_file
 
 import fewstep
@@ -22,10 +21,11 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
 from fewstep.weights import load as loading
-from fewstep.weights.load import load_parts, load_tiny, open_tensors
-from fewstep.weights.save import save_parts, save_single_file
+from fewstep.weights.load import load_model, load_tiny, open_tensors
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.single import recognise
-from tests.factories import parts, text_configs, unet_config
+from tests.factories import text_configs, unet_config
 
 Oracle = Callable[[str], tuple[Any, Path]]
 
@@ -40,29 +40,29 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_parts(path, dtype=torch.float32, **options)
+        load_model(path, dtype=torch.float32, **options)
     message = str(caught.value)
     assert str(path) in message
     return message
 
 
-def saved(model: Parts, folder: Path, *, single: bool) -> tuple[Path, dict[str, Any]]:
+def saved(model: LoadedModel, folder: Path, *, single: bool) -> tuple[Path, dict[str, Any]]:
     """Where `model` was saved, and the options with which it is loaded."""
-    save_parts(model, folder / "model")
+    save_model(model, folder / "model")
     if not single:
         return folder / "model", {}
     (folder / "one").mkdir()
     save_single_file(model, folder / "one" / "model.safetensors")
     for tokenizer, name in zip(model.tokenizers, ("tokenizer", "tokenizer_2"), strict=False):
-        tokenizer.save(folder / "one" / ("tokenizer_2" if model.family == "sdxl-refiner" else name))
+        tokenizer.save(folder / "one" / ("tokenizer_2" if model.spec.family == "sdxl-refiner" else name))
     return folder / "one" / "model.safetensors", {"tokenizer": folder / "one"}
 
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
 def test_parts_that_fit_load(family: Family, single: bool, tmp_path: Path, unread: list[Any]) -> None:
-    path, options = saved(parts(family), tmp_path, single=single)
-    load_parts(path, dtype=torch.float32, **options)
+    path, options = saved(small_model(family), tmp_path, single=single)
+    load_model(path, dtype=torch.float32, **options)
     assert unread
 
 
@@ -75,7 +75,7 @@ def test_parts_that_fit_load(family: Family, single: bool, tmp_path: Path, unrea
 def test_a_unet_that_reads_other_channels_is_named(
     channels: int, said: str, family: Family, single: bool, tmp_path: Path, unread: list[Any]
 ) -> None:
-    path, options = saved(parts(family, in_channels=channels), tmp_path, single=single)
+    path, options = saved(small_model(family, in_channels=channels), tmp_path, single=single)
     message = refusal(path, **options)
     assert f"the UNet reads {channels} channels" in message
     assert said in message
@@ -84,8 +84,8 @@ def test_a_unet_that_reads_other_channels_is_named(
 
 @pytest.mark.parametrize("single", [False, True])
 def test_inpainting_unets_load(single: bool, tmp_path: Path, unread: list[Any]) -> None:
-    path, options = saved(parts("sd1", in_channels=9), tmp_path, single=single)
-    assert load_parts(path, dtype=torch.float32, **options).unet.config.in_channels == 9
+    path, options = saved(small_model("sd1", in_channels=9), tmp_path, single=single)
+    assert load_model(path, dtype=torch.float32, **options).unet.config.in_channels == 9
     assert unread
 
 
@@ -93,28 +93,28 @@ def test_inpainting_unets_load(single: bool, tmp_path: Path, unread: list[Any]) 
 def test_an_sd2_model_of_another_shape_is_named_before_it_is_asked_what_it_predicts(
     single: bool, tmp_path: Path
 ) -> None:
-    path, options = saved(parts("sd2", in_channels=5), tmp_path, single=single)
+    path, options = saved(small_model("sd2", in_channels=5), tmp_path, single=single)
     assert "depth" in refusal(path, **options)
 
 
-def other_latents(family: Family) -> Parts:
-    model = parts(family)
-    return replace(model, autoencoder=AutoencoderKL(replace(model.autoencoder.config, latent_channels=16)))
+def other_latents(family: Family) -> LoadedModel:
+    model = small_model(family)
+    return replace(model, autoencoder=AutoencoderKL(replace(model.spec.autoencoder, latent_channels=16)))
 
 
-def other_text(family: Family, index: int, **changes: Any) -> Parts:
+def other_text(family: Family, index: int, **changes: Any) -> LoadedModel:
     configs = list(text_configs(family))
     configs[index] = replace(configs[index], **changes)
-    return replace(parts(family), text_encoders=tuple(map(TextEncoder, configs)))
+    return replace(small_model(family), text_encoders=tuple(map(TextEncoder, configs)))
 
 
-MISFITS: dict[str, tuple[Callable[[], Parts], str]] = {
+MISFITS: dict[str, tuple[Callable[[], LoadedModel], str]] = {
     "latents": (lambda: other_latents("sd1"), "autoencoder has 16 latent channels; .* have 4"),
-    "outputs": (lambda: parts("sd1", out_channels=8), "UNet predicts 8 channels; latents have 4"),
-    "context": (lambda: parts("sd1", context=96), "states of width 64; the UNet's cross-attention reads 96"),
-    "contexts": (lambda: parts("sdxl", context=128), "states of width 192; the UNet's cross-attention reads 128"),
+    "outputs": (lambda: small_model("sd1", out_channels=8), "UNet predicts 8 channels; latents have 4"),
+    "context": (lambda: small_model("sd1", context=96), "states of width 64; the UNet's cross-attention reads 96"),
+    "contexts": (lambda: small_model("sdxl", context=128), "states of width 192; the UNet's cross-attention reads 128"),
     "tower": (lambda: other_text("sd2", 0, width=128, heads=2), "states of width 128; .* reads 64"),
-    "pooled": (lambda: parts("sdxl", addition=32 + 6 * 256), "pooled state has width 64; the UNet reads 32"),
+    "pooled": (lambda: small_model("sdxl", addition=32 + 6 * 256), "pooled state has width 64; the UNet reads 32"),
     "projection": (lambda: other_text("sdxl-refiner", 0, projection=32), "pooled state has width 32; .* reads 64"),
     "vocabulary": (lambda: other_text("sd1", 0, vocabulary=300, eos=299), "tokens up to 513, and its .* 300 of them"),
     "window": (lambda: other_text("sd1", 0, window=16), "windows of 77 tokens, and its text encoder of 16"),
@@ -129,31 +129,31 @@ def test_parts_of_other_sizes_are_named(name: str, single: bool, tmp_path: Path,
     make, said = MISFITS[name]
     path, options = saved(make(), tmp_path, single=single)
     with pytest.raises(CheckpointError, match=said):
-        load_parts(path, dtype=torch.float32, **options)
+        load_model(path, dtype=torch.float32, **options)
     assert not unread
 
 
 def test_an_end_token_that_no_picture_depends_on_may_be_wrong(tmp_path: Path) -> None:
-    save_parts(other_text("sd1", 0, eos=7), tmp_path / "model")
-    load_parts(tmp_path / "model", dtype=torch.float32)
+    save_model(other_text("sd1", 0, eos=7), tmp_path / "model")
+    load_model(tmp_path / "model", dtype=torch.float32)
 
 
 def test_windows_of_two_tokenizers_are_compared(tmp_path: Path) -> None:
-    save_parts(parts("sdxl"), tmp_path / "model")
+    save_model(small_model("sdxl"), tmp_path / "model")
     config = tmp_path / "model" / "tokenizer_2" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 20}))
     assert "tokenizers have windows of 20 and 77 tokens" in refusal(tmp_path / "model")
 
 
 def test_a_model_without_one_of_its_text_encoders_is_refused(tmp_path: Path) -> None:
-    save_parts(parts("sdxl"), tmp_path / "model")
+    save_model(small_model("sdxl"), tmp_path / "model")
     index = tmp_path / "model" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"text_encoder": [None, None]}))
     assert "has 1 text encoders; its UNet reads 2" in refusal(tmp_path / "model")
 
 
 def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
-    save_parts(parts("sd1"), tmp_path / "model")
+    save_model(small_model("sd1"), tmp_path / "model")
     config = tmp_path / "model" / "unet" / "config.json"
     usual = config.read_text()
     config.write_text(json.dumps(json.loads(usual) | {"attention_head_dim": 7}))
@@ -167,7 +167,7 @@ def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
 def test_channels_of_a_single_file_that_its_heads_do_not_divide_are_refused(tmp_path: Path) -> None:
     config = unet_config("sd2")
     stages = (replace(config.stages[0], channels=224, heads=3), config.stages[1])  # 224 // 64 heads, as SD 2 has them
-    model = replace(parts("sd2"), unet=UNet(replace(config, stages=stages)))
+    model = replace(small_model("sd2"), unet=UNet(replace(config, stages=stages)))
     path, options = saved(model, tmp_path, single=True)
     assert "224 channels cannot be shared among 3 attention heads" in refusal(path, **options)
 
@@ -290,21 +290,21 @@ def test_a_sample_size_is_checked(value: Any, oracle: Oracle, tmp_path: Path) ->
     ],
 )
 def test_a_default_in_a_folder_is_checked(default: dict[str, Any], tmp_path: Path) -> None:
-    save_parts(parts("sd1"), tmp_path / "model")
+    save_model(small_model("sd1"), tmp_path / "model")
     path = tmp_path / "model" / "model_index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {"_fewstep": {"defaults": default}}))
     with pytest.raises(CheckpointError, match=r"model_index\.json: the default '.*' = .* cannot be used") as caught:
-        load_parts(tmp_path / "model", dtype=torch.float32)
+        load_model(tmp_path / "model", dtype=torch.float32)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("notes", [5, [], "x", {"defaults": []}, {"defaults": 7}, {"base": {}, "name": [1]}])
 def test_notes_that_are_none_are_passed_over(notes: Any, tmp_path: Path) -> None:
-    save_parts(parts("sd1"), tmp_path / "model")
+    save_model(small_model("sd1"), tmp_path / "model")
     path = tmp_path / "model" / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_fewstep": notes}))
-    assert load_parts(tmp_path / "model", dtype=torch.float32).defaults.steps == 50
+    assert load_model(tmp_path / "model", dtype=torch.float32).defaults.steps == 50
 
 
 PIPELINES: list[tuple[dict[str, Any], str]] = [
@@ -354,7 +354,7 @@ PIPELINES: list[tuple[dict[str, Any], str]] = [
 def test_the_folder_of_another_pipeline_is_called_what_it_is(index: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=said) as caught:
-        load_parts(tmp_path, dtype=torch.float32)
+        load_model(tmp_path, dtype=torch.float32)
     assert "fewstep draws with" in str(caught.value)
 
 
@@ -381,7 +381,7 @@ def test_a_folder_of_files_asks_for_one_of_them(tmp_path: Path) -> None:
 
 
 def test_a_tiny_decoder_wants_latents_of_an_eighth(tmp_path: Path) -> None:
-    save_parts(parts("sd1"), tmp_path / "model")
+    save_model(small_model("sd1"), tmp_path / "model")
     with pytest.raises(InputError, match="2 times as wide as latents; a tiny decoder needs 8"):
         fewstep.load(tmp_path / "model", device="cpu", decoder="blocks-tiny")
 
@@ -391,7 +391,7 @@ def test_a_tiny_decoder_wants_latents_of_an_eighth(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("size", [0, 10**7])
 def test_a_single_file_of_absurd_shapes_is_refused(key: str, size: int, tmp_path: Path) -> None:
-    model = parts("sd1")
+    model = small_model("sd1")
     save_single_file(model, tmp_path / "model.safetensors")
     file = open_tensors(tmp_path / "model.safetensors")
     shapes = {**file.shapes, f"model.diffusion_model.{key}": (size, size, 3, 3)}

@@ -14,9 +14,9 @@ import torch
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, entry
 from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, named, wanted_files
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
-from tests.factories import assert_same_weights, parts
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model
+from tests.factories import assert_same_weights
 
 SD = "CompVis/stable-diffusion-v1-4"
 COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"
@@ -45,13 +45,13 @@ def put(cache: Path, source: str = SD, commit: str = COMMIT, family: Any = "sd1"
     (store / "refs").mkdir(parents=True, exist_ok=True)
     (store / "refs" / "main").write_text(commit)
     folder = store / "snapshots" / commit
-    save_parts(parts(family), folder)
+    save_model(small_model(family), folder)
     return folder
 
 
 def weights(*names: str) -> list[str]:
-    parts = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-    return [f"{part}{name}" for part in parts for name in names]
+    model = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    return [f"{part}{name}" for part in model for name in names]
 
 
 def test_only_what_drawing_needs_is_taken() -> None:
@@ -99,16 +99,16 @@ def test_what_is_cached_needs_no_network(cache: Path) -> None:
     assert is_cached(entry("sd-v1-4"))
     assert cached_folder(SD) == cached_folder(SD, "main") == cached_folder(SD, COMMIT) == folder
     assert cached_folder(SD, "v2") is None
-    by_name = load_parts("sd-v1-4", dtype=torch.float32)
-    assert_same_weights(by_name, load_parts(SD, dtype=torch.float32))
-    assert (by_name.name, by_name.licence) == ("sd-v1-4", "creativeml-openrail-m")
-    assert (by_name.defaults.steps, by_name.defaults.width) == (50, 512)
+    by_name = load_model("sd-v1-4", dtype=torch.float32)
+    assert_same_weights(by_name, load_model(SD, dtype=torch.float32))
+    assert (by_name.spec.name, by_name.spec.licence) == ("sd-v1-4", "creativeml-openrail-m")
+    assert (by_name.spec.defaults.steps, by_name.spec.defaults.width) == (50, 512)
 
 
 def test_a_turbo_model_takes_its_steps_from_the_catalogue(cache: Path) -> None:
     put(cache, "stabilityai/sd-turbo", family="sd2")
     for name in ("sd-turbo", "stabilityai/sd-turbo"):
-        defaults = load_parts(name, dtype=torch.float32).defaults
+        defaults = load_model(name, dtype=torch.float32).defaults
         assert (defaults.steps, defaults.guidance_scale, defaults.width) == (1, 0.0, 512)
 
 
@@ -122,7 +122,7 @@ def test_a_half_cached_model_is_not_cached(cache: Path) -> None:
 
 def test_without_a_network_the_way_out_is_told(cache: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not in the local cache.*network.*path of a folder"):
-        load_parts("nobody/nothing", dtype=torch.float32)
+        load_model("nobody/nothing", dtype=torch.float32)
 
 
 def test_a_download_asks_for_the_wanted_files_alone(
@@ -185,10 +185,10 @@ def test_an_embedded_model_that_is_missing_is_told(monkeypatch: pytest.MonkeyPat
     assert embedded == ["blocks-base", "blocks-small", "blocks-turbo", "blocks-tiny"]
     assert not is_cached(entry("blocks-base"))
     with pytest.raises(CheckpointError, match="install fewstep again"):
-        load_parts("blocks-base", dtype=torch.float32)
-    save_parts(parts("sd1"), tmp_path / "blocks-base")
-    loaded = load_parts("blocks-base", dtype=torch.float32)
-    assert (loaded.name, loaded.family, loaded.licence, loaded.defaults.steps) == (
+        load_model("blocks-base", dtype=torch.float32)
+    save_model(small_model("sd1"), tmp_path / "blocks-base")
+    loaded = load_model("blocks-base", dtype=torch.float32)
+    assert (loaded.spec.name, loaded.spec.family, loaded.spec.licence, loaded.spec.defaults.steps) == (
         "blocks-base",
         "blocks",
         "Apache-2.0",

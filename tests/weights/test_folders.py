@@ -19,10 +19,10 @@ from fewstep.adapters.lora import Factors, Lora
 from fewstep.adapters.save import save_lora
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.models.zoo import Family
-from fewstep.weights.load import load_parts, load_tiny
-from fewstep.weights.save import save_parts, save_single_file
+from fewstep.weights.load import load_model, load_tiny
+from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.scheduler import SchedulerConfig
-from tests.factories import FAMILIES, assert_same_weights, networks, parts
+from tests.factories import FAMILIES, assert_same_weights, networks
 
 Oracle = Callable[[str], tuple[Any, Path]]
 KINDS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "refiner": "sdxl-refiner", "inpaint": "sd1"}
@@ -42,7 +42,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, to
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return load_parts(folder, dtype=dtype)
+    return load_model(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +64,7 @@ def test_what_diffusers_saved_loads(oracle: Oracle, kind: str) -> None:
 def test_what_we_save_diffusers_loads(oracle: Oracle, kind: str, tmp_path: Path) -> None:
     pipe, folder = oracle(kind)
     loaded = load(folder)
-    save_parts(loaded, tmp_path / "saved")
+    save_model(loaded, tmp_path / "saved")
     again = type(pipe).from_pretrained(tmp_path / "saved")
     x, t = torch.randn(1, pipe.unet.config.in_channels, 8, 8), torch.tensor([500.0])
     context = torch.randn(1, 5, loaded.unet.config.context)
@@ -91,8 +91,8 @@ def test_what_we_save_diffusers_loads(oracle: Oracle, kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_folder_loads_as_the_same_model(family: Family, tmp_path: Path) -> None:
-    model = parts(family)
-    save_parts(model, tmp_path / "model")
+    model = small_model(family)
+    save_model(model, tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert_same_weights(loaded, model)
     assert (
@@ -108,13 +108,13 @@ def test_a_saved_folder_loads_as_the_same_model(family: Family, tmp_path: Path) 
 
 
 def test_saving_replaces_a_model_and_nothing_else(tmp_path: Path) -> None:
-    save_parts(parts("sd1"), tmp_path / "model")
-    save_parts(second := parts("sd1"), tmp_path / "model")
+    save_model(small_model("sd1"), tmp_path / "model")
+    save_model(second := small_model("sd1"), tmp_path / "model")
     assert_same_weights(load(tmp_path / "model"), second)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("do not lose me")
     with pytest.raises(InputError, match="not a model folder"):
-        save_parts(second, tmp_path / "letters")
+        save_model(second, tmp_path / "letters")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letters", "model"]
 
 
@@ -122,15 +122,15 @@ def test_a_save_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    model = parts("sd1")
+    model = small_model("sd1")
     monkeypatch.setattr(type(model.tokenizers[0]), "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_parts(model, tmp_path / "model")
+        save_model(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_a_killed_save_moved_aside_is_found_again(tmp_path: Path) -> None:
-    save_parts(model := parts("sd1"), tmp_path / "model")
+    save_model(model := small_model("sd1"), tmp_path / "model")
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     (tmp_path / "model").rename(tmp_path / f".model.{process.pid}.old")  # between the renames, on no Linux
@@ -148,12 +148,12 @@ def test_a_model_that_a_killed_save_moved_aside_is_found_again(tmp_path: Path) -
 def test_weights_that_are_not_finite_are_never_saved(
     tmp_path: Path, value: float, dtype: torch.dtype | None, said: str
 ) -> None:
-    save_parts(good := parts("sd1"), tmp_path / "model")
-    bad = parts("sd1")
+    save_model(good := small_model("sd1"), tmp_path / "model")
+    bad = small_model("sd1")
     with torch.no_grad():
         bad.unet.conv_in.weight[0, 0, 0, 0] = value
     with pytest.raises(NotFiniteError, match=f"'conv_in.weight' {said}"):
-        save_parts(bad, tmp_path / "model", dtype)
+        save_model(bad, tmp_path / "model", dtype)
     assert_same_weights(load(tmp_path / "model"), good)
     with pytest.raises(NotFiniteError, match=said):
         save_single_file(bad, tmp_path / "model.safetensors", dtype)
@@ -322,10 +322,10 @@ def test_folders_that_are_none_are_told(copy: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_prediction_or_name_is_told_with_the_nearest(copy: Path) -> None:
     with pytest.raises(InputError, match="unknown prediction 'eps'"):
-        load_parts(copy, dtype=torch.float32, prediction="eps")
+        load_model(copy, dtype=torch.float32, prediction="eps")
     with pytest.raises(InputError, match="did you mean 'sd-turbo'"):
-        load_parts("sd-trubo", dtype=torch.float32)
-    assert load_parts(copy, dtype=torch.float32, prediction="sample").scheduler.prediction == "sample"
+        load_model("sd-trubo", dtype=torch.float32)
+    assert load_model(copy, dtype=torch.float32, prediction="sample").scheduler.prediction == "sample"
 
 
 def test_a_tiny_autoencoder_loads(tmp_path: Path) -> None:

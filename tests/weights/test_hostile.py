@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from safetensors.torch import load_file, save_file
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import Family
-from fewstep.weights.load import load_parts, open_tensors
+from fewstep.weights.load import load_model, open_tensors
+from fewstep.weights.model import LoadedModel
 from fewstep.weights.save import save_single_file
-from tests.factories import assert_same_weights, parts
+from tests.factories import assert_same_weights
 
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 
@@ -208,19 +208,19 @@ def test_a_directory_that_lies_about_sizes_is_a_zip_bomb(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def single(tmp_path: Path) -> tuple[Parts, Path]:
+def single(tmp_path: Path) -> tuple[LoadedModel, Path]:
     """A small SD 1, its single file, and a tokenizer's folder beside it."""
-    model = parts("sd1")
+    model = small_model("sd1")
     save_single_file(model, tmp_path / "model.safetensors")
     model.tokenizers[0].save(tmp_path / "tokenizer")
     return model, tmp_path / "model.safetensors"
 
 
-def load(path: Path, **options: Any) -> Parts:
-    return load_parts(path, dtype=torch.float32, **({"tokenizer": path.parent} | options))
+def load(path: Path, **options: Any) -> LoadedModel:
+    return load_model(path, dtype=torch.float32, **({"tokenizer": path.parent} | options))
 
 
-def test_checkpoints_load_with_what_trainers_left_in_them(single: tuple[Parts, Path]) -> None:
+def test_checkpoints_load_with_what_trainers_left_in_them(single: tuple[LoadedModel, Path]) -> None:
     model, path = single
     tensors = load_file(path)
     extra = {
@@ -238,14 +238,14 @@ def test_checkpoints_load_with_what_trainers_left_in_them(single: tuple[Parts, P
     assert_same_weights(load(path.with_suffix(".ckpt")), model)
 
 
-def test_not_a_number_is_no_reason_to_refuse(single: tuple[Parts, Path]) -> None:
+def test_not_a_number_is_no_reason_to_refuse(single: tuple[LoadedModel, Path]) -> None:
     _, path = single
     tensors = load_file(path) | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))}
     save_file(tensors, path)
     assert load(path).unet.conv_out.bias.isnan().all()
 
 
-def test_all_that_does_not_fit_a_single_file_is_told_at_once(single: tuple[Parts, Path]) -> None:
+def test_all_that_does_not_fit_a_single_file_is_told_at_once(single: tuple[LoadedModel, Path]) -> None:
     _, path = single
     tensors = load_file(path)
     del tensors["first_stage_model.quant_conv.bias"]
@@ -283,7 +283,7 @@ def test_other_models_are_named(tmp_path: Path, names: list[str], said: str) -> 
 
 
 def test_what_a_single_file_does_not_say_is_asked_for(
-    tmp_path: Path, single: tuple[Parts, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, single: tuple[LoadedModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no cache"))
     with pytest.raises(InputError, match="pass tokenizer=, a folder with tokenizer as in CompVis"):
@@ -291,7 +291,7 @@ def test_what_a_single_file_does_not_say_is_asked_for(
     with pytest.raises(InputError, match="pass tokenizer="):
         load(single[1], tokenizer=tmp_path / "nowhere")
     assert load(single[1], tokenizer=tmp_path / "tokenizer").tokenizers[0].window == 77
-    model = parts("sd2")
+    model = small_model("sd2")
     save_single_file(model, tmp_path / "sd2.safetensors")
     save_file(load_file(tmp_path / "sd2.safetensors"), tmp_path / "silent.safetensors")
     assert load(tmp_path / "sd2.safetensors").scheduler.prediction == "v_prediction"
@@ -315,7 +315,7 @@ def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_p
 
     config = unet_config("sd1")
     stages = tuple(replace(stage, heads=4) for stage in config.stages)
-    odd = replace(parts("sd1"), unet=UNet(replace(config, stages=stages)))
+    odd = replace(small_model("sd1"), unet=UNet(replace(config, stages=stages)))
     with pytest.raises(InputError, match="save a folder"):
         save_single_file(odd, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -323,7 +323,7 @@ def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_p
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_inpainting_is_told_by_nine_channels(tmp_path: Path, family: Family) -> None:
-    model = parts(family, in_channels=9)
+    model = small_model(family, in_channels=9)
     save_single_file(model, tmp_path / "model.safetensors")
     for name, words in zip(("tokenizer", "tokenizer_2"), model.tokenizers, strict=False):
         words.save(tmp_path / name)

@@ -18,10 +18,10 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, Family
 from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gathered, single_places
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts, save_single_file
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.single import DROPPED, recognise
-from tests.factories import FAMILIES, assert_same_weights, parts
+from tests.factories import FAMILIES, assert_same_weights
 
 WHOLE = ("sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner")  # the turbo models have the shapes of others
 KEYS_IN_PUBLISHED_FILE = {"sd-v1-4": 1131 - 1, "sdxl-base": 2515 - 2}  # less position_ids, logit_scale
@@ -126,8 +126,10 @@ def test_unet_and_autoencoder_names_are_those_of_diffusers_conversion(name: str)
 @pytest.mark.parametrize("family", ["sd2", "sdxl", "sdxl-refiner"])
 def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> None:
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
-    prefix, model = TEXT_PREFIXES[family][-1], parts(family)
-    tower, places = single_places(family, model.unet, model.autoencoder, model.text_encoders)[-1]
+    prefix, model = TEXT_PREFIXES[family][-1], small_model(family)
+    tower, places = single_places(
+        family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
+    )[-1]
     state = tower.state_dict()
     original = gathered(places, state)
     theirs = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
@@ -138,8 +140,10 @@ def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writing_and_taking_are_inverse(family: Family) -> None:
-    model = parts(family)
-    for network, places in single_places(family, model.unet, model.autoencoder, model.text_encoders):
+    model = small_model(family)
+    for network, places in single_places(
+        family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
+    ):
         state = network.state_dict()
         written = gathered(places, state)
         for key, tensor in state.items():
@@ -148,14 +152,14 @@ def test_writing_and_taking_are_inverse(family: Family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_single_file_loads_as_the_same_model(family: Family, tmp_path: Path) -> None:
-    folder, model = tmp_path, parts(family)
+    folder, model = tmp_path, small_model(family)
     save_single_file(model, folder / "model.safetensors")
     for name, words in zip(("tokenizer", "tokenizer_2"), model.tokenizers, strict=False):
         words.save(folder / (name if family != "sdxl-refiner" else "tokenizer_2"))
-    loaded = load_parts(folder / "model.safetensors", dtype=torch.float32, tokenizer=folder)
+    loaded = load_model(folder / "model.safetensors", dtype=torch.float32, tokenizer=folder)
     assert_same_weights(loaded, model)
-    assert loaded.family == family
-    assert loaded.scheduler == model.scheduler
+    assert loaded.spec.family == family
+    assert loaded.spec.scheduler == model.spec.scheduler
     assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == []
 
 
@@ -178,17 +182,17 @@ def test_old_autoencoders_are_renamed() -> None:
 )
 def test_diffusers_reads_our_single_file_as_it_reads_our_folder(family: Family, kind: str, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    model = parts(family)
-    save_parts(model, tmp_path / "folder")
+    model = small_model(family)
+    save_model(model, tmp_path / "folder")
     save_single_file(model, tmp_path / "model.safetensors")
     single = getattr(diffusers, kind).from_single_file(
         tmp_path / "model.safetensors", config=str(tmp_path / "folder"), local_files_only=True
     )
-    for ours, theirs in zip((model.unet, model.autoencoder), (single.unet, single.vae), strict=True):
+    for ours, theirs in zip((model.networks.unet, model.networks.autoencoder), (single.unet, single.vae), strict=True):
         state = theirs.state_dict()
         assert ours.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
-    for ours, name in zip(model.text_encoders, ("text_encoder", "text_encoder_2"), strict=False):
+    for ours, name in zip(model.networks.text_encoders, ("text_encoder", "text_encoder_2"), strict=False):
         state = {key.removeprefix("text_model."): t for key, t in getattr(single, name).state_dict().items()}
         mine = {key.removeprefix("text_model."): tensor for key, tensor in ours.state_dict().items()}
         assert mine.keys() == state.keys()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.layouts import UNET_PREFIX, single_places
+from fewstep.weights.model import LoadedModel
 from tests import factories
 
 RANK = 2
@@ -33,15 +33,15 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 @pytest.fixture(scope="module")
-def model() -> Callable[[str], Parts]:
-    made = {family: factories.parts(family) for family in factories.FAMILIES}
+def model() -> Callable[[str], LoadedModel]:
+    made = {family: factories.small_model(family) for family in factories.FAMILIES}
     return made.__getitem__
 
 
-def whole_lora(parts: Parts, alpha: float = 1.5) -> Lora:
+def whole_lora(model: LoadedModel, alpha: float = 1.5) -> Lora:
     """A change of every layer of the model."""
     layers = {}
-    for name, layer in layers_of(networks(parts)).items():
+    for name, layer in layers_of(networks(model)).items():
         shape = layer.weight.shape
         up = torch.randn(shape[0], RANK, *[1] * (len(shape) - 2))
         layers[name] = Factors(down=torch.randn(RANK, *shape[1:]), up=up, alpha=alpha)
@@ -58,51 +58,53 @@ def assert_same(ours: Lora, theirs: Lora) -> None:
 
 
 @cache
-def original(parts: Parts) -> dict[str, str]:
+def original(model: LoadedModel) -> dict[str, str]:
     """From the UNet's parameters to their names in an original single file."""
-    (_, places), *_ = single_places(parts.family, parts.unet, parts.autoencoder, parts.text_encoders)
+    (_, places), *_ = single_places(
+        model.spec.family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
+    )
     return {name: place.key.removeprefix(UNET_PREFIX) for name, place in places.items()}
 
 
-def diffusers(parts: Parts, name: str) -> str:
+def diffusers(model: LoadedModel, name: str) -> str:
     return name
 
 
-def old_diffusers(parts: Parts, name: str) -> str:
+def old_diffusers(model: LoadedModel, name: str) -> str:
     """Attention by its processors, whose output layer has no number; text towers in the UNet's words."""
     name = re.sub(r"attn(\d)\.", r"attn\1.processor.", name).replace("to_out.0", "to_out")
     return re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", name)
 
 
-def new_transformers(parts: Parts, name: str) -> str:
+def new_transformers(model: LoadedModel, name: str) -> str:
     return name.replace("text_model.", "")
 
 
-def kohya(parts: Parts, name: str) -> str:
+def kohya(model: LoadedModel, name: str) -> str:
     network, _, layer = name.partition(".")
-    first = "lora_te1_" if len(parts.text_encoders) > 1 else "lora_te_"
+    first = "lora_te1_" if len(model.networks.text_encoders) > 1 else "lora_te_"
     return {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}[network] + layer.replace(
         ".", "_"
     )
 
 
-def kohya_original(parts: Parts, name: str) -> str:
+def kohya_original(model: LoadedModel, name: str) -> str:
     """SDXL's UNet by its original names."""
     if not name.startswith("unet."):
-        return kohya(parts, name)
-    layer = original(parts)[f"{name.removeprefix('unet.')}.weight"].removesuffix(".weight")
+        return kohya(model, name)
+    layer = original(model)[f"{name.removeprefix('unet.')}.weight"].removesuffix(".weight")
     return f"lora_unet_{layer.replace('.', '_')}"
 
 
-def comfy(parts: Parts, name: str) -> str:
+def comfy(model: LoadedModel, name: str) -> str:
     network, _, layer = name.partition(".")
     if network != "unet":
         tower = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[network]
         return f"text_encoders.{tower}.transformer.{layer}"
-    return "diffusion_model." + original(parts)[f"{layer}.weight"].removesuffix(".weight")
+    return "diffusion_model." + original(model)[f"{layer}.weight"].removesuffix(".weight")
 
 
-LAYOUTS: dict[str, tuple[Callable[[Parts, str], str], str, str, str]] = {
+LAYOUTS: dict[str, tuple[Callable[[LoadedModel, str], str], str, str, str]] = {
     "diffusers": (diffusers, ".lora_A.weight", ".lora_B.weight", ".alpha"),
     "diffusers lora.down": (diffusers, ".lora.down.weight", ".lora.up.weight", ".alpha"),
     "diffusers towers": (diffusers, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".alpha"),
@@ -115,11 +117,11 @@ LAYOUTS: dict[str, tuple[Callable[[Parts, str], str], str, str, str]] = {
 }
 
 
-def tensors_of(lora: Lora, parts: Parts, layout: str) -> dict[str, Tensor]:
+def tensors_of(lora: Lora, model: LoadedModel, layout: str) -> dict[str, Tensor]:
     rename, down, up, alpha = LAYOUTS[layout]
     tensors = {}
     for name, factors in lora.layers.items():
-        theirs = rename(parts, name)
+        theirs = rename(model, name)
         tensors[theirs + down], tensors[theirs + up] = factors.down, factors.up
         tensors[theirs + alpha] = torch.tensor(factors.alpha)
     return tensors
@@ -128,31 +130,31 @@ def tensors_of(lora: Lora, parts: Parts, layout: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_is_found_in_every_layout(model, tmp_path, family, layout):
-    parts = model(family)
-    lora = whole_lora(parts)
-    save_file(tensors_of(lora, parts, layout), tmp_path / "a.safetensors")
-    assert_same(read_lora(tmp_path / "a.safetensors", parts), lora)
+    model = model(family)
+    lora = whole_lora(model)
+    save_file(tensors_of(lora, model, layout), tmp_path / "a.safetensors")
+    assert_same(read_lora(tmp_path / "a.safetensors", model), lora)
 
 
 @pytest.mark.parametrize("network", ["unet", "text_encoder"])
 def test_peft_saves_one_network_without_its_name(model, tmp_path, network):
-    parts, prefix = model("sd1"), f"{network}."
-    whole = whole_lora(parts, alpha=RANK)
+    model, prefix = model("sd1"), f"{network}."
+    whole = whole_lora(model, alpha=RANK)
     lora = replace(whole, layers={name: f for name, f in whole.layers.items() if name.startswith(prefix)})
     tensors = {}
     for name, factors in lora.layers.items():
         tensors[f"base_model.model.{name.removeprefix(prefix)}.lora_A.weight"] = factors.down
         tensors[f"base_model.model.{name.removeprefix(prefix)}.lora_B.weight"] = factors.up
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert_same(read_lora(tmp_path, parts), lora)
+    assert_same(read_lora(tmp_path, model), lora)
 
 
 def test_the_refiner_has_the_second_tower_alone(model, tmp_path):
-    parts = model("sdxl-refiner")
-    lora = whole_lora(parts)
+    model = model("sdxl-refiner")
+    lora = whole_lora(model)
     assert any(name.startswith("text_encoder_2.") for name in lora.layers)
-    save_file(tensors_of(lora, parts, "kohya"), tmp_path / "a.safetensors")
-    read = read_lora(tmp_path / "a.safetensors", parts)
+    save_file(tensors_of(lora, model, "kohya"), tmp_path / "a.safetensors")
+    read = read_lora(tmp_path / "a.safetensors", model)
     assert read.layers.keys() == lora.layers.keys()
 
 
@@ -186,19 +188,19 @@ def test_names_of_published_files_fit_the_published_models(name):
     assert entry.unet is not None
     with torch.device("meta"):
         towers = tuple(TextEncoder(config) for config in entry.texts)
-        parts = replace(factories.parts(entry.family), unet=UNet(entry.unet), text_encoders=towers)
-    assert set(PUBLISHED[name]) <= layer_names(parts).keys()
+        model = replace(factories.small_model(entry.family), unet=UNet(entry.unet), text_encoders=towers)
+    assert set(PUBLISHED[name]) <= layer_names(model).keys()
 
 
 def test_a_linear_lora_of_a_projection_that_is_a_convolution(model, tmp_path):
     """Trainers disagree on what a 1x1 convolution is."""
-    name, parts = "unet.down_blocks.0.attentions.0.proj_in", model("sd1")
+    name, model = "unet.down_blocks.0.attentions.0.proj_in", model("sd1")
     down, up = torch.randn(3, 64), torch.randn(64, 3)
     flat = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     square = {key: tensor[:, :, None, None].contiguous() for key, tensor in flat.items()}
     for tensors in (flat, square):
         save_file(tensors, tmp_path / "a.safetensors")
-        read = read_lora(tmp_path / "a.safetensors", parts)
+        read = read_lora(tmp_path / "a.safetensors", model)
         assert torch.allclose(read.layers[name].product(), up @ down)
 
 
@@ -253,10 +255,10 @@ def test_an_alpha_beside_the_tensors_goes_before(model, tmp_path):
 # what is refused
 
 
-def refusal(tensors: dict[str, Tensor], parts: Parts, folder: Path, **notes: str) -> str:
+def refusal(tensors: dict[str, Tensor], model: LoadedModel, folder: Path, **notes: str) -> str:
     save_file(tensors, folder / "a.safetensors", metadata=notes or None)
     with pytest.raises(CheckpointError) as caught:
-        read_lora(folder / "a.safetensors", parts)
+        read_lora(folder / "a.safetensors", model)
     return str(caught.value)
 
 

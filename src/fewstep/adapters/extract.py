@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.adapters.lora import Factors, Lora, layers_of, networks
 from fewstep.errors import InputError
-from fewstep.weights.parts import Parts
+from fewstep.weights.model import Loaded
 
 
 class _Change(NamedTuple):
@@ -29,7 +29,7 @@ class _Change(NamedTuple):
 
 
 @torch.no_grad()
-def extracted_lora(base: Parts, tuned: Parts, *, rank: int, name: str = "lora") -> tuple[Lora, float]:
+def extracted_lora(base: Loaded, tuned: Loaded, *, rank: int, name: str = "lora") -> tuple[Lora, float]:
     """The LoRA that brings `base` nearest to `tuned`, as large as one of `rank` in each layer, and how far they stay.
 
     Nearest in squared error, by singular values: a layer's own rank is what its values deserve for what they cost. The
@@ -40,7 +40,9 @@ def extracted_lora(base: Parts, tuned: Parts, *, rank: int, name: str = "lora") 
         raise InputError(f"the rank is {rank}; it must be 1 or more")
     ours, theirs = layers_of(networks(base)), layers_of(networks(tuned))
     if {n: layer.weight.shape for n, layer in ours.items()} != {n: layer.weight.shape for n, layer in theirs.items()}:
-        raise InputError(f"{base.name} and {tuned.name} have other layers; a LoRA is the difference of two alike")
+        raise InputError(
+            f"{base.spec.name} and {tuned.spec.name} have other layers; a LoRA is the difference of two alike"
+        )
     changes = dict[str, _Change]()
     for layer, module in ours.items():
         change = (theirs[layer].weight.float() - module.weight.float()).flatten(1)

@@ -87,7 +87,7 @@ def inject(
 ) -> nn.ModuleList:
     """Put a fresh LoRA beside each target layer of `networks`, freeze all else, and return the `LowRank` modules.
 
-    `networks` by the names `unet`, `text_encoder`, `text_encoder_2`: `{"unet": pipe.parts.unet}`, or all of
+    `networks` by the names `unet`, `text_encoder`, `text_encoder_2`: `{"unet": pipe.networks.unet}`, or all of
     `adapters.lora.networks(parts)`. `targets`: the ends of names. `alpha` defaults to the rank. The networks compute
     exactly what they did until a step of training is taken. InputError for values out of range or no target at all.
     """

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
-from fewstep.weights.parts import Parts, family_of
+from fewstep.weights.model import Loaded, family_of
 
 Layer = nn.Linear | nn.Conv2d
-
-
-class Loaded(Protocol):
-    """A loaded model: a `Pipeline`, or anything else that has `parts`."""
-
-    @property
-    def parts(self) -> Parts:
-        """The networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +44,11 @@ class Lora:
     layers: Mapping[str, Factors]
 
 
-def networks(parts: Parts) -> dict[str, nn.Module]:
+def networks(model: Loaded) -> dict[str, nn.Module]:
     """What a LoRA may change: `unet`, `text_encoder`, `text_encoder_2`; the refiner has the second tower alone."""
-    alone = family_of(parts.unet.config) == "sdxl-refiner"
+    alone = family_of(model.spec.unet) == "sdxl-refiner"
     towers = ("text_encoder_2",) if alone else ("text_encoder", "text_encoder_2")
-    return {"unet": parts.unet, **dict(zip(towers[: len(parts.text_encoders)], parts.text_encoders, strict=True))}
+    return {"unet": model.networks.unet, **dict(zip(towers, model.networks.text_encoders, strict=False))}
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[str, Layer]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fewstep.adapters.lora import Factors, Loaded, Lora, layers_of, networks
+from fewstep.adapters.lora import Factors, Lora, layers_of, networks
 from fewstep.adapters.read import read_lora
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.models.unet import UNet
-from fewstep.weights.parts import Parts
+from fewstep.weights.model import Loaded
 
 Applied = tuple[Lora, float]  # with its scale
 
@@ -47,21 +47,21 @@ def add_lora(pipe: Loaded, what: Lora | str | Path, scale: float = 1.0) -> Lora:
     """
     if not math.isfinite(scale):
         raise InputError(f"the scale of a LoRA is {scale}; expected a number, usually from 0 to 1")
-    lora = what if isinstance(what, Lora) else read_lora(what, pipe.parts)
-    _check_fit(pipe.parts, lora)
+    lora = what if isinstance(what, Lora) else read_lora(what, pipe)
+    _check_fit(pipe, lora)
     with _merging:
-        _set(pipe.parts, [*_applied(pipe.parts), (lora, scale)])
+        _set(pipe, [*_applied(pipe), (lora, scale)])
     return lora
 
 
 @torch.inference_mode(False)  # tensors of that mode have no versions
 @torch.no_grad()
-def fuse_lora(parts: Parts, lora: Lora) -> None:
+def fuse_lora(model: Loaded, lora: Lora) -> None:
     """Merge a LoRA for good: what was before is not kept. Raises as `add_lora` does, and changes nothing then."""
-    _check_fit(parts, lora)
-    layers = layers_of(networks(parts))
+    _check_fit(model, lora)
+    layers = layers_of(networks(model))
     weights = {name: _summed(name, layers[name].weight.data, [(lora, 1.0)]) for name in lora.layers}
-    with parts.lock.changing():
+    with model.networks.lock.changing():
         for name, weight in weights.items():
             _replace(layers[name].weight, weight)
 
@@ -69,34 +69,36 @@ def fuse_lora(parts: Parts, lora: Lora) -> None:
 def remove_lora(pipe: Loaded, lora: Lora | None = None) -> None:
     """Take `lora`, or all of them, out of `pipe`; the weights become what they were, to the last bit."""
     with _merging:
-        applied = _applied(pipe.parts)
+        applied = _applied(pipe)
         if lora is not None and not any(each is lora for each, _ in applied):
             merged = ", ".join(each.name for each, _ in applied) or "none"
-            raise InputError(f"the LoRA {lora.name} is not merged into {pipe.parts.name}; merged: {merged}")
-        _set(pipe.parts, [(each, scale) for each, scale in applied if lora is not None and each is not lora])
+            raise InputError(f"the LoRA {lora.name} is not merged into {pipe.spec.name}; merged: {merged}")
+        _set(pipe, [(each, scale) for each, scale in applied if lora is not None and each is not lora])
 
 
-def _applied(parts: Parts) -> list[Applied]:
-    state = _merged.get(parts.unet)
+def _applied(model: Loaded) -> list[Applied]:
+    state = _merged.get(model.networks.unet)
     return state.applied if state else []
 
 
-def _check_fit(parts: Parts, lora: Lora) -> None:
-    sizes = {name: layer.weight.numel() for name, layer in layers_of(networks(parts)).items()}
+def _check_fit(model: Loaded, lora: Lora) -> None:
+    sizes = {name: layer.weight.numel() for name, layer in layers_of(networks(model)).items()}
     for name, factors in lora.layers.items():
         if sizes.get(name) != len(factors.up) * factors.down[0].numel():
-            raise InputError(f"the LoRA {lora.name} changes {name}, which {parts.name} has not, or not of this size")
+            raise InputError(
+                f"the LoRA {lora.name} changes {name}, which {model.spec.name} has not, or not of this size"
+            )
 
 
 @torch.inference_mode(False)  # tensors of that mode have no versions
 @torch.no_grad()
-def _set(parts: Parts, applied: list[Applied]) -> None:
+def _set(model: Loaded, applied: list[Applied]) -> None:
     """Make `applied` all that is merged: everything is computed before the first weight changes."""
-    state, layers = _merged.setdefault(parts.unet, _Merged()), layers_of(networks(parts))
+    state, layers = _merged.setdefault(model.networks.unet, _Merged()), layers_of(networks(model))
     changed = dict.fromkeys(name for lora, _ in applied for name in lora.layers)
     originals = {name: state.originals.get(name, layers[name].weight.data) for name in changed}
     weights = {name: _summed(name, originals[name], applied) for name in changed}
-    with parts.lock.changing():
+    with model.networks.lock.changing():
         for name in {**state.originals, **changed}:
             _replace(layers[name].weight, weights[name] if name in changed else state.originals[name])
         state.applied, state.originals = applied, originals

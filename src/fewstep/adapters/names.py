@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from fewstep.adapters.lora import layers_of, networks
 from fewstep.weights.layouts import UNET_PREFIX, single_places
-from fewstep.weights.parts import Parts, family_of
+from fewstep.weights.model import Loaded, family_of
 
 _DOTTED = {  # diffusers and PEFT, then ComfyUI
     "unet": ("unet.", "diffusion_model."),
@@ -21,12 +21,12 @@ _UNDERSCORED = {  # kohya: underscores for dots
 }
 
 
-def layer_names(parts: Parts) -> dict[str, str]:
+def layer_names(model: Loaded) -> dict[str, str]:
     """From every name that a file may have for a layer of the model to the layer's name in a `Lora`."""
-    originals = _originals(parts)
-    lone_tower = len(parts.text_encoders) == 1
+    originals = _originals(model)
+    lone_tower = len(model.networks.text_encoders) == 1
     names: dict[str, str] = {}
-    for ours in layers_of(networks(parts)):
+    for ours in layers_of(networks(model)):
         network, _, layer = ours.partition(".")
         dotted = (*_DOTTED[network], *([""] if network == "unet" or lone_tower else []))
         for variant in {layer, *_variants(layer), originals.get(layer, layer)}:
@@ -54,10 +54,10 @@ def _variants(layer: str) -> Iterator[str]:
             yield from (name, re.sub(r"\b(q|k|v|out)_proj$", r"to_\1", name))
 
 
-def _originals(parts: Parts) -> dict[str, str]:
+def _originals(model: Loaded) -> dict[str, str]:
     """From the UNet's names to those of the original single files, which kohya's trainer gives to SDXL."""
-    family = family_of(parts.unet.config)
-    (_, places), *_ = single_places(family, parts.unet, parts.autoencoder, parts.text_encoders)
+    family = family_of(model.spec.unet)
+    (_, places), *_ = single_places(family, model.networks)
     return {
         name.removesuffix(".weight"): place.key.removeprefix(UNET_PREFIX).removesuffix(".weight")
         for name, place in places.items()

@@ -17,7 +17,7 @@ from fewstep.files import reading
 from fewstep.formats.tensors import TensorFile
 from fewstep.weights.folder import read_json
 from fewstep.weights.load import open_tensors
-from fewstep.weights.parts import Parts
+from fewstep.weights.model import Loaded
 
 NOTE = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in a .safetensors file
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of folders by PEFT and by diffusers
@@ -48,20 +48,20 @@ Keys = Mapping[str, str]  # "down", "up" and "alpha" -> the name of the tensor
 Problems = defaultdict[str, set[str]]  # what is wrong -> with which layers
 
 
-def read_lora(what: str | Path, parts: Parts) -> Lora:
-    """The LoRA in the file `what` (or in the folder that diffusers or PEFT wrote), for the model `parts`.
+def read_lora(what: str | Path, model: Loaded) -> Lora:
+    """The LoRA in the file `what` (or in the folder that diffusers or PEFT wrote), for `model`.
 
     Layouts: diffusers old and new, PEFT, kohya, ComfyUI; of linear layers and convolutions, a rank for each layer. A
     missing alpha is the rank. Raises CheckpointError for another kind of adapter, a LoRA of another model or a broken
     file, and InputError where there is none.
     """
-    file, model = open_tensors(_located(Path(what).expanduser())), layers_of(networks(parts))
-    layers, problems = _sorted(file, layer_names(parts))
+    file, known = open_tensors(_located(Path(what).expanduser())), layers_of(networks(model))
+    layers, problems = _sorted(file, layer_names(model))
     for name, keys in layers.items():
-        if problem := _misfit(file, keys, model[name]):
+        if problem := _misfit(file, keys, known[name]):
             problems[problem].add(name)
     if problems:
-        raise CheckpointError(_refusal(file, parts, problems))
+        raise CheckpointError(_refusal(file, model, problems))
     settings = _settings(file)
     factors = {name: _factors(file, keys, name, settings) for name, keys in layers.items()}
     return Lora(name=file.path.stem, layers=factors)
@@ -120,11 +120,11 @@ def _misfit(file: TensorFile, keys: Keys, layer: Layer) -> str | None:
     return None
 
 
-def _refusal(file: TensorFile, parts: Parts, problems: Problems) -> str:
-    made_for, own = _made_for(file), _FAMILIES.get(parts.family, parts.family)
+def _refusal(file: TensorFile, model: Loaded, problems: Problems) -> str:
+    made_for, own = _made_for(file), _FAMILIES.get(model.spec.family, model.spec.family)
     what = f"is made for {made_for} and" if made_for not in (None, own) else "is a LoRA that"
     lines = [f"  layers {problem} ({len(names)}): {some(names)}" for problem, names in problems.items()]
-    return "\n".join([f"{file.path} {what} does not fit {parts.name} ({own}); nothing was applied.", *lines])
+    return "\n".join([f"{file.path} {what} does not fit {model.spec.name} ({own}); nothing was applied.", *lines])
 
 
 def _made_for(file: TensorFile) -> str | None:

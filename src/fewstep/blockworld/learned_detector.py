@@ -112,7 +112,7 @@ def _found(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tens
 def _related(a: Found, b: Found) -> tuple[int, bool]:
     """The relation that the parts of two objects make most likely, and whether b is its first object."""
     scores = {
-        (relation, swapped): float(one.parts[first] + other.parts[second])
+        (relation, swapped): float(one.parts[first] + other[second])
         for (first, second), relation in PLAYED.items()
         for swapped, one, other in ((False, a, b), (True, b, a))
     }

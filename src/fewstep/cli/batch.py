@@ -192,8 +192,8 @@ def _load(run_settings: Settings, *, device: str | None, quiet: bool) -> Pipelin
 
 def unknown_word_lines(pipe: Pipeline, lines: list[Line]) -> list[str]:
     """A sentence for each line with words that the model does not know."""
-    unknown = ((line.number, pipe.parts.tokenizers[0].unknown(line.prompt)) for line in lines)
-    return [f"line {number}: {unknown_words(words, pipe.parts.name)}" for number, words in unknown if words]
+    unknown = ((line.number, pipe.tokenizers[0].unknown(line.prompt)) for line in lines)
+    return [f"line {number}: {unknown_words(words, pipe.spec.name)}" for number, words in unknown if words]
 
 
 def generate_batches(

@@ -19,14 +19,14 @@ def check(settings: Settings) -> None:
     """InputError for values out of range, unknown names, and models that do not go together; loads nothing."""
     from fewstep.inspect.catalogue import defaults_of
     from fewstep.pipeline.load import EMBEDDED
-    from fewstep.pipeline.request import TaskOptions, make_job, strength_steps
+    from fewstep.pipeline.request import TaskOptions, make_request, strength_steps
 
     model = _entry(settings.get("model", EMBEDDED))
     _check_kinds(settings, model)
     native = defaults_of(model)
     keywords = task_keywords(settings)
     options: Any = {name: value for name, value in keywords.items() if name in TaskOptions.__annotations__}
-    job = make_job(keywords["prompt"], options, native or _any(), multiple=8 if model else 1)
+    job = make_request(keywords["prompt"], options, native or _any(), multiple=8 if model else 1)
     if "strength" in keywords:
         strength_steps(job.steps if native or "steps" in settings else 1000, keywords["strength"])
     if not 0 <= settings.get("handoff", 0.8) <= 1:

@@ -100,7 +100,7 @@ def _make(
         for candidate in candidates:
             bar.stage("loading")
             pipe = fewstep.load(candidate.model, device=device)
-            if prompts is None and pipe.parts.family != "blocks":
+            if prompts is None and pipe.spec.family != "blocks":
                 raise InputError(f"{candidate.label} is no block model; give prompts for it with --prompts FILE")
             settings, images = generate_images(candidate, pipe, texts, seed=seed, on_step=bar.on_step)
             image_sets[candidate.label] = ImageSet(settings=settings, images=images)

@@ -198,7 +198,7 @@ def _print(manifest: Manifest) -> None:
 def _latents(shards: Shards, pipe: Pipeline, dtype: torch.dtype) -> tuple[Encode, CacheKey]:
     from fewstep.data.cache import latent_encoder, latent_key
 
-    vae = pipe.parts.autoencoder
+    vae = pipe.networks.autoencoder
     key = latent_key(shards, vae.state_dict(), vae.config.scaling_factor, dtype)
     return latent_encoder(shards, pipe.engine.encode, dtype), key
 
@@ -208,9 +208,9 @@ def _text(shards: Shards, pipe: Pipeline, dtype: torch.dtype) -> tuple[Encode, C
     from fewstep.text.prompt import tokenize
 
     def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return pipe.engine.encode_text([tokenize(captions, words, chunk=False).ids for words in pipe.parts.tokenizers])
+        return pipe.engine.encode_text([tokenize(captions, words, chunk=False).ids for words in pipe.tokenizers])
 
-    key = text_key(shards, [tower.state_dict() for tower in pipe.parts.text_encoders], dtype)
+    key = text_key(shards, [tower.state_dict() for tower in pipe.networks.text_encoders], dtype)
     return text_encoder(shards, encode, dtype), key
 
 

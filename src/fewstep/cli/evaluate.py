@@ -103,7 +103,7 @@ def pareto(
         place = _place(device)
         network = load_clip(clip, place)
         settings = SweepSettings(scales=scale_list, steps=steps, sampler=sampler, side=size)
-        side = size or caches[0].pipe.parts.defaults.width
+        side = size or caches[0].pipe.spec.defaults.width
         prompts_and_real = prompt_set(count, prompts, real, side=side, renders=renders)
         path = write_pareto(
             caches, GuidanceSweep(prompts_and_real, settings, network, load_features(features, network, place)), output

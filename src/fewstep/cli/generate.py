@@ -77,7 +77,7 @@ def _generate(settings: Settings, where: outputs.Destination, quiet: bool) -> li
         metadata = image_metadata(settings, result.settings, where.folder)
         written = outputs.save(result, metadata, where)
     if not quiet:
-        tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.parts.name))
+        tell(f"loaded in {loaded:.1f} s; {summary(result)}", *notes(result, pipe.spec.name))
     return written
 
 

@@ -89,7 +89,7 @@ class LoadedCandidate:
     @property
     def label(self) -> str:
         """`blocks-turbo, 4 steps`, with the other settings that are not the model's own."""
-        steps = self.options.get("steps") or self.cache.pipe.parts.defaults.steps
+        steps = self.options.get("steps") or self.cache.pipe.spec.defaults.steps
         others = [f"{name} {value}" for name, value in self.options.items() if name != "steps"]
         return ", ".join([self.cache.name, f"{steps} step{'s' * (steps > 1)}", *others])
 
@@ -99,13 +99,13 @@ class LoadedCandidate:
 
     def row(self, image_sets: Sequence[CachedImages]) -> dict[str, Cell]:
         """A table row: the model, its settings, and how fast it generated `image_sets`."""
-        parts, settings = self.cache.pipe.parts, image_sets[0].settings
+        networks, settings = self.cache.pipe.networks, image_sets[0].settings
         count, seconds = sum(each.generated for each in image_sets), sum(each.seconds for each in image_sets)
-        networks = (parts.unet, parts.autoencoder, *parts.text_encoders)
+        judged = (networks.unet, networks.autoencoder, *networks.text_encoders)
         return {
             "model": self.label,
             "weights": self.cache.digest,
-            "parameters": sum(p.numel() for network in networks for p in network.parameters()),
+            "parameters": sum(p.numel() for network in judged for p in network.parameters()),
             "sampler": f"{settings['sampler']} ({settings['schedule']})",
             "guidance": f"{settings['guidance_scale']:g}",
             "pixels": f"{settings['width']} x {settings['height']}",
@@ -123,7 +123,7 @@ def load_candidates(texts: Sequence[str], base: str, load_cache: LoadCache) -> l
     candidates = [parse_candidate(text) for text in dict.fromkeys([base, *texts])]
     models = [candidate.model for candidate in candidates]
     caches = {model: load_cache(model) for model in dict.fromkeys(models)}
-    quick = {model for model, cache in caches.items() if cache.pipe.parts.defaults.steps <= max(FEW_STEPS)}
+    quick = {model for model, cache in caches.items() if cache.pipe.spec.defaults.steps <= max(FEW_STEPS)}
     runs = list[tuple[str, TaskOptions]]()
     for _, model, settings in candidates:
         runs += _few_step_runs(model) if model in quick and not settings else [(model, settings)]

@@ -56,9 +56,9 @@ class ImageCache:
 
     def __init__(self, name: str, pipe: Pipeline, folder: Path, on_progress: ProgressCallback | None = None) -> None:
         self.name, self.pipe, self.on_progress = name, pipe, on_progress
-        parts = pipe.parts
-        self.digest = weights_digest((parts.unet, parts.autoencoder, *parts.text_encoders))
-        self.folder = folder / f"{parts.name}-{self.digest[:8]}"
+        networks = pipe.networks
+        self.digest = weights_digest((networks.unet, networks.autoencoder, *networks.text_encoders))
+        self.folder = folder / f"{pipe.spec.name}-{self.digest[:8]}"
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: TaskOptions) -> CachedImages:
         """One image for each of `prompts` and its seed; `options` are those of `Pipeline.text_to_image`."""

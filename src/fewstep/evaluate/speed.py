@@ -60,7 +60,7 @@ def describe_run(pipe: Pipeline, first: Result) -> dict[str, Any]:
         "device": str(pipe.engine.device),
         "threads": getattr(pipe.engine, "threads", torch.get_num_threads()),
         "engine": type(pipe.engine).__name__,
-        "model": pipe.parts.name,
-        "dtype": str(pipe.parts.unet.conv_in.weight.dtype).removeprefix("torch."),
+        "model": pipe.spec.name,
+        "dtype": str(pipe.networks.unet.conv_in.weight.dtype).removeprefix("torch."),
         **{name: first.settings[name] for name in names},
     }

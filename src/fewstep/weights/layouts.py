@@ -7,7 +7,7 @@ how the tensor is stored there: `[0]`, `[1]`, `[2]` one third of the rows of a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.formats.tensors import Shape
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, UNetConfig
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Family
@@ -110,15 +111,16 @@ def diffusers_places(keys: Iterable[str], present: Iterable[str]) -> dict[str, P
     return _places(keys, {"": ""} | (_BARE if bare else {}) | (_OLD_PIXEL_ATTENTION if old else {}))
 
 
-def single_places(
-    family: Family, unet: UNet, autoencoder: AutoencoderKL, towers: Sequence[TextEncoder]
-) -> list[tuple[Network, dict[str, Place]]]:
+def single_places(family: Family, networks: Networks) -> list[tuple[Network, dict[str, Place]]]:
     """The networks, each with the places of its parameters in an original single file."""
     rows: list[tuple[Network, dict[str, Place]]] = [
-        (unet, _places(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX)),
-        (autoencoder, _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX)),
+        (unet := networks.unet, _places(unet.state_dict(), _unet_table(unet.config), UNET_PREFIX)),
+        (
+            autoencoder := networks.autoencoder,
+            _places(autoencoder.state_dict(), _autoencoder_table(autoencoder.config), AUTOENCODER_PREFIX),
+        ),
     ]
-    for tower, prefix in zip(towers, TEXT_PREFIXES[family], strict=True):
+    for tower, prefix in zip(networks.text_encoders, TEXT_PREFIXES[family], strict=True):
         layers = ((f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}") for i in range(tower.config.layers))
         clip = prefix.endswith("transformer.")
         table = {"text_model": "text_model"} if clip else _OPENCLIP | _filled(_OPENCLIP_LAYER, *layers)

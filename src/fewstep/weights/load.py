@@ -238,7 +238,7 @@ def _file_model(
         autoencoder=_built(AutoencoderKL, contents.autoencoder, path),
         text_encoders=tuple(_built(TextEncoder, config, path) for config in contents.texts),
     )
-    places = single_places(family, networks.unet, networks.autoencoder, networks.text_encoders)
+    places = single_places(family, networks)
     return LoadedModel(spec, tokenizers_of(path, family, tokenizer), networks), [LoadPlan(file, places, DROPPED)]
 
 

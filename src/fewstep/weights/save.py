@@ -49,7 +49,7 @@ def save_single_file(model: Loaded, path: str | Path, dtype: torch.dtype | None 
     """
     spec, networks, path = model.spec, model.networks, Path(path)
     family, tensors = family_of(spec.unet), dict[str, Tensor]()
-    for network, places in single_places(family, networks.unet, networks.autoencoder, networks.text_encoders):
+    for network, places in single_places(family, networks):
         tensors |= gathered(places, network.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     read = recognise(TensorFile(path=path, shapes=shapes, dtypes={}, read=lambda name, _: tensors[name]))

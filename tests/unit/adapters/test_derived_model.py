@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from fewstep.adapters.derived_model import VECTORS, vectors
-from fewstep.weights.parts import Parts
 from safetensors.torch import load_file
 
 import fewstep
@@ -20,59 +19,60 @@ from fewstep.adapters.lora import layers_of, networks
 from fewstep.adapters.merge import fuse_lora
 from fewstep.errors import CheckpointError, InputError
 from fewstep.weights.fetch import ASSETS
+from fewstep.weights.model import LoadedModel
 
 
-def base() -> Parts:
+def base() -> LoadedModel:
     return fewstep.load("blocks-base", device="cpu", dtype="float32").parts
 
 
 @torch.no_grad()
-def changed(parts: Parts, rank: int) -> list[str]:
+def changed(model: LoadedModel, rank: int) -> list[str]:
     """Some layers, changed by matrices of a rank."""
     torch.manual_seed(0)
     names = [
-        name for name in layers_of(networks(parts)) if name.startswith("unet") and name.endswith(("conv1", *ATTENTION))
+        name for name in layers_of(networks(model)) if name.startswith("unet") and name.endswith(("conv1", *ATTENTION))
     ]
     for name in names:
-        weight = layers_of(networks(parts))[name].weight
+        weight = layers_of(networks(model))[name].weight
         flat = weight.flatten(1)
         weight += (0.01 * torch.randn(len(flat), rank) @ torch.randn(rank, flat.shape[1])).view_as(weight)
     return names
 
 
 def test_a_difference_of_low_rank_is_found_exactly() -> None:
-    parts, tuned = base(), base()
+    model, tuned = base(), base()
     names = changed(tuned, 4)
-    lora, left = extracted_lora(parts, tuned, rank=4)
+    lora, left = extracted_lora(model, tuned, rank=4)
     assert set(lora.layers) == set(names)
     assert left < 1e-3
-    fuse_lora(parts, lora)
+    fuse_lora(model, lora)
     for name in names:
-        ours, theirs = (layers_of(networks(each))[name].weight for each in (parts, tuned))
+        ours, theirs = (layers_of(networks(each))[name].weight for each in (model, tuned))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_lower_rank_leaves_some_of_it_out() -> None:
-    parts, tuned = base(), base()
+    model, tuned = base(), base()
     changed(tuned, 4)
-    apart = [extracted_lora(parts, tuned, rank=rank)[1] for rank in (1, 2, 3)]
+    apart = [extracted_lora(model, tuned, rank=rank)[1] for rank in (1, 2, 3)]
     assert 1 > apart[0] > apart[1] > apart[2] > 0.1
 
 
 def test_models_of_other_layers_are_refused() -> None:
-    parts = base()
-    other = replace(parts, text_encoders=())
+    model = base()
+    other = replace(model, text_encoders=())
     with pytest.raises(InputError, match="other layers"):
-        extracted_lora(parts, other, rank=2)
+        extracted_lora(model, other, rank=2)
     with pytest.raises(InputError, match="1 or more"):
-        extracted_lora(parts, parts, rank=0)
+        extracted_lora(model, model, rank=0)
 
 
 def test_the_embedded_turbo_draws_at_once_and_by_itself() -> None:
     turbo, plain = fewstep.load("blocks-turbo", device="cpu"), fewstep.load("blocks-base", device="cpu")
-    assert turbo.parts.name == "blocks-turbo"
-    assert (turbo.parts.defaults.steps, turbo.parts.defaults.guidance_scale) == (4, 0.0)
-    assert (plain.parts.defaults.steps, plain.parts.name) == (10, "blocks-base")
+    assert turbo.spec.name == "blocks-turbo"
+    assert (turbo.spec.defaults.steps, turbo.spec.defaults.guidance_scale) == (4, 0.0)
+    assert (plain.spec.defaults.steps, plain.spec.name) == (10, "blocks-base")
     prompt = "a red cube on top of a blue sphere"
     drawn, blurred = (pipe.text_to_image(prompt, steps=1, seed=3, output="latent").latents for pipe in (turbo, plain))
     assert (drawn - blurred).square().mean() > 0.05
@@ -81,7 +81,7 @@ def test_the_embedded_turbo_draws_at_once_and_by_itself() -> None:
 
 
 def test_the_embedded_turbo_has_biases_and_norms_of_its_own() -> None:
-    turbo, plain = (fewstep.load(name, device="cpu").parts.unet for name in ("blocks-turbo", "blocks-base"))
+    turbo, plain = (fewstep.load(name, device="cpu").networks.unet for name in ("blocks-turbo", "blocks-base"))
     own = load_file(ASSETS / "blocks-turbo" / VECTORS)
     assert own.keys() == vectors(turbo).keys()
     assert all(torch.equal(value, own[name].float()) for name, value in vectors(turbo).items())
@@ -104,7 +104,7 @@ def test_the_embedded_models_are_small_together() -> None:
 
 def test_the_small_model_shares_the_other_parts_of_its_base() -> None:
     small, plain = (fewstep.load(name, device="cpu").parts for name in ("blocks-small", "blocks-base"))
-    ours, theirs = (sum(p.numel() for p in parts.unet.parameters()) for parts in (small, plain))
+    ours, theirs = (sum(p.numel() for p in model.networks.unet.parameters()) for model in (small, plain))
     assert 0.6 < ours / theirs < 0.7
     for one, other in ((small.autoencoder, plain.autoencoder), (small.text_encoders[0], plain.text_encoders[0])):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

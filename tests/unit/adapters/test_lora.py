@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from PIL import Image
 from torch import nn
 
@@ -26,7 +25,8 @@ from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig
 from fewstep.train.plan import Part, Plan
 from fewstep.train.trainer import Trainer, Turn
-from fewstep.weights.save import save_parts
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model
 from tests import factories
 
 EVERYTHING = (*TRANSFORMERS, *CONVOLUTIONS)
@@ -39,28 +39,28 @@ TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 class Model:
     """All that the functions want of a pipeline."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
 
     def weights(self) -> dict[str, torch.Tensor]:
-        found = networks(self.parts).items()
+        found = networks(self.model).items()
         return {f"{p}.{name}": value.clone() for p, network in found for name, value in network.state_dict().items()}
 
     @torch.no_grad()
     def outputs(self) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(5)
         x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 64, generator=generator)
-        ids = torch.tensor([[1, 2, 3, self.parts.text_encoders[0].config.eos]])
-        return [self.parts.unet(x, torch.tensor([3, 700]), context), *self.parts.text_encoders[0](ids)]
+        ids = torch.tensor([[1, 2, 3, self.networks.text_encoders[0].config.eos]])
+        return [self.networks.unet(x, torch.tensor([3, 700]), context), *self.networks.text_encoders[0](ids)]
 
 
 @pytest.fixture
 def model() -> Model:
     eighth = AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)
-    parts = replace(factories.parts("sd1"), autoencoder=AutoencoderKL(eighth))
-    for network in networks(parts).values():
+    model = replace(factories.small_model("sd1"), autoencoder=AutoencoderKL(eighth))
+    for network in networks(model).values():
         network.eval().requires_grad_(False)
-    return Model(parts)
+    return Model(model)
 
 
 def random_lora(model: Model, seed: int = 0, size: float = 0.1) -> Lora:
@@ -218,23 +218,25 @@ def test_beside_and_merged_are_one_function(model):
 def test_pictures_of_a_lora_in_training_are_those_of_the_plain_engine():
     """In every kind of layer: the engine for CPUs knows nothing of what stands beside them."""
     pipe = fewstep.load("blocks-base", device="cpu")
-    updates = inject({"unet": pipe.parts.unet}, rank=2, targets=(*TRANSFORMERS, *CONVOLUTIONS))
+    updates = inject({"unet": pipe.networks.unet}, rank=2, targets=(*TRANSFORMERS, *CONVOLUTIONS))
     with torch.no_grad():
         for update in updates:
             update.up.weight.normal_(0, 0.01)
     options = {"steps": 2, "seed": 1, "width": 64, "height": 64, "output": "latent"}
-    found = fewstep.Pipeline(pipe.parts).text_to_image("a red cube", **options).latents
-    wanted = fewstep.Pipeline(pipe.parts, EagerEngine(pipe.parts)).text_to_image("a red cube", **options).latents
+    found = fewstep.Pipeline(pipe).text_to_image("a red cube", **options).latents
+    wanted = (
+        fewstep.Pipeline(pipe, EagerEngine(pipe.spec, pipe.networks)).text_to_image("a red cube", **options).latents
+    )
     assert torch.equal(found, wanted)
-    eject({"unet": pipe.parts.unet})
-    assert isinstance(fewstep.Pipeline(pipe.parts).engine, CpuEngine)
+    eject({"unet": pipe.networks.unet})
+    assert isinstance(fewstep.Pipeline(pipe).engine, CpuEngine)
 
 
 def test_gradients_reach_every_layer(model):
     """Also the projections whose weights the transformer reads by itself."""
-    updates = inject({"unet": model.parts.unet}, rank=2, targets=EVERYTHING)
+    updates = inject({"unet": model.networks.unet}, rank=2, targets=EVERYTHING)
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 64)
-    model.parts.unet(x, torch.tensor([3]), context).square().sum().backward()
+    model.networks.unet(x, torch.tensor([3]), context).square().sum().backward()
     assert [update.name for update in updates if not update.up.weight.grad.abs().sum() > 0] == []
 
 
@@ -248,7 +250,7 @@ def test_dropout_is_for_training_alone(model):
 
 
 def test_half_precision_models_get_a_float32_lora(model):
-    unet = model.parts.unet.bfloat16()
+    unet = model.networks.unet.bfloat16()
     updates = inject({"unet": unet}, rank=2)
     assert {parameter.dtype for parameter in updates.parameters()} == {torch.float32}
     out = unet(torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([3]), torch.randn(1, 3, 64).bfloat16())
@@ -257,7 +259,7 @@ def test_half_precision_models_get_a_float32_lora(model):
 
 def test_training_a_lora(model, tmp_path):
     """The loss falls, the base stays, and what is saved holds the LoRA alone and does the same."""
-    before, unet = model.weights(), model.parts.unet
+    before, unet = model.weights(), model.networks.unet
     x, context, goal = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 64), torch.randn(2, 4, 8, 8)
     updates = inject({"unet": unet}, rank=4)
     losses: list[float] = []
@@ -288,10 +290,10 @@ def test_training_a_lora(model, tmp_path):
     ids=str,
 )
 def test_what_cannot_be_injected(model, changes, says):
-    before = list(model.parts.unet.modules())
+    before = list(model.networks.unet.modules())
     with pytest.raises(InputError, match=says):
         inject(networks(model.parts), **({"rank": 4} | changes))
-    assert list(model.parts.unet.modules()) == before
+    assert list(model.networks.unet.modules()) == before
 
 
 # the command line
@@ -301,7 +303,7 @@ def test_what_cannot_be_injected(model, changes, says):
 def draw(model: Model, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Any:
     """`draw("-o", "a.png")`: exit code, what was printed on stderr; in a folder with a model and two LoRAs."""
     monkeypatch.chdir(tmp_path)
-    save_parts(model.parts, "model")
+    save_model(model.parts, "model")
     for seed in (1, 2):
         save_lora(random_lora(model, seed), f"{seed}.safetensors")
 

@@ -21,7 +21,6 @@ from benchmarks.speed.sampling_loop import run_of, sample, torch_arrays
 from benchmarks.speed.sdcpp_runner import stages
 from benchmarks.speed.tasks import Piece, RunOutput, Task, inputs, prompt, token_ids
 from benchmarks.speed.turns import RunnerResult, measured, shares
-from fewstep.weights.parts import Parts
 
 from fewstep.diffusion.denoiser import denoiser
 from fewstep.diffusion.samplers import SAMPLERS
@@ -36,18 +35,19 @@ from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, entry
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import word_tokenizer
-from fewstep.weights.save import save_parts
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model
 from fewstep.weights.scheduler import SchedulerConfig
 
 WORDS = word_tokenizer(["a"], 77)
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
+def parts() -> LoadedModel:
     torch.manual_seed(0)
     levels = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
     text = TextConfig(vocabulary=len(WORDS), width=32, layers=1, heads=2, inner=32, eos=WORDS.eos)
-    return Parts(
+    return LoadedModel(
         name="tiny",
         family="sd1",
         unet=UNet(UNetConfig(stages=levels, context=32)).eval(),
@@ -61,10 +61,10 @@ def parts() -> Parts:
 
 
 @pytest.fixture(scope="module")
-def task(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Task:
+def task(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Task:
     """Two guided pictures in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_parts(parts, folder)
+    save_model(model, folder)
     levels = noise_levels_of("small-sd", 4, "dpmpp_2m")
     how: dict[str, Any] = {"steps": 4, "guidance": 5.0, "sampler": "dpmpp_2m", "schedule": "leading", "levels": levels}
     return Task(model="small-sd", folder=folder, size=64, batch=2, threads=1, **how)
@@ -103,8 +103,8 @@ def test_the_shared_loop_is_fewsteps_own_sampler(sampler, steps):
         np.testing.assert_allclose(np.asarray(found), last.x.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_networks_in_the_shared_loop_draw_what_fewsteps_pipeline_draws(parts, task):
-    engine = EagerEngine(parts)
+def test_networks_in_the_shared_loop_draw_what_fewsteps_pipeline_draws(model, task):
+    engine = EagerEngine(model.spec, model.networks)
 
     def predict(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return engine.predict(x, float(t[0]), Conditioning(context=context))

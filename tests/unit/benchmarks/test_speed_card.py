@@ -21,7 +21,7 @@ from benchmarks.speed.tasks import Piece, Task, inputs
 
 from fewstep.models import zoo
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
-from fewstep.weights.load import load_parts, load_tiny
+from fewstep.weights.load import load_model, load_tiny
 from tests.unit.benchmarks import speed_fakes
 
 LEVELS = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
@@ -137,10 +137,10 @@ def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
     assert task.decoder is not None
     _save_model(task)
     _save_tiny(task)
-    read = replace(load_parts(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
+    read = replace(load_model(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
     made = random_parts_of(task)
     for name in ("unet", "autoencoder", "tiny"):
-        weights, others = (getattr(parts, name).state_dict() for parts in (made, read))
+        weights, others = (getattr(model, name).state_dict() for model in (made, read))
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[key], others[key]) for key in weights)
 
@@ -151,12 +151,12 @@ def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
 def test_diffusers_networks_are_filled_with_the_same_weights(options_here, kind, decoder):
     task = replace(TURBO, decoder=decoder).task(options_here)
     given = [torch.from_numpy(value) for value in inputs(task, Piece(kind, 1))]
-    parts = random_parts_of(task)
+    model = random_parts_of(task)
     own = {
-        "text": lambda ids: parts.text_encoders[0](ids).last,
-        "unet": parts.unet,
-        "decode": (parts.tiny or parts.autoencoder).decode,
-        "encode": lambda image: parts.autoencoder.encode(image).chunk(2, dim=1)[0],
+        "text": lambda ids: model.networks.text_encoders[0](ids).last,
+        "unet": model.networks.unet,
+        "decode": (model.networks.tiny or model.networks.autoencoder).decode,
+        "encode": lambda image: model.networks.autoencoder.encode(image).chunk(2, dim=1)[0],
     }
     with torch.inference_mode():
         torch.testing.assert_close(module(task, Piece(kind, 1))(*given), own[kind](*given), rtol=1e-4, atol=1e-4)

@@ -119,7 +119,7 @@ def test_a_small_model_is_drawn_by_one_thread_from_python_as_from_the_command_li
     seen: list[int] = []
     text, run = pipe.engine.encode_text, pipe.engine._fast.encode_text
     pipe.engine._fast.encode_text = lambda ids: (seen.append(torch.get_num_threads()), run(ids))[1]
-    ids = [pipe.parts.tokenizers[0].eos * torch.ones(1, 1, 24, dtype=torch.int64)]
+    ids = [pipe.tokenizers[0].eos * torch.ones(1, 1, 24, dtype=torch.int64)]
     text(ids)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(text, [ids[0] * 0]).result()

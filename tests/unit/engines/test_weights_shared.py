@@ -30,7 +30,7 @@ LATE = 20  # seconds after which one that should go on never will
 
 @pytest.fixture
 def pipe() -> fewstep.Pipeline:
-    parts = factories.parts("sd1")
+    parts = factories.small_model("sd1")
     for network in networks(parts).values():
         network.eval().requires_grad_(False)
     return fewstep.Pipeline(parts)
@@ -39,7 +39,7 @@ def pipe() -> fewstep.Pipeline:
 def lora_of(pipe: fewstep.Pipeline, seed: int) -> Lora:
     """Of all layers."""
     generator, factors = torch.Generator().manual_seed(seed), {}
-    for name, layer in layers_of(networks(pipe.parts)).items():
+    for name, layer in layers_of(networks(pipe)).items():
         weight = layer.weight
         down = 0.3 * torch.randn(2, *weight.shape[1:], generator=generator)
         up = 0.3 * torch.randn(len(weight), 2, *[1] * (weight.ndim - 2), generator=generator)
@@ -111,16 +111,16 @@ def test_errors_leave_the_lock_free() -> None:
 
 
 def test_a_copy_of_a_model_has_a_lock_of_its_own(pipe: fewstep.Pipeline) -> None:
-    with pipe.parts.lock.computing(), copy.deepcopy(pipe.parts.lock).changing():
-        assert isinstance(pickle.loads(pickle.dumps(pipe.parts.lock)), WeightsLock)
-    assert replace(pipe.parts, name="renamed").lock is pipe.parts.lock  # the same networks
+    with pipe.networks.lock.computing(), copy.deepcopy(pipe.networks.lock).changing():
+        assert isinstance(pickle.loads(pickle.dumps(pipe.networks.lock)), WeightsLock)
+    assert replace(pipe, name="renamed").lock is pipe.networks.lock  # the same networks
 
 
 def test_a_lora_waits_for_the_step_that_is_computed(pipe: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that another thread computes with are neither half the new ones nor freed under it."""
-    lora, unet = lora_of(pipe, 1), pipe.engine._fast.parts.unet  # type: ignore[attr-defined]
+    lora, unet = lora_of(pipe, 1), pipe.engine._fast.networks.unet  # type: ignore[attr-defined]
     conv_in, seen = unet.conv_in.forward, list[bool]()
-    weight = layers_of(networks(pipe.parts))["unet.conv_in"].weight
+    weight = layers_of(networks(pipe))["unet.conv_in"].weight
 
     def interrupted(x: Tensor) -> Tensor:
         before = weight.data_ptr(), weight.clone()
@@ -144,7 +144,7 @@ def test_a_lora_waits_for_the_step_that_is_computed(pipe: fewstep.Pipeline, monk
 def test_a_model_is_not_moved_while_another_thread_computes_with_it(
     pipe: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unet, moved = pipe.engine._fast.parts.unet, list[bool]()  # type: ignore[attr-defined]
+    unet, moved = pipe.engine._fast.networks.unet, list[bool]()  # type: ignore[attr-defined]
     conv_in, plain = unet.conv_in.forward, predicted(pipe)
 
     def interrupted(x: Tensor) -> Tensor:
@@ -159,12 +159,12 @@ def test_a_model_is_not_moved_while_another_thread_computes_with_it(
     monkeypatch.undo()
     assert threads[0].wait(LATE)
     assert moved == [False]
-    assert pipe.parts.unet.conv_in.weight.dtype == torch.float16
+    assert pipe.networks.unet.conv_in.weight.dtype == torch.float16
 
 
 def test_every_change_of_a_weight_is_seen_wherever_its_memory_lies(pipe: fewstep.Pipeline) -> None:
     """A new weight may lie where an old one lay: what was made of that one is not what is made of this one."""
-    weights = [layer.weight for layer in layers_of(networks(pipe.parts)).values()]
+    weights = [layer.weight for layer in layers_of(networks(pipe)).values()]
     states = [[weights_version(weight) for weight in weights]]
     for seed in range(4):
         add_lora(pipe, lora_of(pipe, seed))
@@ -179,7 +179,7 @@ def test_every_change_of_a_weight_is_seen_wherever_its_memory_lies(pipe: fewstep
 def test_a_model_loaded_and_changed_in_any_mode_shows_its_changes(mode: Any) -> None:
     with mode():
         pipe = fewstep.load("blocks-base", device="cpu")
-        weight = pipe.parts.unet.conv_in.weight
+        weight = pipe.networks.unet.conv_in.weight
         before = weights_version(weight)
         add_lora(pipe, lora_of(pipe, 1))
         remove_lora(pipe)
@@ -205,7 +205,7 @@ def test_loras_that_two_threads_add_at_once_are_both_merged(
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda lora: add_lora(pipe, lora), loras))
     merged = predicted(pipe)
-    assert len(merge._applied(pipe.parts)) == 2
+    assert len(merge._applied(pipe)) == 2
     remove_lora(pipe)
     assert torch.equal(predicted(pipe), plain)
     for lora in loras:

@@ -27,14 +27,14 @@ class Pipe:
         self.drawn: list[tuple[str, int]] = []
 
     def start(self, prompt, *, seed, **options):
-        steps = options.get("steps", self.parts.defaults.steps)
+        steps = options.get("steps", self.spec.defaults.steps)
         return SimpleNamespace(settings={"prompt": prompt, "steps": steps, "width": 8, "height": 8})
 
     def text_to_image(self, prompts, *, seed, **options):
         if "nan" in prompts:
             raise NotFiniteError("the decoder gave NaN or infinity")
         self.drawn += list(zip(prompts, seed, strict=True))
-        steps = options.get("steps", self.parts.defaults.steps)
+        steps = options.get("steps", self.spec.defaults.steps)
         images = [Image.new("RGB", (8, 8), (len(p), 100 + s, steps)) for p, s in zip(prompts, seed, strict=True)]
         return SimpleNamespace(images=images)
 

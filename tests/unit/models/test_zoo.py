@@ -13,7 +13,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, entry
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 
 UNETS = {
     "sd-v1-4": 859_520_964,
@@ -90,4 +90,4 @@ def test_an_unknown_name_is_told_with_the_nearest() -> None:
 
 def test_a_decoder_alone_is_no_model_to_draw_with() -> None:
     with pytest.raises(InputError, match="taesd is a decoder alone"):
-        load_parts("taesd", dtype=torch.float32)
+        load_model("taesd", dtype=torch.float32)

@@ -12,7 +12,7 @@ import fewstep
 from fewstep.engines.autotune import Autotuner, Candidates
 from fewstep.engines.cpu import engine
 from fewstep.engines.cpu.build import kernels
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 
 PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple torus")
 
@@ -20,8 +20,8 @@ PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple
 def drawn(pipe: fewstep.Pipeline, batch: int) -> tuple[torch.Tensor, list[np.ndarray]]:
     """Final latents and pictures of six seeds, `batch` of them at a time."""
     prompts, seeds, options = PROMPTS * 2, list(range(6)), {"steps": 2, "width": 96, "height": 64}
-    parts = [slice(first, first + batch) for first in range(0, 6, batch)]
-    results = [pipe.text_to_image(prompts[part], seed=seeds[part], **options, output="latent") for part in parts]
+    model = [slice(first, first + batch) for first in range(0, 6, batch)]
+    results = [pipe.text_to_image(prompts[part], seed=seeds[part], **options, output="latent") for part in model]
     latents = torch.cat([result.latents for result in results])
     pictures = pipe.decode(latents) if batch == 6 else [pipe.decode(one[None])[0] for one in latents]
     return latents, [np.asarray(picture, np.int16) for picture in pictures]
@@ -45,8 +45,10 @@ def test_kernels_draw_the_same_numbers_alone_and_in_a_batch(
 ) -> None:
     if kernels() is None:
         pytest.skip("no C compiler; pip install 'fewstep[kernels]'")
-    parts = load_parts("blocks-base", dtype=torch.float32)
-    pipe = fewstep.Pipeline(parts, engine.CpuEngine(parts, autotuner=Fixed(candidate)))
+    model = load_model("blocks-base", dtype=torch.float32)
+    pipe = fewstep.Pipeline(
+        model.spec, model.tokenizers, engine.CpuEngine(model.spec, model.networks, autotuner=Fixed(candidate))
+    )
     draw = pipe.text_to_image
     monkeypatch.setattr(pipe, "text_to_image", lambda *a, **k: draw(*a, **k, guidance_scale=guidance_scale))
     alone, pictures = drawn(pipe, 1)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.weights.parts import Parts
 from PIL import Image
 
 import fewstep
@@ -25,6 +24,7 @@ from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults
 from fewstep.text.tokenizer import word_tokenizer
+from fewstep.weights.model import LoadedModel
 from fewstep.weights.scheduler import SchedulerConfig
 
 WORDS = ["a", "red", "cube", "on", "top", "of", "blue", "sphere", ","]
@@ -37,7 +37,7 @@ def pipe() -> Pipeline:
     tokenizer = word_tokenizer(WORDS, 12)
     text = TextConfig(vocabulary=16, window=12, width=16, layers=2, heads=2, inner=32, eos=tokenizer.eos)
     stages = (Stage(channels=16, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1, depth=1, heads=2))
-    parts = Parts(
+    model = LoadedModel(
         name="tiny",
         family="sd1",
         unet=UNet(UNetConfig(stages=stages, context=16, groups=8)).eval(),
@@ -48,7 +48,7 @@ def pipe() -> Pipeline:
         defaults=Defaults(steps=4, guidance_scale=3.0, sampler="ddim", schedule="leading", width=64, height=64),
         licence="Apache-2.0",
     )
-    return Pipeline(parts)
+    return Pipeline.of(model)
 
 
 def pixels(result: Any) -> list[np.ndarray]:
@@ -141,7 +141,7 @@ def test_inpainting_keeps_what_is_not_masked(pipe: Pipeline) -> None:
     known = pipe.image_to_image(PROMPT, image, strength=1.0, seed=4, steps=1, output="latent")
     result = pipe.inpaint(PROMPT, image, mask, seed=4, output="latent").latents
     mean, _ = pipe.engine.encode(image)
-    assert (result[..., 4:] - mean[..., 4:]).abs().max() < 6 * pipe.parts.autoencoder.config.scaling_factor
+    assert (result[..., 4:] - mean[..., 4:]).abs().max() < 6 * pipe.spec.autoencoder.scaling_factor
     assert not torch.equal(result[..., :4], known.latents[..., :4])
 
 
@@ -219,20 +219,20 @@ class Broken(EagerEngine):
     ("stage", "named"), [("text", "the text encoder"), ("denoise", "the denoising steps"), ("decode", "the decoder")]
 )
 def test_nan_names_its_stage(pipe: Pipeline, stage: str, named: str) -> None:
-    engine = Broken(pipe.parts)
+    engine = Broken(pipe)
     engine.stage = stage
     with pytest.raises(NotFiniteError, match=named):
-        Pipeline(pipe.parts, engine).text_to_image(PROMPT, seed=1)
+        Pipeline(pipe, engine).text_to_image(PROMPT, seed=1)
 
 
 def test_an_overflowing_half_precision_decoder_is_run_again_in_float32(pipe: Pipeline) -> None:
-    vae = AutoencoderKL(replace(pipe.parts.autoencoder.config, force_upcast=False)).eval()
-    vae.load_state_dict(pipe.parts.autoencoder.state_dict())
+    vae = AutoencoderKL(replace(pipe.spec.autoencoder, force_upcast=False)).eval()
+    vae.load_state_dict(pipe.networks.autoencoder.state_dict())
     with torch.no_grad():  # values near 1e5 after the first convolution: infinite in float16
         vae.post_quant_conv.weight.mul_(1e5)
         latents = torch.randn(1, 4, 8, 8)
-        wanted = EagerEngine(replace(pipe.parts, autoencoder=vae)).decode(latents)
-        half = EagerEngine(replace(pipe.parts, autoencoder=vae.half()))
+        wanted = EagerEngine(replace(pipe, autoencoder=vae)).decode(latents)
+        half = EagerEngine(replace(pipe, autoencoder=vae.half()))
         half.dtype = torch.float16
         assert not vae.decode(latents.half() / vae.config.scaling_factor).isfinite().all()
         image = half.decode(latents)
@@ -387,11 +387,11 @@ def test_a_negative_prompt_without_guidance_is_told(pipe: Pipeline) -> None:
 
 
 def test_a_model_moves_and_takes_the_engine_that_is_best_there(pipe: Pipeline) -> None:
-    moved = Pipeline(copy.deepcopy(pipe.parts))
+    moved = Pipeline(copy.deepcopy(pipe))
     wanted, engine = pixels(moved.text_to_image(PROMPT, seed=1))[0], moved.engine
     assert moved.to("cpu", "float16") is moved
     assert moved.engine is not engine
-    assert moved.parts.unet.conv_in.weight.dtype == torch.float16
+    assert moved.networks.unet.conv_in.weight.dtype == torch.float16
     assert np.abs(pixels(moved.text_to_image(PROMPT, seed=1))[0] - wanted).max() <= 8
     with pytest.raises(InputError, match=r"not available|unknown device"):
         moved.to("cuda:77")

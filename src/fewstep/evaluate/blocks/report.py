@@ -33,7 +33,7 @@ def write_blocks(models: Sequence[LoadedCandidate], sizes: SampleSizes, features
     of scores for its model card.
     """
     require_matplotlib()
-    benchmark = BlockBenchmark(models[0].cache.pipe.parts.defaults.width, sizes, features)
+    benchmark = BlockBenchmark(models[0].cache.pipe.spec.defaults.width, sizes, features)
     results = [benchmark.measure(model) for model in models]
     folder.mkdir(parents=True, exist_ok=True)
     for one in results:
