@@ -25,7 +25,7 @@ from fewstep.weights.load import load_model, load_tiny, open_tensors
 from fewstep.weights.model import LoadedModel
 from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.single import recognise
-from tests.factories import text_configs, unet_config
+from tests.factories import small_model, text_configs, unet_config
 
 Oracle = Callable[[str], tuple[Any, Path]]
 

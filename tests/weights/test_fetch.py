@@ -16,7 +16,7 @@ from fewstep.models.zoo import CATALOGUE, entry
 from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, named, wanted_files
 from fewstep.weights.load import load_model
 from fewstep.weights.save import save_model
-from tests.factories import assert_same_weights
+from tests.factories import assert_same_weights, small_model
 
 SD = "CompVis/stable-diffusion-v1-4"
 COMMIT = "133a221b8aa7292a167afc5127cb63fb5005638b"

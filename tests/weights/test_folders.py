@@ -22,7 +22,7 @@ from fewstep.models.zoo import Family
 from fewstep.weights.load import load_model, load_tiny
 from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.scheduler import SchedulerConfig
-from tests.factories import FAMILIES, assert_same_weights, networks
+from tests.factories import FAMILIES, assert_same_weights, networks, small_model
 
 Oracle = Callable[[str], tuple[Any, Path]]
 KINDS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "refiner": "sdxl-refiner", "inpaint": "sd1"}

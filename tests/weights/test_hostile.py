@@ -21,7 +21,7 @@ from fewstep.models.zoo import Family
 from fewstep.weights.load import load_model, open_tensors
 from fewstep.weights.model import LoadedModel
 from fewstep.weights.save import save_single_file
-from tests.factories import assert_same_weights
+from tests.factories import assert_same_weights, small_model
 
 HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 

@@ -21,7 +21,7 @@ from fewstep.weights.layouts import TEXT_PREFIXES, Place, diffusers_places, gath
 from fewstep.weights.load import load_model
 from fewstep.weights.save import save_model, save_single_file
 from fewstep.weights.single import DROPPED, recognise
-from tests.factories import FAMILIES, assert_same_weights
+from tests.factories import FAMILIES, assert_same_weights, small_model
 
 WHOLE = ("sd-v1-4", "small-sd", "sd-v2-1", "sdxl-base", "sdxl-refiner")  # the turbo models have the shapes of others
 KEYS_IN_PUBLISHED_FILE = {"sd-v1-4": 1131 - 1, "sdxl-base": 2515 - 2}  # less position_ids, logit_scale
@@ -127,9 +127,7 @@ def test_unet_and_autoencoder_names_are_those_of_diffusers_conversion(name: str)
 def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> None:
     single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
     prefix, model = TEXT_PREFIXES[family][-1], small_model(family)
-    tower, places = single_places(
-        family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
-    )[-1]
+    tower, places = single_places(family, model.networks)[-1]
     state = tower.state_dict()
     original = gathered(places, state)
     theirs = SimpleNamespace(config=SimpleNamespace(hidden_size=64))
@@ -141,9 +139,7 @@ def test_open_clip_towers_are_split_as_diffusers_splits_them(family: Family) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writing_and_taking_are_inverse(family: Family) -> None:
     model = small_model(family)
-    for network, places in single_places(
-        family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
-    ):
+    for network, places in single_places(family, model.networks):
         state = network.state_dict()
         written = gathered(places, state)
         for key, tensor in state.items():

@@ -60,9 +60,7 @@ def assert_same(ours: Lora, theirs: Lora) -> None:
 @cache
 def original(model: LoadedModel) -> dict[str, str]:
     """From the UNet's parameters to their names in an original single file."""
-    (_, places), *_ = single_places(
-        model.spec.family, model.networks.unet, model.networks.autoencoder, model.networks.text_encoders
-    )
+    (_, places), *_ = single_places(model.spec.family, model.networks)
     return {name: place.key.removeprefix(UNET_PREFIX) for name, place in places.items()}
 
 
