@@ -1,4 +1,4 @@
-"""How long until fewstep is there, until its first picture, and how much memory loading takes.
+"""Start-up: seconds of importing fewstep and of the first image, and the memory of loading.
 
     python -m benchmarks.startup --hardware NAME [--runs 7]
 

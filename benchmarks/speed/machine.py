@@ -1,4 +1,4 @@
-"""What the machine itself reaches, how much arithmetic a task is, and what the machine is called."""
+"""The machine's name and peak speeds, and the FLOPs of a task."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Peaks(NamedTuple):
     copy: float
 
     def text(self) -> str:
-        """In words."""
+        """One line for reports."""
         product, convolution, copy = (f"{value / 1e9:,.0f}" for value in self)
         return f"matrix product {product} GFLOP/s, 3x3 convolution {convolution} GFLOP/s, copy {copy} GB/s"
 
 
 def peaks(task: Task) -> Peaks:
-    """Of the task's device, number format and threads: each at its best of a few runs."""
+    """The peaks of the task's device, number format and threads: the best of a few runs each."""
     import torch
     import torch.nn.functional as F
 
@@ -60,7 +60,7 @@ def _best(run: Callable[[], object], wait: Callable[[], None], repeats: int = 8)
 
 
 def flops(task: Task) -> dict[str, float]:
-    """Of each stage by the definition of convolutions, products and attention, counted on tensors without values."""
+    """FLOPs of each stage, counted on meta tensors."""
     counted = {piece.kind: _counted(task, piece) for piece in task.pieces}
     if task.part == "whole":
         counted["unet"] *= len(task.levels.times)

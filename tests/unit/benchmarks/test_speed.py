@@ -62,7 +62,7 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def task(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """Two guided pictures in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
+    """Two guided images in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_parts(parts, folder)
     levels = noise_levels_of("small-sd", 4, "dpmpp_2m")
@@ -311,7 +311,7 @@ def test_peers_are_chosen_by_name(task):
     assert [each.name for each in runners.select_runners("openvino + diffusers", part)] == ["openvino", "diffusers"]
     with pytest.raises(SystemExit, match="did you mean 'openvino'"):
         runners.select_runners("openvin", task)
-    with pytest.raises(SystemExit, match="whole pictures alone"):
+    with pytest.raises(SystemExit, match="whole images alone"):
         runners.select_runners("stable-diffusion.cpp, f16", part)
 
 
