@@ -51,13 +51,13 @@ def measure(options: BenchmarkOptions) -> Path:
         commit=options.commit or source_commit(),
     )
     if options.waterfall:
-        found = measured(waterfall.rows(options.without, options.device), task, options.runs, options.turns)
-        text = report.waterfall(found, waterfall.descriptions(options.device), task, facts)
+        results = measured(waterfall.rows(options.without, options.device), task, options.runs, options.turns)
+        text = report.waterfall(results, waterfall.descriptions(options.device), task, facts)
     else:
-        runners_of = select_runners(options.peers, task, options.without)
-        absent = {each.name: install for each in runners_of if (install := each.missing())}
-        found = measured([each for each in runners_of if each.name not in absent], task, options.runs, options.turns)
-        text = report.comparison(found, absent, task, facts, oracle(options.device))
+        runners = select_runners(options.peers, task, options.without)
+        absent = {each.name: install for each in runners if (install := each.missing())}
+        results = measured([each for each in runners if each.name not in absent], task, options.runs, options.turns)
+        text = report.comparison(results, absent, task, facts, oracle(options.device))
     path = options.place()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

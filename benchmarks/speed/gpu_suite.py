@@ -143,13 +143,13 @@ def run_card_suite(
 def cases(name: str, options: BenchmarkOptions) -> list[list[Case]]:
     """The cases of a suite; each list is measured in one process: one model's rows with one runner, or a waterfall."""
     here = [each for each in runners_of(name, options) if not each.missing()]
-    found = []
+    batches = []
     for (_, first), group in groupby(_SUITES[name], key=lambda row: (row.model, row.part == FIRST)):
         rows = list(group)
         pairs = [(row, each) for each in here for row in rows if _suits(row, each, first=first)]
-        batches = [list(some) for _, some in groupby(pairs, key=lambda pair: _is_waterfall(name) or pair[1].name)]
-        found += [[Case(row, each, row.task(options)) for row, each in batch] for batch in batches]
-    return found
+        parts = [list(some) for _, some in groupby(pairs, key=lambda pair: _is_waterfall(name) or pair[1].name)]
+        batches += [[Case(row, each, row.task(options)) for row, each in part] for part in parts]
+    return batches
 
 
 def runners_of(name: str, options: BenchmarkOptions) -> list[Runner]:

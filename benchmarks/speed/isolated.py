@@ -108,12 +108,12 @@ def _measured(runner: Runner, task: Task) -> CaseResult:
 
 def timed(run: Run) -> tuple[float, ...]:
     """Seconds of `RUNS` runs, or of fewer where they take long, but never below `FEW`."""
-    found: list[float] = []
-    while len(found) < FEW or (len(found) < RUNS and sum(found) < ENOUGH and max(found) < LONG):
+    seconds: list[float] = []
+    while len(seconds) < FEW or (len(seconds) < RUNS and sum(seconds) < ENOUGH and max(seconds) < LONG):
         started = perf_counter()
         run()
-        found.append(perf_counter() - started)
-    return tuple(found)
+        seconds.append(perf_counter() - started)
+    return tuple(seconds)
 
 
 def first_images(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:

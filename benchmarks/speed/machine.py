@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from benchmarks.speed.tasks import STAGES, Piece, Task, inputs
+from fewstep.evaluate.environment import processor
 
 
 class Peaks(NamedTuple):
@@ -49,14 +48,14 @@ def peaks(task: Task) -> Peaks:
 
 
 def _best(run: Callable[[], object], wait: Callable[[], None], repeats: int = 8) -> float:
-    found = []
+    seconds = []
     for _ in range(repeats):
         wait()
         started = perf_counter()
         run()
         wait()
-        found.append(perf_counter() - started)
-    return min(found)
+        seconds.append(perf_counter() - started)
+    return min(seconds)
 
 
 def flops(task: Task) -> dict[str, float]:
@@ -116,10 +115,3 @@ def hardware_name(device: str, threads: int) -> str:
         name = f"{processor()} {threads}core"
     words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*?hz|\d+-core", " ", name.lower())
     return "-".join(re.findall(r"[a-z0-9.]+", words))
-
-
-def processor() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()

@@ -170,10 +170,10 @@ def _error(line: ResultLine, good: list[ResultLine]) -> str:
     outputs = {each.runner.name: each.measured.output for each in good if each.row == line.row}
     order = ("diffusers, float32", "diffusers", "fewstep, plain engine")
     expected = next((outputs[name] for name in order if outputs.get(name) is not None), None)
-    found = line.measured.output
-    if found is None or expected is None or found is expected:
+    output = line.measured.output
+    if output is None or expected is None or output is expected:
         return ""
-    return f"{np.abs(found - expected).max() / np.abs(expected).max():.1e}"
+    return f"{np.abs(output - expected).max() / np.abs(expected).max():.1e}"
 
 
 def _versions(device: str) -> str:
