@@ -278,22 +278,22 @@ def test_every_optimization_is_described():
 # what is asked for
 
 
-def asked(*words: str) -> BenchmarkOptions:
+def options_of(*words: str) -> BenchmarkOptions:
     return parse_options(command_parser(waterfall.names, tuple(suite.SUITES), None).parse_args(words))
 
 
 def test_the_command_of_a_result_asks_for_the_same():
     words = ["--model", "small-sd", "--part", "unet", "--size", "256", "--peers", "fewstep+openvino", "--runs", "3"]
-    options = asked(*words, "--hardware", "box", "--without", "kernels")
-    assert asked(*shlex.split(options.command())[3:]) == options
+    options = options_of(*words, "--hardware", "box", "--without", "kernels")
+    assert options_of(*shlex.split(options.command())[3:]) == options
 
 
 def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds no CUDA device here"):
-        asked("--device", "cuda")
+        options_of("--device", "cuda")
     with pytest.raises(SystemExit, match="cpu and on cuda"):
-        asked("--device", "tpu")
+        options_of("--device", "tpu")
 
 
 def test_optimizations_belong_to_a_device(capsys):
