@@ -1,1 +1,1 @@
-"""Measurements: speed, memory and start-up, written to `results/<what>_<hardware>_<date>.md`; no tests."""
+"""Benchmarks of speed, memory and start-up, in `results/<what>_<hardware>_<date>.md` with the commit measured."""

@@ -4,7 +4,7 @@
 
 Runs `fewstep evaluate blocks` (which see) on blocks-base and the models named, of which each that draws in a few steps
 comes at 1 and 4, with the undistilled base at 1 and 4 beside it. Copies the report to `results`, and its chart
-and the sheets of answers to `--images`: the first prompts of each model, nothing picked by hand. Pictures
+and the sheets of answers to `--images`: the first prompts of each model, nothing picked by hand. Images
 that were drawn before are not drawn again.
 """
 
@@ -37,17 +37,17 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     add_commit_option(parser)
     options = parser.parse_args()
-    pictures = options.folder / "pictures"
+    folder = options.folder / "pictures"
     models = load_candidates(
-        options.models, "blocks-base", lambda name: ImageCache(name, fewstep.load(name, device="cpu"), pictures)
+        options.models, "blocks-base", lambda name: ImageCache(name, fewstep.load(name, device="cpu"), folder)
     )
     report = write_blocks(models, SampleSizes(count=options.count), load_features(), options.folder)
     path = RESULTS / f"blocks_{options.name}_{datetime.date.today()}.md"
     text = report.read_text(encoding="utf-8")
-    for picture in (*(sheet_name(model, what) for model in models for what in SHEETS), "blocks.svg"):
-        text = text.replace(f"]({picture})", f"](../../{options.images}/{options.name}-{picture})")
-        if "neighbours" not in picture:
-            (options.images / f"{options.name}-{picture}").write_bytes((options.folder / picture).read_bytes())
+    for image in (*(sheet_name(model, what) for model in models for what in SHEETS), "blocks.svg"):
+        text = text.replace(f"]({image})", f"](../../{options.images}/{options.name}-{image})")
+        if "neighbours" not in image:
+            (options.images / f"{options.name}-{image}").write_bytes((options.folder / image).read_bytes())
     command = (
         f"python -m benchmarks.blocks_exam {' '.join(options.models)} --count {options.count} --name {options.name}"
     )

@@ -1,4 +1,4 @@
-"""How many blockworld pictures are rendered in a second.
+"""Rendered block images per second.
 
     python -m benchmarks.render --hardware NAME [--size 128] [--processes 2] [--count 512]
 

@@ -1,4 +1,4 @@
-"""How long until fewstep is there, until its first picture, and how much memory loading takes.
+"""Start-up: seconds of importing fewstep and of the first image, and the memory of loading.
 
     python -m benchmarks.startup --hardware NAME [--runs 7]
 
@@ -30,6 +30,7 @@ from typing import Any
 
 import fewstep
 from benchmarks.commit import add_commit_option, commit_line
+from fewstep.evaluate.environment import processor
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "a red cube on top of a blue sphere"
@@ -127,19 +128,12 @@ def loading(runs: int) -> dict[str, float] | None:
         return None
     with tempfile.TemporaryDirectory() as room:
         size = write_checkpoint(Path(room) / "model")
-        found = [json.loads(run(["-c", LOADING, str(Path(room) / "model")])[1].stdout) for _ in range(runs)]
+        runs_of_loading = [json.loads(run(["-c", LOADING, str(Path(room) / "model")])[1].stdout) for _ in range(runs)]
     return {
         "size": size,
-        "growth": median(each["growth"] for each in found),
-        "seconds": median(each["seconds"] for each in found),
+        "growth": median(each["growth"] for each in runs_of_loading),
+        "seconds": median(each["seconds"] for each in runs_of_loading),
     }
-
-
-def processor() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def report(

@@ -155,29 +155,31 @@ def timed(steps: Mapping[str, Step], runs: int, device: torch.device) -> dict[st
     return seconds
 
 
-def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], asked: argparse.Namespace) -> str:
+def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], options: argparse.Namespace) -> str:
     """The results file."""
-    rates = {name: asked.batch / median(values) for name, values in seconds.items()}
+    rates = {name: options.batch / median(values) for name, values in seconds.items()}
     theirs = [rate for name, rate in rates.items() if name.startswith("diffusers")]
     best = max(theirs or rates.values())
     lines = [
         "# Training throughput on blocks-base's UNet (6,272,708 parameters, 128 pixels)",
         "",
-        f"{asked.hardware}, {asked.threads} threads, batch {asked.batch}, {datetime.date.today()}; "
+        f"{options.hardware}, {options.threads} threads, batch {options.batch}, {datetime.date.today()}; "
         + ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name))
         + f", fewstep {fewstep.__version__}"
-        + f". Medians of {asked.runs} steps, by turns in one process.",
+        + f". Medians of {options.runs} steps, by turns in one process.",
         "",
         f"| step | pictures/s | slowest to fastest | of {'diffusers' if theirs else 'the'} best | waited for data |",
         "|---|---|---|---|---|",
     ]
     for name, values in seconds.items():
-        low, high = asked.batch / max(values), asked.batch / min(values)
+        low, high = options.batch / max(values), options.batch / min(values)
         wait = f"{waited[name]:.1%}" if name in waited else ""
         lines.append(f"| {name} | {rates[name]:.1f} | {low:.1f} to {high:.1f} | {rates[name] / best:.2f} | {wait} |")
-    command = f"python -m benchmarks.training --hardware {asked.hardware} --runs {asked.runs} --batch {asked.batch}"
-    command += f" --threads {asked.threads}{f' --device {asked.device}' if asked.device != 'cpu' else ''}"
-    return "\n".join([*lines, "", f"{commit_line(asked.commit)} Command: `{command}`.", ""])
+    command = (
+        f"python -m benchmarks.training --hardware {options.hardware} --runs {options.runs} --batch {options.batch}"
+    )
+    command += f" --threads {options.threads}{f' --device {options.device}' if options.device != 'cpu' else ''}"
+    return "\n".join([*lines, "", f"{commit_line(options.commit)} Command: `{command}`.", ""])
 
 
 def their_steps(source: CachedLatents, folder: Path, batch: int, device: torch.device) -> dict[str, Step]:
@@ -201,19 +203,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     add_commit_option(parser)
-    asked = parser.parse_args()
-    device = choose_device(asked.device)
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = prepared(folder)
         fewstep.load("blocks-base", device="cpu", dtype="float32").save(folder / "model")
-        ours = our_steps(source, folder, asked.batch, device)
-        steps = their_steps(source, folder / "model", asked.batch, device)
-        seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, asked.runs, device)
+        ours = our_steps(source, folder, options.batch, device)
+        steps = their_steps(source, folder / "model", options.batch, device)
+        seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, options.runs, device)
         waited = {name: wait() / sum(seconds[name]) for name, (_, wait) in ours.items()}
-        path = RESULTS / f"training_{asked.hardware}_{datetime.date.today()}.md"
-        path.write_text(report(seconds, waited, asked), encoding="utf-8")
+        path = RESULTS / f"training_{options.hardware}_{datetime.date.today()}.md"
+        path.write_text(report(seconds, waited, options), encoding="utf-8")
     print(path.read_text(encoding="utf-8"), path, sep="\n")
 
 

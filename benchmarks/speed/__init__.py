@@ -1,1 +1,1 @@
-"""Speed beside the peers, each at its best settings, in turn in one run."""
+"""Speed of fewstep and its peers, each with its best settings."""

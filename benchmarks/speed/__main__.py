@@ -1,4 +1,4 @@
-"""Speed beside the peers: every runner on the same random weights, by turns, in processes of their own.
+"""Speed of fewstep and its peers on the same random weights, by turns, each in a process of its own.
 
     python -m benchmarks.speed --model sd-turbo --size 512 --steps 1 --device cpu --peers all
     python -m benchmarks.speed --model sd-turbo --part decode --peers "fewstep+diffusers+openvino"
@@ -7,11 +7,11 @@
     python -m benchmarks.speed --suite cuda
     python -m benchmarks.speed --suite cuda-peers --peers "fewstep+diffusers+diffusers, max-autotune" --peer-seconds 240
 
-Random weights of the real architecture are made once and kept in `--cache`. In each turn a runner starts anew,
-loads, runs once without counting, then its share of `--runs`; turns go round until all runs are done. Written to
+Random weights of the real architecture are made once and kept in `--cache`. In each turn a runner starts in a new
+process, loads, runs once without counting, then its share of `--runs`, until all runs are done. Written to
 `benchmarks/results/`: medians, spread, ratios to the fastest peer, the time of each stage, FLOP/s beside what this
 machine's own products, convolutions and copies reach, the error against diffusers in float32, peak memory, the time
-to the first picture from the start of the process, versions and the command. A peer that is not installed is listed
+to the first image from the start of the process, versions and the command. A peer that is not installed is listed
 with the command that installs it.
 
 `--waterfall` adds fewstep's optimizations one by one; `--without` turns some off. `--suite` measures all rows of a
@@ -51,13 +51,13 @@ def measure(options: BenchmarkOptions) -> Path:
         commit=options.commit or source_commit(),
     )
     if options.waterfall:
-        found = measured(waterfall.rows(options.without, options.device), task, options.runs, options.turns)
-        text = report.waterfall(found, waterfall.descriptions(options.device), task, facts)
+        results = measured(waterfall.rows(options.without, options.device), task, options.runs, options.turns)
+        text = report.waterfall(results, waterfall.descriptions(options.device), task, facts)
     else:
-        runners_of = select_runners(options.peers, task, options.without)
-        absent = {each.name: install for each in runners_of if (install := each.missing())}
-        found = measured([each for each in runners_of if each.name not in absent], task, options.runs, options.turns)
-        text = report.comparison(found, absent, task, facts, oracle(options.device))
+        runners = select_runners(options.peers, task, options.without)
+        absent = {each.name: install for each in runners if (install := each.missing())}
+        results = measured([each for each in runners if each.name not in absent], task, options.runs, options.turns)
+        text = report.comparison(results, absent, task, facts, oracle(options.device))
     path = options.place()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

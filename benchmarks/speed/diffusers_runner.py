@@ -1,4 +1,4 @@
-"""diffusers as a runner, eager and compiled; its networks as modules of tensors alone, which others export."""
+"""diffusers as a runner, eager and compiled; its networks as modules of tensors, which others export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load(task: Task, *, channels_last: bool = True, compiled: str | None = None, exact: bool = False) -> Run:
-    """diffusers' own networks, `compiled` in a mode of torch.compile.
+    """The run of a task by diffusers' networks, `compiled` in a mode of torch.compile.
 
     `exact` computes in float32 whatever the task says, as the oracle.
     """
@@ -42,7 +42,7 @@ def _compiled(network: torch.nn.Module, mode: str) -> Any:
 
 
 def module(task: Task, piece: Piece, *, exact: bool = False) -> torch.nn.Module:
-    """A network of tensors alone, in the task's number format inside and float32 outside."""
+    """A module that takes and returns float32 tensors and computes in the task's number format."""
     import torch
 
     dtype = torch.float32 if exact else getattr(torch, task.dtype)

@@ -1,4 +1,4 @@
-"""Peers that read networks in a form of their own, which is written once, in a process that is not measured."""
+"""Runners of exported networks (OpenVINO, ONNX Runtime, TensorRT); the export is not measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
 def prepare_openvino(task: Task) -> None:
-    """Each network as OpenVINO's own files, of fixed shapes and in float32."""
+    """Write each network as OpenVINO files, with fixed shapes and in float32."""
     import openvino
     import torch
 
@@ -34,7 +34,7 @@ def prepare_openvino(task: Task) -> None:
 
 
 def load_openvino(task: Task) -> Run:
-    """OpenVINO on a CPU, for latency, in float32."""
+    """The run of a task by OpenVINO on a CPU, for latency, in float32."""
     import openvino
 
     from benchmarks.speed.sampling_loop import NUMPY, run_of
@@ -51,7 +51,7 @@ def load_openvino(task: Task) -> Run:
 
 
 def prepare_onnx(task: Task) -> None:
-    """Each network as an ONNX file of fixed shapes, its weights beside it."""
+    """Write each network as an ONNX file with fixed shapes, its weights beside it."""
     import torch
 
     from benchmarks.speed.diffusers_runner import example, module
@@ -65,7 +65,7 @@ def prepare_onnx(task: Task) -> None:
 
 
 def load_onnxruntime(task: Task) -> Run:
-    """ONNX Runtime on a CPU."""
+    """The run of a task by ONNX Runtime on a CPU."""
     import onnxruntime
 
     from benchmarks.speed.sampling_loop import NUMPY, run_of
@@ -83,7 +83,7 @@ def load_onnxruntime(task: Task) -> Run:
 
 
 def load_onnxruntime_cuda(task: Task) -> Run:
-    """ONNX Runtime on a CUDA device, on PyTorch's tensors where they lie."""
+    """The run of a task by ONNX Runtime on a CUDA device, on PyTorch's tensors without copies."""
     import onnxruntime
     import torch
 
@@ -125,7 +125,7 @@ def _bound(session: Any, task: Task, piece: Piece) -> Callable[..., Any]:
 
 
 def prepare_tensorrt(task: Task) -> None:
-    """Each network as an engine of TensorRT, built from its ONNX file."""
+    """Write each network as a TensorRT engine, built from its ONNX file."""
     import tensorrt
 
     prepare_onnx(task)
@@ -146,7 +146,7 @@ def prepare_tensorrt(task: Task) -> None:
 
 
 def load_tensorrt(task: Task) -> Run:
-    """TensorRT on a CUDA device, on PyTorch's tensors where they lie."""
+    """The run of a task by TensorRT on a CUDA device, on PyTorch's tensors without copies."""
     import tensorrt
     import torch
 

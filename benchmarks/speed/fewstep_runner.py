@@ -1,4 +1,4 @@
-"""fewstep as a runner: one part through an engine, or the whole through its pipeline."""
+"""fewstep as a runner: one network by an engine, or text to image by its pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HUGE_PAGES, SMALL_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}, {"THP_MEM_ALLOC_ENABLE"
 
 
 def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] | None = None, **options: Any) -> Run:
-    """The engine for the device, with `optimizations` as told, or the plain one."""
+    """The run of a task by the engine for its device with `optimizations`, or by the plain engine."""
     import torch
 
     from benchmarks.speed.sampling_loop import run_of, torch_arrays
@@ -34,7 +34,7 @@ def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] |
     from fewstep.pipeline.pipeline import Pipeline
 
     pipe = Pipeline(model.spec, model.tokenizers, engine)
-    return _pictures(pipe, task) if task.pictures else torch.inference_mode()(_whole(pipe, task, arrays.wait))
+    return _images(pipe, task) if task.images else torch.inference_mode()(_whole(pipe, task, arrays.wait))
 
 
 def _parts(task: Task) -> LoadedModel:
@@ -98,17 +98,17 @@ def _whole(pipe: Pipeline, task: Task, wait: Any) -> Run:
         result = pipe.text_to_image(prompt(next(numbers)), **options)
         started = perf_counter()
         assert result.latents is not None
-        picture = pipe.engine.decode(result.latents)
+        image = pipe.engine.decode(result.latents)
         wait()
         seconds = result.seconds
         stages = {"text": seconds["text"], "unet": seconds["denoise"], "decode": perf_counter() - started}
-        return RunOutput(picture, stages)
+        return RunOutput(image, stages)
 
     return run
 
 
-def _pictures(pipe: Pipeline, task: Task) -> Run:
-    """A prompt in, PIL pictures out; batches as `fewstep batch` draws them, the next begun before one ends."""
+def _images(pipe: Pipeline, task: Task) -> Run:
+    """From a prompt to PIL images; batches as in `fewstep batch`, the next begun before one ends."""
     options: dict[str, Any] = {"steps": task.steps, "guidance_scale": task.guidance, "sampler": task.sampler}
     options |= {"width": task.size, "height": task.size, "images_per_prompt": task.batch}
     numbers, under_way, most = count(), deque[Any](), 1 if task.batch > 1 else 0

@@ -1,6 +1,6 @@
-"""Draws one picture and ends: `python -m benchmarks.speed.first_image sd-turbo cuda float16 512`.
+"""Generates one image and exits: `python -m benchmarks.speed.first_image sd-turbo cuda float16 512`.
 
-Prints {"drawn": when the picture was there by the system's monotonic clock, "made": seconds of making weights}.
+Prints {"drawn": when the image was finished, by the system's monotonic clock, "made": seconds of making weights}.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from time import perf_counter
 
 
 def main(model: str, device: str, dtype: str, size: int) -> None:
-    """Import, make the model, draw."""
+    """Import, make the model, generate an image, and print the times."""
     import torch
 
     from benchmarks.speed.models import random_parts

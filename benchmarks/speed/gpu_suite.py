@@ -1,4 +1,4 @@
-"""The suite for a card: the rows of the table of targets, the rows of one model in one process."""
+"""The suites for graphics cards: rows with target times, those of one model in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from benchmarks.speed import waterfall
-from benchmarks.speed.isolated import CaseResult, first_pictures, measure_isolated
+from benchmarks.speed.isolated import CaseResult, first_images, measure_isolated
 from benchmarks.speed.machine import threads_here
 from benchmarks.speed.models import noise_levels_of
 from benchmarks.speed.options import BenchmarkOptions
@@ -19,13 +19,13 @@ from benchmarks.speed.suite import log
 from benchmarks.speed.tasks import NoiseLevels, Task
 from fewstep.models.zoo import entry
 
-FIRST = "first picture"
+FIRST = "first image"
 """The part of a row that is measured from the start of a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is measured, and its targets in `unit`: "ms" or "s" a call, or "pictures/s".
+    """A task of a suite, with its target times in `unit`: "ms" or "s" a call, or "pictures/s".
 
     `steps`, `sampler`: None for the model's own.
     """
@@ -63,7 +63,7 @@ class Row:
             levels=noise_levels_of(self.model, steps, sampler) if sampler in SAMPLERS else NoiseLevels(),
             decoder=options.cache / f"random-taesd-{kind}" if self.decoder == "tiny" else None,
             made=True,
-            pictures=True,
+            images=True,
         )
 
     def title(self) -> str:
@@ -103,7 +103,7 @@ NAMES = tuple(_SUITES)
 
 
 class Case(NamedTuple):
-    """A row for a runner."""
+    """One row to be measured with one runner."""
 
     row: Row
     runner: Runner
@@ -118,11 +118,11 @@ def run_card_suite(
     options: BenchmarkOptions,
     *,
     isolated: Measure = measure_isolated,
-    first: Measure = first_pictures,
+    first: Measure = first_images,
 ) -> int:
-    """Measure a suite; its file is written anew after each row. How many rows have failed.
+    """Measure a suite and write its results file after each row; the number of failed rows.
 
-    `isolated` and `first` measure the jobs of one process, and first pictures.
+    `isolated` and `first` measure the jobs of one process, and first images.
     """
     batches = cases(name, options)
     done, of = 0, sum(map(len, batches))
@@ -141,15 +141,15 @@ def run_card_suite(
 
 
 def cases(name: str, options: BenchmarkOptions) -> list[list[Case]]:
-    """What is measured, each list in one process: a model's rows for one runner, or a whole waterfall."""
+    """The cases of a suite; each list is measured in one process: one model's rows with one runner, or a waterfall."""
     here = [each for each in runners_of(name, options) if not each.missing()]
-    found = []
+    batches = []
     for (_, first), group in groupby(_SUITES[name], key=lambda row: (row.model, row.part == FIRST)):
         rows = list(group)
         pairs = [(row, each) for each in here for row in rows if _suits(row, each, first=first)]
-        batches = [list(some) for _, some in groupby(pairs, key=lambda pair: _is_waterfall(name) or pair[1].name)]
-        found += [[Case(row, each, row.task(options)) for row, each in batch] for batch in batches]
-    return found
+        parts = [list(some) for _, some in groupby(pairs, key=lambda pair: _is_waterfall(name) or pair[1].name)]
+        batches += [[Case(row, each, row.task(options)) for row, each in part] for part in parts]
+    return batches
 
 
 def runners_of(name: str, options: BenchmarkOptions) -> list[Runner]:

@@ -1,4 +1,4 @@
-"""Measures of a card: jobs one after the other in a process of their own that is ended when it takes too long."""
+"""Measurements in a process of their own, which is ended when a case takes too long."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS, FEW, ENOUGH, LONG = 20, 3, 5.0, 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class CaseResult:
-    """Seconds of the runs of a job, or what went wrong.
+    """Seconds of the runs of a case, or the `problem` that ended it.
 
     `loaded`: seconds until its engine was there, `first`: of the first run, which compiles, chooses and records.
     `peak`: bytes that PyTorch held of the card's memory. `output`: of one network, else None.
@@ -43,9 +43,9 @@ class CaseResult:
 
 
 def measure_isolated(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:
-    """Each job in turn, in one process, and after one that went wrong in a new one.
+    """The results of the cases, measured in one process, or in a new one after a failure.
 
-    A job that takes over `seconds` is ended, and said to be.
+    A case that takes over `seconds` is ended, which is its problem.
     """
     done = 0
     while done < len(cases):
@@ -66,7 +66,7 @@ def measure_isolated(cases: Sequence[tuple[Runner, Task]], seconds: float) -> It
 
 
 def serve_cases(cases: Sequence[tuple[Runner, Task]], line: Connection) -> None:
-    """Say of each job how it went; the last is the first that went wrong, for what comes after could go wrong by it."""
+    """Send the result of each case until one has failed, which could make later ones fail too."""
     for runner, task in cases:
         measured = measure_case(runner, task)
         line.send(measured)
@@ -75,7 +75,7 @@ def serve_cases(cases: Sequence[tuple[Runner, Task]], line: Connection) -> None:
 
 
 def measure_case(runner: Runner, task: Task) -> CaseResult:
-    """A job in this process."""
+    """The result of a case in this process."""
     try:
         return _measured(runner, task)
     except Exception as error:  # whatever an engine raises is a row of the table
@@ -108,16 +108,16 @@ def _measured(runner: Runner, task: Task) -> CaseResult:
 
 def timed(run: Run) -> tuple[float, ...]:
     """Seconds of `RUNS` runs, or of fewer where they take long, but never below `FEW`."""
-    found: list[float] = []
-    while len(found) < FEW or (len(found) < RUNS and sum(found) < ENOUGH and max(found) < LONG):
+    seconds: list[float] = []
+    while len(seconds) < FEW or (len(seconds) < RUNS and sum(seconds) < ENOUGH and max(seconds) < LONG):
         started = perf_counter()
         run()
-        found.append(perf_counter() - started)
-    return tuple(found)
+        seconds.append(perf_counter() - started)
+    return tuple(seconds)
 
 
-def first_pictures(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:
-    """From the start of a new process to its first picture, twice, without making the random weights.
+def first_images(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iterator[CaseResult]:
+    """From the start of a new process to its first image, twice, without making the random weights.
 
     `loaded` is what making them took.
     """
@@ -133,7 +133,7 @@ def first_pictures(cases: Sequence[tuple[Runner, Task]], seconds: float) -> Iter
 
 
 def _first_picture(task: Task, seconds: float) -> tuple[float, float]:
-    """Seconds to the first picture without making weights, and those of making them."""
+    """Seconds to the first image without making weights, and those of making them."""
     command = [
         sys.executable,
         "-m",

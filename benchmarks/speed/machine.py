@@ -1,16 +1,15 @@
-"""What the machine itself reaches, how much arithmetic a task is, and what the machine is called."""
+"""The machine's name and peak speeds, and the FLOPs of a task."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from benchmarks.speed.tasks import STAGES, Piece, Task, inputs
+from fewstep.evaluate.environment import processor
 
 
 class Peaks(NamedTuple):
@@ -21,13 +20,13 @@ class Peaks(NamedTuple):
     copy: float
 
     def text(self) -> str:
-        """In words."""
+        """One line for reports."""
         product, convolution, copy = (f"{value / 1e9:,.0f}" for value in self)
         return f"matrix product {product} GFLOP/s, 3x3 convolution {convolution} GFLOP/s, copy {copy} GB/s"
 
 
 def peaks(task: Task) -> Peaks:
-    """Of the task's device, number format and threads: each at its best of a few runs."""
+    """The peaks of the task's device, number format and threads: the best of a few runs each."""
     import torch
     import torch.nn.functional as F
 
@@ -49,18 +48,18 @@ def peaks(task: Task) -> Peaks:
 
 
 def _best(run: Callable[[], object], wait: Callable[[], None], repeats: int = 8) -> float:
-    found = []
+    seconds = []
     for _ in range(repeats):
         wait()
         started = perf_counter()
         run()
         wait()
-        found.append(perf_counter() - started)
-    return min(found)
+        seconds.append(perf_counter() - started)
+    return min(seconds)
 
 
 def flops(task: Task) -> dict[str, float]:
-    """Of each stage by the definition of convolutions, products and attention, counted on tensors without values."""
+    """FLOPs of each stage, counted on meta tensors."""
     counted = {piece.kind: _counted(task, piece) for piece in task.pieces}
     if task.part == "whole":
         counted["unet"] *= len(task.levels.times)
@@ -116,10 +115,3 @@ def hardware_name(device: str, threads: int) -> str:
         name = f"{processor()} {threads}core"
     words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@.*?hz|\d+-core", " ", name.lower())
     return "-".join(re.findall(r"[a-z0-9.]+", words))
-
-
-def processor() -> str:
-    """The processor's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Models of the real shapes with random weights: made where they are needed, or kept as folders that peers read."""
+"""Models of the real shapes with random weights: made on a device, or saved as folders that peers read."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def random_tiny(device: str, dtype: torch.dtype) -> TinyAutoencoder:
 
 
 def noise_levels_of(name: str, steps: int, sampler: str) -> NoiseLevels:
-    """The levels that a run of a model visits, as fewstep's own pipeline has them."""
+    """The noise levels of a run of a model, as fewstep's own pipeline has them."""
     known, spec = entry(name), SAMPLERS[sampler]
     config = _scheduler(known)
     assert known.defaults is not None
@@ -84,7 +84,7 @@ def noise_levels_of(name: str, steps: int, sampler: str) -> NoiseLevels:
 
 
 def _alone(function: Callable[..., None], *given: Any) -> None:
-    """In a process of its own, whose gigabytes go with it."""
+    """Call `function` in a process of its own, so that its memory is freed."""
     process = mp.get_context("spawn").Process(target=function, args=given)
     process.start()
     process.join()

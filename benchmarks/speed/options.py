@@ -21,7 +21,7 @@ _NOT_IN_COMMAND = ("cache", "results", "commit")  # they change no number
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """The options of `python -m benchmarks.speed`; None is what suits the model or the machine."""
+    """The options of `python -m benchmarks.speed`; None stands for the default of the model or the machine."""
 
     model: str = "sd-turbo"
     part: str = "whole"
@@ -47,7 +47,7 @@ class BenchmarkOptions:
 
     @property
     def name(self) -> str:
-        """What the row is called, in a suite and in the name of its file."""
+        """The row's name in a suite and in its file name."""
         given = [f"s{self.steps}"] if self.steps and self.part == "whole" else []
         given += ["tiny"] if self.decoder == "tiny" else []
         given += ["without", *self.without] if self.without else []
@@ -89,9 +89,9 @@ def command_parser(
         parser.add_argument(flag, default=getattr(defaults, name), help=text, **options)
 
     option("model", "a name of fewstep's catalogue, as sd-turbo, sd-v1-4, small-sd, sdxl-base")
-    option("part", "the whole from prompt to picture, or one network", choices=PARTS)
-    option("size", "of the picture in pixels", type=int)
-    option("batch", "pictures at a time", type=int)
+    option("part", "the whole from prompt to image, or one network", choices=PARTS)
+    option("size", "of the image in pixels", type=int)
+    option("batch", "images at a time", type=int)
     option("steps", "else 1 for turbo models and 10 for others", type=int)
     option("guidance", "else the model's own", type=float)
     option("sampler", "else euler, or dpmpp_2m with guidance", choices=SAMPLERS)
@@ -144,7 +144,7 @@ def _check_cuda(device: str) -> None:
 
 
 def task_of(options: BenchmarkOptions) -> Task:
-    """The task; on a card its weights are made there, by all who read no folder."""
+    """The task of `options`; on a graphics card runners that read no folder make its weights there."""
     from benchmarks.speed.models import noise_levels_of, random_model
     from fewstep.models.zoo import entry
 

@@ -1,4 +1,4 @@
-"""The results files: one table of runners, or one of optimizations."""
+"""The text of results files: a table of runners, or of optimizations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.speed.turns import RunnerResult
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a table stands on: hardware, numbers of runs and turns, arithmetic by stage, peaks, command and commit."""
+    """What a table is based on: hardware, numbers of runs and turns, arithmetic by stage, peaks, command and commit."""
 
     hardware: str
     runs: int
@@ -115,13 +115,13 @@ def spread(results: RunnerResult) -> str:
 
 
 def speed(results: RunnerResult, facts: Facts) -> str:
-    """FLOP/s by definition, and what share that is of the machine's own best."""
+    """GFLOP/s, and its share of the machine's peak."""
     reached = sum(facts.flops.values()) / results.middle
     return f"{reached / 1e9:,.0f} ({reached / max(facts.peaks.product, facts.peaks.convolution):.0%})"
 
 
 def format_error(results: RunnerResult, expected: Any) -> str:
-    """The largest difference as a share of the largest value; nothing to compare with is said as such."""
+    """The largest difference as a share of the largest value; in words where it cannot be compared."""
     if not results.runner.comparable:
         return "other noise"
     return "" if expected is None else f"{np.abs(results.output - expected).max() / np.abs(expected).max():.1e}"

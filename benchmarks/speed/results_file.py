@@ -1,4 +1,4 @@
-"""The results file of a suite for a card, written anew after each row."""
+"""The results file of a suite for graphics cards, written after each row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TAIL = ("load, s", "first run, s", "peak GB", "error")
 
 
 class ResultLine(NamedTuple):
-    """A row for a runner, as measured."""
+    """The result of one row with one runner."""
 
     row: Row
     runner: Runner
@@ -37,7 +37,7 @@ class ResultLine(NamedTuple):
 
 @dataclass(kw_only=True)
 class ResultsFile:
-    """What has been measured so far; `absent`: the command that installs each runner that is not here.
+    """The results so far; `absent`: the command that installs each runner that is not here.
 
     `about`: of a waterfall, what each of its lines adds.
     """
@@ -52,7 +52,7 @@ class ResultsFile:
 
     @staticmethod
     def of(name: str, options: BenchmarkOptions, about: Mapping[str, str]) -> ResultsFile:
-        """The empty sheet of a suite."""
+        """The empty results file of a suite."""
         hardware = options.hardware or hardware_name(options.device, options.threads or threads_here())
         return ResultsFile(
             path=options.results / f"speed_{name}-suite_{hardware}_{datetime.date.today()}.md",
@@ -63,7 +63,7 @@ class ResultsFile:
         )
 
     def add(self, row: Row, runner: Runner, measured: CaseResult) -> None:
-        """Take up a line and write the file."""
+        """Add a line and write the file."""
         self.lines.append(ResultLine(row, runner, measured))
         self.write()
 
@@ -109,10 +109,10 @@ class ResultsFile:
 
 _METHOD = (
     "Random weights of the real shapes, made on the device. A whole is `Pipeline.text_to_image`, a new prompt in, "
-    "PIL pictures out, of batches with the next begun before one ends; a peer's is from ids to float pictures on "
+    "PIL images out, of batches with the next begun before one ends; a peer's is from ids to float images on "
     "the device. Medians of 20 runs, or of fewer (3 at least) where those take over 5 s or one takes over 1 s, "
     "after a first run, which compiles, chooses and records, and one more. Load: until the engine is there, making "
-    "the weights included, in the process's first row of a model. First picture: from the start of a process, "
+    "the weights included, in the process's first row of a model. First image: from the start of a process, "
     "imports included, without making the weights (their seconds are under load); what was compiled and chosen "
     "before lies on disk. Peak: what PyTorch holds of the card. Error: the largest difference from diffusers in "
     "float32, or else from another runner that is not fewstep's engine, as a share of the largest value."
@@ -130,12 +130,12 @@ def shown(row: Row, seconds: float) -> str:
 
 
 def in_unit(row: Row, seconds: float) -> float:
-    """Milliseconds, seconds, or pictures a second."""
+    """Milliseconds, seconds, or images a second."""
     return row.batch / seconds if row.unit == "pictures/s" else seconds * {"ms": 1e3, "s": 1}[row.unit]
 
 
 def reached(row: Row, measured: CaseResult) -> str:
-    """Which target is reached, or by what factor the first is missed."""
+    """The target that is reached, or the factor by which the first is missed."""
     if row.must is None or row.aim is None:
         return ""
     value, more = in_unit(row, measured.middle), row.unit == "pictures/s"
@@ -170,10 +170,10 @@ def _error(line: ResultLine, good: list[ResultLine]) -> str:
     outputs = {each.runner.name: each.measured.output for each in good if each.row == line.row}
     order = ("diffusers, float32", "diffusers", "fewstep, plain engine")
     expected = next((outputs[name] for name in order if outputs.get(name) is not None), None)
-    found = line.measured.output
-    if found is None or expected is None or found is expected:
+    output = line.measured.output
+    if output is None or expected is None or output is expected:
         return ""
-    return f"{np.abs(found - expected).max() / np.abs(expected).max():.1e}"
+    return f"{np.abs(output - expected).max() / np.abs(expected).max():.1e}"
 
 
 def _versions(device: str) -> str:

@@ -1,4 +1,4 @@
-"""Who runs: fewstep and its peers, on a CPU and on CUDA, each with the settings at which it is best."""
+"""The runners: fewstep and its peers, on a CPU and on CUDA, each with its best settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SWITCHES = ("huge_pages",)
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """How it loads a task, in a process with `environment`; the packages whose versions name it.
+    """An implementation to be measured: how it loads a task, its environment variables, and its packages.
 
-    `prepare` writes the files that it reads, in a process that is not measured. `whole`: it draws whole pictures
-    alone. `comparable`: it starts from the same noise as the others.
+    `prepare` writes the files that it reads, in a process that is not measured. `whole`: it runs text to image only.
+    `comparable`: it starts from the same noise as the others.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Runner:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package, or of fewstep wherever it is imported from. Raises PackageNotFoundError."""
+    """The version of an installed package, or of fewstep wherever it is imported from. Raises PackageNotFoundError."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -130,12 +130,12 @@ CUDA = (
 
 
 def runners_for(device: str) -> tuple[Runner, ...]:
-    """All that can run on a device."""
+    """All runners for a device."""
     return CUDA if device.startswith("cuda") else CPU
 
 
 def oracle(device: str) -> str:
-    """Whose result the others are compared with: diffusers in float32."""
+    """The name of the runner that the others are compared with: diffusers in float32."""
     return "diffusers, float32" if device.startswith("cuda") else "diffusers"
 
 
@@ -144,7 +144,7 @@ def select_runners(peers: str, task: Task, without: Sequence[str] = ()) -> list[
     selected = runners_named(peers, runners_for(task.device))
     able = [each for each in selected if task.part == "whole" or not each.whole]
     if not able:
-        raise SystemExit(f"error: --peers {peers}: they draw whole pictures alone; use --part whole")
+        raise SystemExit(f"error: --peers {peers}: they draw whole images alone; use --part whole")
     if task.part == "whole" and len(entry(task.model).texts) > 1:
         able = [each for each in able if not each.peer]  # the others are given one text tower here
         if not able:

@@ -1,4 +1,4 @@
-"""From networks to a run: one of them alone, or all from prompt to picture. The same lines for NumPy and PyTorch."""
+"""The run of a task from its networks: one of them, or text to image by a shared loop for NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _whole(task: Task, networks: Mapping[str, Network], arrays: Arrays) -> Run:
             noise_in = _guided(predict, task.guidance, arrays) if task.guided else predict
             latents = sample(noise_in, start, task.levels.sigmas, task.sampler)
         with clock.stage("decode"):
-            picture = networks["decode"](latents / scaling)
-        return RunOutput(picture, clock.seconds)
+            image = networks["decode"](latents / scaling)
+        return RunOutput(image, clock.seconds)
 
     return run
 
@@ -114,7 +114,7 @@ def sample(predict: Predict, x: Any, sigmas: Sequence[float], sampler: str) -> A
 
 
 class Clock:
-    """Seconds of stages, each over when all its arrays are there."""
+    """Seconds of stages, measured after the device has finished them."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait

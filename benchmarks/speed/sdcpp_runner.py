@@ -1,4 +1,4 @@
-"""stable-diffusion.cpp as a runner. It draws whole pictures alone, from noise of its own."""
+"""stable-diffusion.cpp as a runner: text to image only, from noise of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TAKEN = re.compile(r"(\w+) completed, taking ([\d.]+)s")
 
 
 def prepare(task: Task) -> None:
-    """The model as an original single file, the one layout that it reads whole."""
+    """Write the model as an original single file, the layout that it reads."""
     path = _single_file(task)
     if path.exists():
         return
@@ -31,7 +31,7 @@ def prepare(task: Task) -> None:
 
 
 def load(task: Task, *, weights: str) -> Run:
-    """It with its weights as `weights`: "f32", "f16" or "q8_0"."""
+    """The run of a task with the weights in the format `weights`: "f32", "f16" or "q8_0"."""
     import numpy as np
     import stable_diffusion_cpp
 
@@ -53,7 +53,7 @@ def load(task: Task, *, weights: str) -> Run:
 
     def run() -> RunOutput:
         log_lines.clear()
-        pictures = model.generate_image(
+        images = model.generate_image(
             prompt(next(numbers)),
             width=task.size,
             height=task.size,
@@ -64,7 +64,7 @@ def load(task: Task, *, weights: str) -> Run:
             seed=0,
         )
         assert callback is not None
-        return RunOutput(np.stack([np.asarray(picture) for picture in pictures]), stages(log_lines))
+        return RunOutput(np.stack([np.asarray(image) for image in images]), stages(log_lines))
 
     return run
 

@@ -1,4 +1,4 @@
-"""Suites: the rows of a table, one after the other, each with a results file of its own."""
+"""The suites for CPUs: rows that are measured one after the other, each with a results file of its own."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def remove_exports(folder: Path) -> None:
 
 
 def log(text: str) -> None:
-    """Tell people, not files."""
+    """Print a line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

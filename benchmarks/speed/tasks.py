@@ -1,4 +1,4 @@
-"""What is measured, and the numbers that every runner is given for it: plain arrays, so that none needs PyTorch."""
+"""The tasks that are measured, and their inputs as NumPy arrays, so that no runner needs PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 class NoiseLevels(NamedTuple):
-    """The levels to visit, falling to 0, with the time step of each but the last, and how large the noise starts."""
+    """The noise levels of a run, falling to 0, the time step of each but the last, and the scale of the first noise."""
 
     sigmas: tuple[float, ...] = ()
     times: tuple[float, ...] = ()
@@ -33,7 +33,7 @@ class NoiseLevels(NamedTuple):
 
 
 class RunOutput(NamedTuple):
-    """What a run made, and the seconds of its stages where it has some."""
+    """The output of a run, and the seconds of its stages where it has some."""
 
     output: Any
     stages: Mapping[str, float] = {}
@@ -44,12 +44,12 @@ Run = Callable[[], RunOutput]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A part of the model in `folder`, for `batch` pictures of `size` pixels, with `threads` on `device`.
+    """A part of the model in `folder`, for `batch` images of `size` pixels, with `threads` on `device`.
 
     `part`: one of `PARTS`. The whole takes a prompt through `steps` of `sampler` ("euler" or "dpmpp_2m") along `levels`
     of `schedule`. `decoder`: the folder of a tiny decoder to take the autoencoder's place.
-    `made`: the folders are read by those alone who must; the others make the same weights on the device. `pictures`:
-    fewstep's whole is a call of its pipeline from prompt to PIL pictures, by the model's own sampler.
+    `made`: the folders are read by those alone who must; the others make the same weights on the device. `images`:
+    fewstep's whole is a call of its pipeline from prompt to PIL images, by the model's own sampler.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Task:
     levels: NoiseLevels = field(default_factory=NoiseLevels)
     decoder: Path | None = None
     made: bool = False
-    pictures: bool = False
+    images: bool = False
 
     @property
     def guided(self) -> bool:
@@ -96,7 +96,7 @@ class Task:
 def inputs(task: Task, piece: Piece) -> tuple[Any, ...]:
     """What a network is called with, the same in every process.
 
-    text: ids (B, 77). decode: latents (B, 4, h, w) as the autoencoder has them. encode: picture (B, 3, H, W). unet:
+    text: ids (B, 77). decode: latents (B, 4, h, w) as the autoencoder has them. encode: image (B, 3, H, W). unet:
     latents, times (B), text states (B, 77, D), and for SDXL pooled text (B, P) and sizes (B, 6).
     """
     random, side = np.random.default_rng(0), task.size // 8
@@ -121,7 +121,7 @@ def inputs(task: Task, piece: Piece) -> tuple[Any, ...]:
 
 
 def prompt(run: int) -> str:
-    """A text that no run before has had: an engine that remembers texts is not measured by what it remembers."""
+    """A prompt that differs in each run, so that caches of text encodings do not count."""
     return " ".join(["a"] * (1 + run % (WINDOW - 2)))
 
 

@@ -1,4 +1,4 @@
-"""Runners by turns, each turn in a process of its own that is alone on the machine."""
+"""Measurement of runners by turns, each turn in a new process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIVE_UP = 3600.0
 
 
 class Measurement(NamedTuple):
-    """What a runner says after a run: its seconds, those of its stages, its peak memory and what it made."""
+    """One run: its seconds, those of its stages, the peak memory, the output, and the seconds of loading."""
 
     seconds: float
     stages: Mapping[str, float]
@@ -35,7 +35,7 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerResult:
-    """All that a runner said, or what went wrong.
+    """All measurements of a runner, or the `problem` that ended it.
 
     `first`: seconds from the start of its process to the first output, one a turn; `loaded` likewise of loading.
     `seconds`: of each run that counts; `stages`: the same by stage.
@@ -61,12 +61,12 @@ class RunnerResult:
         return median(taken) if taken else None
 
     def begun(self, first: float, answer: Measurement) -> RunnerResult:
-        """With the first output of a turn."""
+        """The result with the first output of a turn added."""
         peak = max(self.peak, answer.peak_bytes)
         return replace(self, first=(*self.first, first), loaded=(*self.loaded, answer.loaded), peak=peak)
 
     def ran(self, answer: Measurement) -> RunnerResult:
-        """With one more run."""
+        """The result with one more run added."""
         return replace(
             self,
             seconds=(*self.seconds, answer.seconds),
@@ -163,7 +163,7 @@ def _answer(line: Connection) -> Measurement | str:
 
 
 def answer(line: Connection, seconds: float) -> Any:
-    """What comes over the line, or in words why nothing came."""
+    """The next message of `line`, or in words why none came."""
     if not line.poll(seconds):
         return f"no answer in {seconds:g} s: ended"
     try:
@@ -196,7 +196,7 @@ def prepare(runner: Runner, task: Task, line: Connection) -> None:
 
 
 def serve(runner: Runner, task: Task, line: Connection) -> None:
-    """Load and run once, then once for each message until the line closes; say after each run how it went."""
+    """Load and run once, then once for each message until the line closes; send the measurement of each run."""
     try:
         memory = Memory(task.device)
         started = perf_counter()
@@ -233,7 +233,7 @@ def error_line(error: Exception) -> str:
 
 
 class Memory:
-    """Of this process: the most it has had of the machine's, or on CUDA what it has taken of the card's."""
+    """Memory of this process: the largest resident memory, or on CUDA what it has taken of the card's."""
 
     def __init__(self, device: str) -> None:
         self.device = device if device.startswith("cuda") else None

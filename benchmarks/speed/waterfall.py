@@ -1,4 +1,4 @@
-"""fewstep's optimizations one by one: the plain engine, on a CPU huge pages, then each optimization of the engine."""
+"""The waterfall of fewstep's optimizations: the plain engine, on a CPU huge pages, then one optimization a row."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ def process(*arguments: object, **keywords: Any) -> subprocess.Popen[str]:
 
 
 def test_the_bare_command_helps(cli):
-    bare, asked = cli(), cli("--help")
-    assert bare == asked
+    bare, explicit = cli(), cli("--help")
+    assert bare == explicit
     assert bare.code == 0
     for command in ("generate", "models", "inspect"):
         assert command in bare.out

@@ -122,8 +122,8 @@ def test_a_card_is_written_beside_the_weights_and_keeps_what_people_wrote(cli):
     assert (written.code, written.out.strip()) == (0, "model/README.md")
     card = Path("model/README.md").read_text(encoding="utf-8")
     assert hand in card
-    for said in ("| unet | 6,", "0.03 kg CO2 equivalent", "| exact | 0.900 |", "license: apache-2.0"):
-        assert said in card
+    for text in ("| unet | 6,", "0.03 kg CO2 equivalent", "| exact | 0.900 |", "license: apache-2.0"):
+        assert text in card
     assert cli("card", "model", "--scores", "scores.json").code == 0
     assert Path("model/README.md").read_text(encoding="utf-8") == card
 

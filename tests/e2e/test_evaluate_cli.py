@@ -41,8 +41,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_blocks(cli: Cli, tmp_path: Path) -> None:
-    asked = ("blocks", "blocks-base:steps=2", "--base", "blocks-base:steps=1", "--count", 2, "--varied", 1)
-    outcome = cli(*asked, "--training", 20, "--device", "cpu")
+    arguments = ("blocks", "blocks-base:steps=2", "--base", "blocks-base:steps=1", "--count", 2, "--varied", 1)
+    outcome = cli(*arguments, "--training", 20, "--device", "cpu")
     assert outcome.code == 0, outcome.err
     report = tmp_path / outcome.out.strip()
     text, table = report.read_text(), rows(report.with_suffix(".csv"))
@@ -58,7 +58,7 @@ def test_blocks(cli: Cli, tmp_path: Path) -> None:
     assert {"what", "value", "low", "high", "count", "how"} <= scores[0].keys()
     assert "diversity" in scores[-1]["what"]
     drawn = {path: path.stat().st_mtime_ns for path in report.parent.glob("pictures/*/*.png")}
-    assert cli(*asked, "--training", 20, "--device", "cpu").code == 0
+    assert cli(*arguments, "--training", 20, "--device", "cpu").code == 0
     assert {path: path.stat().st_mtime_ns for path in report.parent.glob("pictures/*/*.png")} == drawn
 
 

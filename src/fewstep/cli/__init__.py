@@ -1,4 +1,4 @@
-"""The `fewstep` command: one file a sub-command, and nothing heavy imported before a command runs."""
+"""The `fewstep` command: one file for each sub-command; nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(words, prog_name="fewstep", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        return exits.reader_left()
+        return exits.end_on_broken_pipe()
     except Exception as error:
         return exits.report(error, debug="--debug" in given)
     return code if isinstance(code, int) else 0

@@ -15,7 +15,7 @@ def card(
     folder: Annotated[Path, typer.Argument(help="A model's folder, with training.json beside the weights.")],
     scores: Annotated[list[Path] | None, typer.Option(help="JSON files with lists of scores to put in.")] = None,
 ) -> None:
-    """Write or update a model's README.md; what people wrote into it stays."""
+    """Write or update a model's README.md; text that people added stays."""
     from fewstep.cards.model_card import write_card
     from fewstep.cards.training_record import read_scores, read_training
     from fewstep.inspect import checkpoint
@@ -34,9 +34,9 @@ def emissions(
     *,
     watts: Annotated[float, typer.Option(help="Mean power of all the hardware.")],
     kg_per_kwh: Annotated[float, typer.Option(help="Of the grid: kg of CO2 equivalent for each kWh.")],
-    pue: Annotated[float, typer.Option(help="What the building draws for each watt of the hardware.")] = 1.0,
+    pue: Annotated[float, typer.Option(help="Power of the building for each watt of the hardware.")] = 1.0,
 ) -> None:
-    """Show the carbon dioxide of a run, and all that the figure rests on."""
+    """Compute the carbon emissions of a run, with all that the number is based on."""
     from fewstep.cards.emissions import Emissions
 
     typer.echo(Emissions(hours=hours, watts=watts, kg_per_kwh=kg_per_kwh, pue=pue).statement())

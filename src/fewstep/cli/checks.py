@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fewstep.cli.settings import redraws, task_keywords
+from fewstep.cli.settings import refines_finished_image, task_keywords
 from fewstep.errors import InputError, quoted, unknown
 from fewstep.safety.provenance import Settings
 
@@ -59,7 +59,7 @@ def _check_kinds(settings: Settings, model: Entry | None) -> None:
         raise InputError(f"--decoder {decoder.name} is a whole model; the decoders are tiny, {', '.join(TINY_NAMES)}")
     if "prediction" in settings and settings["prediction"] not in PREDICTIONS:
         raise InputError(unknown("prediction", settings["prediction"], PREDICTIONS))
-    if model is None or refiner is None or redraws(settings):
+    if model is None or refiner is None or refines_finished_image(settings):
         return
     if LATENTS[model.family] != LATENTS[refiner.family]:
         raise InputError(

@@ -37,7 +37,7 @@ def compare(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (else the best here).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the paths written, and nothing else.")] = False,
 ) -> None:
-    """Make a page on which people compare models blindly; with --tally count their votes and draw the chart."""
+    """Make a page on which people compare models blindly; with --tally count their votes and write the chart."""
     _check_judge(judge)
     if tally is None:
         folder, files = _vacant(out), list[Path]()

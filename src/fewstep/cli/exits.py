@@ -22,7 +22,7 @@ class Exit(IntEnum):
 
 
 def report(error: Exception, *, debug: bool = False) -> int:
-    """Tell on stderr what went wrong in one line (`debug`: the whole traceback), and return the exit code."""
+    """Print the error in one line on stderr (`debug`: after the traceback), and return the exit code."""
     if debug:
         print(printable("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     code = code_for(error)
@@ -41,8 +41,8 @@ def code_for(error: Exception) -> int:
     return int(getattr(error, "exit_code", Exit.BUG))
 
 
-def reader_left() -> int:
-    """End quietly when whoever read stdout has gone (`fewstep models | head`); the shell's code for it."""
+def end_on_broken_pipe() -> int:
+    """End quietly when the reader of stdout has exited (`fewstep models | head`); the shell's exit code for it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit then fails no more
     return 128 + 13
 

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from fewstep.cli import checks, options, outputs, progress
-from fewstep.cli.settings import complete_settings, redraws, task_keywords
+from fewstep.cli.settings import complete_settings, refines_finished_image, task_keywords
 from fewstep.errors import printable, quoted
 from fewstep.safety.provenance import Settings, image_metadata
 
@@ -84,7 +84,7 @@ def _generate(settings: Settings, where: outputs.Destination, quiet: bool) -> li
 def run_task(pipe: Pipeline, refiner: Pipeline | None, settings: Settings, bar: progress.Bar) -> Result:
     """The images of `settings`, by text to image, image to image, inpainting or with a refiner."""
     keywords = task_keywords(settings)
-    if refiner is None or not redraws(settings):
+    if refiner is None or not refines_finished_image(settings):
         return _run(pipe.start(**keywords, refiner=refiner), bar)
     strength = keywords.pop("strength")
     first = _run(pipe.start(**keywords), bar)

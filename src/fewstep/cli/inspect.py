@@ -29,7 +29,7 @@ def inspect(
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Two columns: what, and how much; nested entries are indented, and what is not known is left out."""
+    """Two columns, names and values; nested entries are indented, and unknown values are left out."""
     rows = list(_rows(content))
     width = max(len(label) for label, _ in rows) + 2
     return "\n".join(f"{label:{width}}{text}".rstrip() for label, text in rows)

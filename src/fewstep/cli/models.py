@@ -13,7 +13,7 @@ def models(
     name: Annotated[str | None, typer.Argument(help="One of them, with all that is known.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """List the models that have a name, with size, licence and whether they are here; or show one of them."""
+    """List the models of the catalogue with size, licence and whether they are on this machine; or show one of them."""
     from fewstep.cli.inspect import table
     from fewstep.inspect.catalogue import details, table_row
     from fewstep.models.zoo import CATALOGUE, entry

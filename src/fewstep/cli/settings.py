@@ -33,7 +33,7 @@ def complete_settings(given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def redraws(settings: Settings) -> bool:
+def refines_finished_image(settings: Settings) -> bool:
     """Whether the refiner regenerates the finished image, instead of taking over before it is finished."""
     return "refiner" in settings and "strength" in settings and "init" not in settings
 

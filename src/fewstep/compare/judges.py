@@ -17,6 +17,7 @@ from fewstep.blockworld.detector import BlockReader, grade
 from fewstep.blockworld.scene import ALONE
 from fewstep.compare.study import Study
 from fewstep.compare.votes import RaterVotes, Vote
+from fewstep.engines.cpu.limits import cap_threads
 from fewstep.errors import InputError
 from fewstep.images import to_tensor
 
@@ -67,7 +68,9 @@ def block_reader() -> ModelJudge:
     def score(prompts: Sequence[str], images: Tensor) -> Sequence[float]:
         prompts = [" ".join(prompt.lower().split()) for prompt in prompts]
         target = parse_captions(prompts)
-        return [float(right) for right in grade(BlockReader(images.shape[-1]).read(images), target, prompts).images]
+        with cap_threads(1):  # images are small: on a busy machine more threads wait for each other
+            readings = BlockReader(images.shape[-1]).read(images)
+        return [float(right) for right in grade(readings, target, prompts).images]
 
     return ModelJudge(name="algorithmic reader", question="alignment", score=score)
 

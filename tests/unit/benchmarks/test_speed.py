@@ -62,7 +62,7 @@ def parts() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def task(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """Two guided pictures in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
+    """Two guided images in four steps of DPM-Solver++(2M), by a model of Small-SD's levels."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(model, folder)
     levels = noise_levels_of("small-sd", 4, "dpmpp_2m")
@@ -278,22 +278,22 @@ def test_every_optimization_is_described():
 # what is asked for
 
 
-def asked(*words: str) -> BenchmarkOptions:
+def options_of(*words: str) -> BenchmarkOptions:
     return parse_options(command_parser(waterfall.names, tuple(suite.SUITES), None).parse_args(words))
 
 
 def test_the_command_of_a_result_asks_for_the_same():
     words = ["--model", "small-sd", "--part", "unet", "--size", "256", "--peers", "fewstep+openvino", "--runs", "3"]
-    options = asked(*words, "--hardware", "box", "--without", "kernels")
-    assert asked(*shlex.split(options.command())[3:]) == options
+    options = options_of(*words, "--hardware", "box", "--without", "kernels")
+    assert options_of(*shlex.split(options.command())[3:]) == options
 
 
 def test_a_device_that_is_not_there_ends_with_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="finds no CUDA device here"):
-        asked("--device", "cuda")
+        options_of("--device", "cuda")
     with pytest.raises(SystemExit, match="cpu and on cuda"):
-        asked("--device", "tpu")
+        options_of("--device", "tpu")
 
 
 def test_optimizations_belong_to_a_device(capsys):
@@ -311,7 +311,7 @@ def test_peers_are_chosen_by_name(task):
     assert [each.name for each in runners.select_runners("openvino + diffusers", part)] == ["openvino", "diffusers"]
     with pytest.raises(SystemExit, match="did you mean 'openvino'"):
         runners.select_runners("openvin", task)
-    with pytest.raises(SystemExit, match="whole pictures alone"):
+    with pytest.raises(SystemExit, match="whole images alone"):
         runners.select_runners("stable-diffusion.cpp, f16", part)
 
 

@@ -163,7 +163,7 @@ def test_diffusers_networks_are_filled_with_the_same_weights(options_here, kind,
 
 
 def test_a_row_alone_draws_wholes_of_two_text_towers_by_fewstep(options_here):
-    task = replace(XL.task(options_here), pictures=False)
+    task = replace(XL.task(options_here), images=False)
     names = [each.name for each in select_runners("all", task)]
     assert names == ["fewstep", "fewstep, plain engine", "fewstep, strict"]
     with pytest.raises(SystemExit, match="two text towers"):
@@ -303,7 +303,7 @@ def test_what_takes_too_long_is_ended_and_said_to_be():
 
 def test_a_first_picture_that_fails_is_told():
     task = Task(model="no-such-model", folder=Path(), made=True)
-    (found,) = isolated.first_pictures([(BY_NAME["fewstep"], task)], 120)
+    (found,) = isolated.first_images([(BY_NAME["fewstep"], task)], 120)
     assert found.problem is not None
     assert "no-such-model" in found.problem
 
@@ -321,6 +321,6 @@ def test_a_first_picture_counts_no_making_of_weights(monkeypatch, capsys):
 
     monkeypatch.setattr(isolated.subprocess, "run", lambda *command, **options: Ended)
     monkeypatch.setattr(isolated, "perf_counter", lambda: 100.0)
-    (found,) = isolated.first_pictures([(BY_NAME["fewstep"], Task(model="little-turbo", folder=Path()))], 120)
+    (found,) = isolated.first_images([(BY_NAME["fewstep"], Task(model="little-turbo", folder=Path()))], 120)
     assert found.seconds == (4.0, 4.0)
     assert found.loaded == 1.0

@@ -113,7 +113,7 @@ def test_scores_come_from_files(tmp_path):
 def test_the_card_says_all_of_it():
     card = update_card("# blocks\n", TRAINING, PARTS)
     numbers = ("6,270,000", "abc123", "3,000", "learning_rate 0.0001", "3.000 hours", "0.886 to 0.958", "0.135 kg")
-    for said in (
+    for text in (
         *numbers,
         "float32",
         "a \\| b",
@@ -121,7 +121,7 @@ def test_the_card_says_all_of_it():
         "It knows 37 words.",
         "a 'red' cube",
     ):
-        assert said in card, said
+        assert text in card, text
     assert "No other model went into it" in card
 
 

@@ -308,12 +308,12 @@ def test_the_reader_judges_block_scenes_only(caption):
 
 def test_the_reader_votes_for_the_picture_that_shows_the_prompt(folder):
     wanted = scenes(6, seed=1, single=0.5)
-    said = captions(wanted, seed=1, style="canonical")
+    prompts = captions(wanted, seed=1, style="canonical")
     right = to_pil(render(wanted, 64))
     empty = [Image.new("RGB", (64, 64), "grey") for _ in right]
     study = make_study(
         {"right": ImageSet(settings={}, images=right), "empty": ImageSet(settings={}, images=empty)},
-        said, folder, seed=0, checks=1,
+        prompts, folder, seed=0, checks=1,
     )  # fmt: skip
     outcome = aggregate_votes(study, [judge_votes(study, folder, block_reader())])
     (tally,) = outcome.tallies

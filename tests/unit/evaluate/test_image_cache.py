@@ -10,7 +10,7 @@ from PIL import Image
 
 from fewstep import tables as report
 from fewstep.errors import InputError, NotFiniteError
-from fewstep.evaluate.candidates import load_candidates
+from fewstep.evaluate.candidates import BATCH, Candidate, distinct_candidates, generate_images, load_candidates
 from fewstep.evaluate.image_cache import ImageCache
 from fewstep.metrics.intervals import Interval, format_interval
 
@@ -138,3 +138,34 @@ def test_tables_are_for_people_and_csv_for_programs():
     assert report.table(rows).splitlines()[2] == "| a | 0.988 | 1234 |  |"
     assert report.csv_text(rows).splitlines() == ["name,share,many,none", "a,0.98765,1234.5,"]
     assert format_interval(Interval(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
+
+
+# candidates of a comparison
+
+
+def test_candidates_are_labelled_as_written_and_differ(tmp_path):
+    (tmp_path / "mine").mkdir()
+    one, two = distinct_candidates(["base:steps=2,width=64", f"{tmp_path / 'mine'}:eta=0.5"])
+    assert one == ("base:steps=2,width=64", "base", {"steps": 2, "width": 64})
+    assert two == ("mine:eta=0.5", str(tmp_path / "mine"), {"eta": 0.5})
+    with pytest.raises(InputError, match="name two or more"):
+        distinct_candidates(["base"])
+    with pytest.raises(InputError, match="would be called 'base'"):
+        distinct_candidates(["base", "base"])
+
+
+def test_images_of_a_comparison_have_their_seeds_in_any_batch():
+    pipe = SimpleNamespace(calls=[])
+
+    def text_to_image(prompts, *, seed, on_step, **options):
+        pipe.calls.append((tuple(prompts), tuple(seed), options))
+        settings = {"prompt": prompts, "seed": seed, "model": "stub", "task": "t", "steps": 2}
+        return SimpleNamespace(images=list(seed), settings=settings)
+
+    pipe.text_to_image = text_to_image
+    candidate = Candidate("stub", "stub", {"steps": 2})
+    prompts = [f"p{i}" for i in range(BATCH + 1)]
+    settings, images = generate_images(candidate, pipe, prompts, seed=7, on_step=lambda step: None)
+    assert images == list(range(7, 7 + BATCH + 1))
+    assert [len(batch) for batch, _, _ in pipe.calls] == [BATCH, 1]
+    assert settings == {"model": "stub", "steps": 2}
