@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import MissingExtraError
+from fewstep.files import partial_path
 
 LOOK: dict[Any, Any] = {"svg.hashsalt": "fewstep", "font.size": 10}
 """With the salt the same points give the same file."""
@@ -23,9 +23,6 @@ def require_matplotlib() -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a chart that appears, or is replaced, when all of it is on the disk; equal charts give equal files."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with partial_path(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:] or None, dpi=150, metadata=metadata)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from fewstep.files import atomic_write
 from fewstep.images import save_png
 
 Cell = str | int | float | None
@@ -21,12 +21,8 @@ Rows = Sequence[Mapping[str, Cell]]
 def write_text(path: Path, text: str) -> None:
     """Write `text` to a file that appears, or is replaced, when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

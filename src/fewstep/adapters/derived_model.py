@@ -27,7 +27,7 @@ def vectors(unet: UNet) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def edition(parts: Parts, known: Entry) -> Parts:
+def derived_model(parts: Parts, known: Entry) -> Parts:
     """`parts`, the base of `known`, with its LoRA merged for good, under its name and with its defaults."""
     fuse_lora(parts, read_lora(ASSETS / known.name / FILE, parts))
     own = parts.unet.state_dict()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.blockworld.backbone import CHANNELS, Residual, Trunk, resized
-from fewstep.blockworld.detector import UNREADABLE, Reading
+from fewstep.blockworld.backbone import CHANNELS, Backbone, Residual, resized
+from fewstep.blockworld.detector import UNREADABLE, SceneReading
 from fewstep.blockworld.scene import ALONE, COLOURS, IN_FRONT, LEFT, ON_TOP, SHAPES, SIZES
 from fewstep.weights.auxiliary import ASSETS, Card, fill
 
@@ -31,7 +31,7 @@ half as likely in either."""
 BATCH = 100
 
 
-class Found(NamedTuple):
+class DetectedObject(NamedTuple):
     """One object found in a picture: how sure that is, what it is, and the log-probabilities (7,) of its part."""
 
     sure: float
@@ -47,7 +47,7 @@ class FindingNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         _, fine, middle, coarse = CHANNELS
-        self.trunk = Trunk()
+        self.trunk = Backbone()
         self.up = nn.ModuleList([nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)])
         self.last = Residual(fine)
         self.heads = nn.Conv2d(fine, sum(HEADS), 1)
@@ -73,7 +73,7 @@ class SecondReader:
             self.card = fill(ASSETS / "second-reader", self.network)
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> list[Reading]:
+    def read(self, images: Tensor) -> list[SceneReading]:
         """One reading for each of images (B, 3, S, S) in [-1, 1]; `InputError` for another shape."""
         readings = []
         for batch in torch.split(images, BATCH):
@@ -85,7 +85,7 @@ class SecondReader:
         return readings
 
 
-def _reading(sure: Tensor, *maps: Tensor) -> Reading:
+def _reading(sure: Tensor, *maps: Tensor) -> SceneReading:
     """From the maps of one picture: sure (16, 16), 0 but at middles, then colour, shape, size and part (n, 16, 16)."""
     places = (sure >= SEEN).nonzero().tolist()
     places.sort(key=lambda place: -float(sure[*place]))
@@ -94,7 +94,7 @@ def _reading(sure: Tensor, *maps: Tensor) -> Reading:
     if len(found) == 2:
         relation, swapped = _related(*found)
         found = found[::-1] if swapped else found
-    return Reading(
+    return SceneReading(
         count=len(places),
         colours=tuple(one.colour for one in found),
         shapes=tuple(one.shape for one in found),
@@ -104,12 +104,14 @@ def _reading(sure: Tensor, *maps: Tensor) -> Reading:
     )
 
 
-def _found(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tensor) -> Found:
+def _found(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tensor) -> DetectedObject:
     readable = float(shape.max().exp()) >= READABLE
-    return Found(sure, int(colour.argmax()), int(shape.argmax()) if readable else UNREADABLE, int(size.argmax()), parts)
+    return DetectedObject(
+        sure, int(colour.argmax()), int(shape.argmax()) if readable else UNREADABLE, int(size.argmax()), parts
+    )
 
 
-def _related(a: Found, b: Found) -> tuple[int, bool]:
+def _related(a: DetectedObject, b: DetectedObject) -> tuple[int, bool]:
     """The relation that the parts of two objects make most likely, and whether b is its first object."""
     scores = {
         (relation, swapped): float(one.parts[first] + other.parts[second])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fewstep.compare.page import page
 from fewstep.errors import InputError
+from fewstep.files import partial_folder
 
 KEY = "key.json"
 SCRAMBLED = "(scrambled)"
@@ -90,9 +90,7 @@ def make_study(
     chance = random.Random(seed)
     planned = [*_comparisons(drawings, chance), *_attention_checks(drawings, min(checks, len(prompts)), chance)]
     chance.shuffle(planned)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with partial_folder(folder) as partial:
         (partial / "pictures").mkdir(parents=True)
         pairs = [
             _written(partial, f"{number:04d}", prompts[index], sides)
@@ -102,11 +100,6 @@ def make_study(
         asked = [(pair.id, pair.prompt) for pair in pairs]
         (partial / "index.html").write_text(page(study.digest, asked), encoding="utf-8")
         (partial / KEY).write_text(study.to_json(), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return study
 
 

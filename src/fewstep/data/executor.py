@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class ShardExecutor:
     """Who works: `processes` of this machine (1: this very process), or the Ray cluster that RAY_ADDRESS names.
 
     `progress` is called with how many tasks are done and how many there are.

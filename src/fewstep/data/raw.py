@@ -15,7 +15,7 @@ NAMED = 8  # faults of one input that its damage names; the others are counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class RawSample:
     """One picture of a collection: what is said of it, its file, and what is wrong with it already.
 
     `members` counts the members of a tar that it is made of; of a table, the one row.

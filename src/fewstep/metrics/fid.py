@@ -6,7 +6,6 @@ network, the same reference and the same N, since the Fréchet distance is biase
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
+from fewstep.files import atomic_write
 from fewstep.formats.tensors import kind_of, read_safetensors
 from fewstep.metrics.intervals import Estimate, Interval
 
@@ -93,12 +93,8 @@ class FeatureStatistics:
     def save(self, path: Path) -> None:
         """Write a .safetensors file, which appears whole or not at all."""
         tensors = {"mean": self.mean.cpu().contiguous(), "scatter": self.scatter.cpu().contiguous()}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(save(tensors, {"network": self.network, "count": str(self.count)}))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write(save(tensors, {"network": self.network, "count": str(self.count)}))
 
     @classmethod
     def load(cls, path: Path) -> FeatureStatistics:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fewstep.adapters.derived_model import edition
+from fewstep.adapters.derived_model import derived_model
 from fewstep.engines.device import choose_device, choose_dtype
 from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, unknown
@@ -57,7 +57,7 @@ def load(
         tokenizer=None if tokenizer is None else Path(tokenizer),
     )
     if known is not None and known.base is not None:
-        parts = edition(parts, known)
+        parts = derived_model(parts, known)
     if decoder is not None:
         if (factor := parts.autoencoder.config.factor) != 8:
             raise InputError(f"{parts.name} draws pictures {factor} times as wide as latents; a tiny decoder needs 8")

@@ -166,7 +166,7 @@ class Run:
             steps_offset=parts.scheduler.steps_offset,
             final=parts.scheduler.final_for(job.sampler),
             family="sdxl" if parts.unet.config.addition else "sd",
-            reading=self.sampler.reading,
+            convention=self.sampler.convention,
         )
         return sigmas[job.steps - strength_steps(job.steps, strength) :]
 

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewstep.errors import CheckpointError
+from fewstep.files import atomic_write
 from fewstep.models.dinov2 import Dinov2, Dinov2Config
 from fewstep.weights.folder import parsed, weight_files
 from fewstep.weights.load import open_part
@@ -61,10 +62,10 @@ def save_network(network: nn.Module, folder: Path) -> None:
     """Write a folder that `fill` reads: weights in half precision, and what they are weights of."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    partial = folder / ".model.partial"
-    partial.write_bytes(save(weights, {"format": "pt"}))
-    partial.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(f'{{"_class_name": "{type(network).__name__}"}}\n', encoding="utf-8")
+    with atomic_write(folder / "model.safetensors") as file:
+        file.write(save(weights, {"format": "pt"}))
+    with atomic_write(folder / "config.json") as file:
+        file.write(f'{{"_class_name": "{type(network).__name__}"}}\n'.encode())
 
 
 def _check(path: Path, held: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]) -> None:

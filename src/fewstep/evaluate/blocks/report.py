@@ -100,7 +100,7 @@ def _report(found: Sequence[Measured], judge: Judge) -> str:
         table([_neighbours(one) for one in found]),
         *_sheets(found, "neighbours"),
         "## Mark by mark",
-        "What the columns mean: `fewstep.blockworld.detector.Grades`.",
+        "What the columns mean: `fewstep.blockworld.grading.Grades`.",
         table(_marks(found)),
     ]
     return "\n\n".join(parts) + "\n"
