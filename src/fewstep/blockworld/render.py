@@ -30,7 +30,7 @@ class RenderConstants(NamedTuple):
     halfway: Tensor
 
 
-class Layer(NamedTuple):
+class RenderLayer(NamedTuple):
     """One object of each scene: colour (B, 3, S, S), coverage and depth (B, S, S)."""
 
     rgb: Tensor
@@ -104,7 +104,7 @@ def _shadows(scenes: Scenes, size: int) -> Tensor:
     return (1 - dark * grounded[..., None, None]).prod(1)
 
 
-def _layer(scenes: Scenes, which: int, size: int) -> Layer:
+def _layer(scenes: Scenes, which: int, size: int) -> RenderLayer:
     """Object `which`, absent where the scene has no such object."""
     constants = _constants(scenes.position.device)
     scale = constants.radii[scenes.size[:, which]][:, None, None]
@@ -115,7 +115,7 @@ def _layer(scenes: Scenes, which: int, size: int) -> Layer:
     whole = sprite / coverage.clamp(min=0.05)[:, None]
     present = (scenes.count > which)[:, None, None]
     depth = whole[:, 3] * scale + v0 / SIN * COS - height * SIN
-    return Layer(shaded(whole[:, :3], constants.rgb[scenes.colour[:, which]]), coverage * present, depth)
+    return RenderLayer(shaded(whole[:, :3], constants.rgb[scenes.colour[:, which]]), coverage * present, depth)
 
 
 def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -> Tensor:

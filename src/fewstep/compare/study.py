@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewstep.compare.page import page
 from fewstep.errors import InputError
-from fewstep.files import partial_folder
+from fewstep.files import checksum, partial_folder
 
 KEY = "key.json"
 SCRAMBLED = "(scrambled)"
@@ -122,7 +122,7 @@ def read_study(folder: Path) -> Study:
         raise InputError(f"{path} has been changed: its digest is not the one that it states; take the original")
     for pair in study.pairs:
         for picture, sha256 in zip(pair.paths, pair.sha256, strict=True):
-            if not (folder / picture).is_file() or _sha256(folder / picture) != sha256:
+            if not (folder / picture).is_file() or checksum(folder / picture) != sha256:
                 raise InputError(f"{folder / picture} is gone or has changed since the study was made; votes are void")
     return study
 
@@ -181,12 +181,8 @@ def _written(folder: Path, name: str, prompt: str, sides: Sides) -> Pair:
     pair = Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=("", ""))
     for (_, picture), path in zip(sides, pair.paths, strict=True):
         Image.frombytes("RGB", picture.size, picture.convert("RGB").tobytes()).save(folder / path, format="PNG")
-    one, two = (_sha256(folder / path) for path in pair.paths)
+    one, two = (checksum(folder / path) for path in pair.paths)
     return Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=(one, two))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _parsed(key: Mapping[str, Any]) -> tuple[Study, str]:

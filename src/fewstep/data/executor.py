@@ -21,7 +21,7 @@ ATTEMPTS = 3
 _SPAWN = mp.get_context("spawn")  # a fork would copy the locks of other threads
 
 
-class Task(Protocol):
+class ShardTask(Protocol):
     """A piece of work; it is done once the file `output` is there, which appears whole or not at all."""
 
     @property
@@ -29,7 +29,7 @@ class Task(Protocol):
         """The file that tells that the work is done."""
 
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=ShardTask)
 Progress = Callable[[int, int], None]
 
 

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 from fewstep.data.columns import Record, clean_caption, completed, decoded_text, record_from
 from fewstep.data.filters import Reason
 from fewstep.data.raw import LARGEST_PICTURE_FILE, LARGEST_TEXT, Damage, Leftover, RawSample, Unused
-from fewstep.data.tar_reader import Kind, Member, TarReader
+from fewstep.data.tar_reader import Kind, TarMember, TarReader
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "caption")
@@ -81,7 +81,7 @@ def _grouped(reader: TarReader, groups: Groups) -> Iterator[Leftover]:
             groups.setdefault("/".join([*folders, stem]), []).append(part)
 
 
-def _reason(member: Member, names: list[str], kind: str) -> Unused | None:
+def _reason(member: TarMember, names: list[str], kind: str) -> Unused | None:
     """Why a member in the folders `names`, of which the last is its own, is no part of a sample."""
     if reason := _UNUSED.get(member.kind):
         return reason
