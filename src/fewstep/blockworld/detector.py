@@ -1,4 +1,4 @@
-"""A reader that sees what a picture of the block world shows, by algorithm: no network, nothing learned.
+"""An algorithmic detector for pictures of the block world: no network, nothing learned.
 
 Hues are segmented into regions, each of the two largest is matched against the silhouettes and the shading of
 every solid, and the relation follows from where the matched solids stand.
@@ -107,7 +107,7 @@ class BlockReader:
     def _reading(self, labels: Tensor, values: Tensor) -> SceneReading:
         colours = self._objects(labels)
         found = [(colour, self._match(labels, values, colour)) for colour in colours[:2]]
-        count = len(colours) + sum(self._leaves_more(labels == colour, match) for colour, match in found)
+        count = len(colours) + sum(self._has_second_object(labels == colour, match) for colour, match in found)
         relation = ALONE
         if len(found) == 2:
             relation, swapped = related(found[0][1], found[1][1])
@@ -143,7 +143,7 @@ class BlockReader:
             float(best[i]) + SHADING_WEIGHT * self._shading_fit(i, int(shift[i]), region, values) for i in candidates
         ]
         chosen = candidates[scores.index(max(scores))]
-        return self._placed(chosen, int(shift[chosen]), float(best[chosen]))
+        return self._aligned(chosen, int(shift[chosen]), float(best[chosen]))
 
     def _correlated(self, field: Tensor) -> Tensor:
         """(N, S, S): the sum of a field (S, S) under every silhouette at every shift."""
@@ -164,7 +164,7 @@ class BlockReader:
     def _shifted(self, field: Tensor, shift: int) -> Tensor:
         return torch.roll(field, divmod(shift, self.size), (0, 1))
 
-    def _placed(self, template: int, shift: int, fit: float) -> SilhouetteMatch:
+    def _aligned(self, template: int, shift: int, fit: float) -> SilhouetteMatch:
         """The match of a template moved by a flat index of rows and columns, which wrap around."""
         size, middle = self.size, self.size // 2
         row, column = ((s + middle) % size for s in divmod(shift, size))
@@ -173,7 +173,7 @@ class BlockReader:
         mask = self._shifted(self.masks[template], shift)
         return SilhouetteMatch(shape, kind, float(u[row, column]), float(v[row, column]), fit, mask)
 
-    def _leaves_more(self, region: Tensor, match: SilhouetteMatch) -> bool:
+    def _has_second_object(self, region: Tensor, match: SilhouetteMatch) -> bool:
         """Whether a region goes on beyond its solid: a second object of the same colour."""
         covered = F.max_pool2d(match.mask[None], 5, 1, 2)
         rest = region.float()[None] * (1 - covered)
@@ -207,7 +207,7 @@ def hues(rgb: Tensor) -> Tensor:
 PALETTE = hues(RGB[:, :, None, None]).flatten()
 
 
-def _turn(start: Tensor, end: Tensor) -> Tensor:
+def _hue_difference(start: Tensor, end: Tensor) -> Tensor:
     """Signed degrees from one hue to another, in [-180, 180)."""
     return (end - start + 180) % 360 - 180
 
@@ -215,7 +215,7 @@ def _turn(start: Tensor, end: Tensor) -> Tensor:
 def segmented(pictures: Tensor) -> Tensor:
     """(B, S, S) labels of pictures (B, 3, S, S) in [0, 1]: a colour's index or `GROUND`, without specks."""
     chroma, value = pictures.amax(1) - pictures.amin(1), pictures.amax(1)
-    nearest = _turn(PALETTE[:, None, None], hues(pictures)[:, None]).abs().argmin(1)
+    nearest = _hue_difference(PALETTE[:, None, None], hues(pictures)[:, None]).abs().argmin(1)
     coloured = (chroma > 0.16) & (chroma > 0.30 * value)
     votes = F.one_hot(torch.where(coloured, nearest, GROUND), GROUND + 1).permute(0, 3, 1, 2).float()
     smooth = F.avg_pool2d(F.pad(votes, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -231,7 +231,7 @@ def _is_fringe(colour: int, colours: Sequence[int], cores: Tensor) -> bool:
 
 
 def _between(colour: int, a: int, b: int) -> bool:
-    whole, part = _turn(PALETTE[a], PALETTE[b]), _turn(PALETTE[a], PALETTE[colour])
+    whole, part = _hue_difference(PALETTE[a], PALETTE[b]), _hue_difference(PALETTE[a], PALETTE[colour])
     return bool(whole * part > 0 and part.abs() < whole.abs())
 
 

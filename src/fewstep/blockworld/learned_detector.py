@@ -1,4 +1,4 @@
-"""A second reader of block pictures, which learned to see: a network, independent of the algorithmic `BlockReader`.
+"""A learned detector for block pictures: a network, independent of the algorithmic `BlockReader`.
 
 It was trained on renders alone (`recipes/second_reader.py`), never on drawn pictures, and no generator was ever trained
 with it. For each cell of a 16 x 16 grid it says whether the middle of an object is there, what the object is, and which
@@ -21,11 +21,11 @@ from fewstep.weights.auxiliary import ASSETS, Card, fill
 
 PARTS = ("none", "above", "below", "left", "right", "front", "behind")
 """The part an object plays beside another one."""
-PLAYED = {(0, 0): ALONE, (1, 2): ON_TOP, (3, 4): LEFT, (5, 6): IN_FRONT}
+RELATION_OF_PARTS = {(0, 0): ALONE, (1, 2): ON_TOP, (3, 4): LEFT, (5, 6): IN_FRONT}
 """The relation that the parts of object 0 and object 1 make."""
 HEADS = [1, len(COLOURS), len(SHAPES), len(SIZES), len(PARTS)]
 GRID = 16
-SEEN, READABLE = 0.2, 0.5
+PRESENT, READABLE = 0.2, 0.5
 """How sure the network must be that an object is there, and of its shape. A middle may lie between two cells, and be
 half as likely in either."""
 BATCH = 100
@@ -87,9 +87,9 @@ class SecondReader:
 
 def _reading(sure: Tensor, *maps: Tensor) -> SceneReading:
     """From the maps of one picture: sure (16, 16), 0 but at middles, then colour, shape, size and part (n, 16, 16)."""
-    places = (sure >= SEEN).nonzero().tolist()
+    places = (sure >= PRESENT).nonzero().tolist()
     places.sort(key=lambda place: -float(sure[*place]))
-    found = [_found(float(sure[y, x]), *(part[:, y, x] for part in maps)) for y, x in places[:2]]
+    found = [_detected(float(sure[y, x]), *(part[:, y, x] for part in maps)) for y, x in places[:2]]
     relation = ALONE
     if len(found) == 2:
         relation, swapped = _related(*found)
@@ -104,7 +104,7 @@ def _reading(sure: Tensor, *maps: Tensor) -> SceneReading:
     )
 
 
-def _found(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tensor) -> DetectedObject:
+def _detected(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: Tensor) -> DetectedObject:
     readable = float(shape.max().exp()) >= READABLE
     return DetectedObject(
         sure, int(colour.argmax()), int(shape.argmax()) if readable else UNREADABLE, int(size.argmax()), parts
@@ -115,7 +115,7 @@ def _related(a: DetectedObject, b: DetectedObject) -> tuple[int, bool]:
     """The relation that the parts of two objects make most likely, and whether b is its first object."""
     scores = {
         (relation, swapped): float(one.parts[first] + other.parts[second])
-        for (first, second), relation in PLAYED.items()
+        for (first, second), relation in RELATION_OF_PARTS.items()
         for swapped, one, other in ((False, a, b), (True, b, a))
     }
     return max(scores, key=lambda reading: scores[reading])
@@ -123,4 +123,4 @@ def _related(a: DetectedObject, b: DetectedObject) -> tuple[int, bool]:
 
 def parts_of(relation: int) -> Sequence[int]:
     """The parts that object 0 and object 1 play in a relation as read: never "right of"."""
-    return next(parts for parts, made in PLAYED.items() if made == relation)
+    return next(parts for parts, made in RELATION_OF_PARTS.items() if made == relation)

@@ -87,11 +87,11 @@ def filter_input(settings: Settings, task: FilterTask) -> None:
     report: Json = {"kept": [], "rejected": [], "members": {PART: 0}, "unused": [], "damage": None}
     with atomic_write(task.output.with_suffix(".pictures")) as file:
         try:
-            for found in samples(task.source):
-                if isinstance(found, Leftover):
-                    _set_aside(found, report)
+            for sample in samples(task.source):
+                if isinstance(sample, Leftover):
+                    _count_leftover(sample, report)
                 else:
-                    _place(found, settings, file, report)
+                    _store(sample, settings, file, report)
         except DamageError as error:
             report["damage"] = str(error)
         except MemoryError as error:
@@ -99,33 +99,33 @@ def filter_input(settings: Settings, task: FilterTask) -> None:
     write_json(task.output, report)
 
 
-def _set_aside(leftover: Leftover, report: Json) -> None:
+def _count_leftover(leftover: Leftover, report: Json) -> None:
     members = report["members"]
     members[leftover.reason.value] = members.get(leftover.reason.value, 0) + 1
     if len(report["unused"]) < MOST_LISTED:
         report["unused"].append([leftover.name, leftover.reason.value])
 
 
-def _place(found: RawSample, settings: Settings, file: BinaryIO, report: Json) -> None:
-    report["members"][PART] += found.members
+def _store(sample: RawSample, settings: Settings, file: BinaryIO, report: Json) -> None:
+    report["members"][PART] += sample.members
     try:
-        head, parts = _stored_sample(found, settings)
+        head, parts = _stored_sample(sample, settings)
     except PictureError as error:
-        report["rejected"].append([found.record.key, error.reason.value])
+        report["rejected"].append([sample.record.key, error.reason.value])
         return
     report["kept"].append(head | {"start": file.tell(), "parts": [len(part) for part in parts]})
     file.write(b"".join(parts))
 
 
-def _stored_sample(found: RawSample, settings: Settings) -> tuple[Json, tuple[bytes, bytes, bytes]]:
+def _stored_sample(sample: RawSample, settings: Settings) -> tuple[Json, tuple[bytes, bytes, bytes]]:
     """The head of a good picture, and what is stored of it: picture, JSON, caption. `PictureError` for another."""
-    if found.fault:
-        raise PictureError(found.fault)
-    data = found.picture or b""
+    if sample.fault:
+        raise PictureError(sample.fault)
+    data = sample.picture or b""
     hashes = (sha256(data).hexdigest(), md5(data, usedforsecurity=False).hexdigest())
-    record = replace(found.record, hashes=(*found.record.hashes, *(hashes if found.picture is not None else ())))
+    record = replace(sample.record, hashes=(*sample.record.hashes, *(hashes if sample.picture is not None else ())))
     _refuse(settings.filter.rejection(record))
-    _refuse(Reason.NO_PICTURE if found.picture is None else None)
+    _refuse(Reason.NO_PICTURE if sample.picture is None else None)
     picture = decoded(data)
     record = replace(record, width=picture.width, height=picture.height)
     _refuse(settings.filter.rejection(record))

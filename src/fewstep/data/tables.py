@@ -1,4 +1,4 @@
-"""Parquet files as pictures and as what is said of pictures: what is damaged in them is noted, and the rest read."""
+"""Parquet files as pictures or as metadata of pictures; damaged rows are noted, the others read."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[Raw
             rows = _table_rows(found, table, damage)
             for sample in found:
                 yield from _further(sample)
-                yield _found(file, sample, rows.get(sample.key, Record()))
+                yield _raw_sample(file, sample, rows.get(sample.key, Record()))
     except OSError as error:
         damage.add(f"cannot be read: {error.strerror or error}")
 
@@ -143,7 +143,7 @@ def _further(sample: _Sample) -> Iterator[Leftover]:
     return (Leftover(f"{sample.key}.{part.kind}", Unused.SECOND_MEMBER) for part in _pictures(sample)[1:])
 
 
-def _found(file: BinaryIO, sample: _Sample, row: Record) -> RawSample:
+def _raw_sample(file: BinaryIO, sample: _Sample, row: Record) -> RawSample:
     pictures = _pictures(sample)
     texts = sorted((part for part in sample.parts if part.kind in _TEXTS), key=lambda part: _TEXTS.index(part.kind))
     members = len(texts) + min(1, len(pictures))
