@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from fewstep.blockworld import Scenes, render, require_train, scenes
 from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
+from fewstep.files import partial_path
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
@@ -331,9 +332,8 @@ def weights_of(stage: Path) -> dict[str, Tensor]:
 
 def save_weights(network: nn.Module, folder: Path) -> None:
     """Leave the weights for the stages after this one."""
-    partial = folder / f".{WEIGHTS}.partial"
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
-    partial.replace(folder / WEIGHTS)
+    with partial_path(folder / WEIGHTS) as partial:
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
 
 
 def saved(network: nn.Module) -> Callable[[Trainer], None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.blockworld import COLOURS, SHAPES, Scenes, captions, render, require_train, scenes, vocabulary
 from fewstep.errors import InputError
+from fewstep.files import partial_path
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
@@ -186,6 +187,5 @@ def _encoded(model: AutoencoderKL, number: int, count: int, size: int) -> Tensor
 
 def torch_save(values: Mapping[str, Tensor], path: Path) -> None:
     """Write a file that appears whole or not at all."""
-    partial_path = path.with_suffix(".partial")
-    torch.save(values, partial_path)
-    partial_path.replace(path)
+    with partial_path(path) as partial:
+        torch.save(values, partial)

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 from blocks_data import Cached
-from fewstep.adapters.derived_model import FILE, VECTORS, vectors
 from safetensors.torch import save_file
 
 from fewstep.adapters.extract import extracted_lora
@@ -38,6 +37,7 @@ from fewstep.distill.trajectories import Walks, WalkSettings, WalkTask
 from fewstep.distill.turbo import TurboTask
 from fewstep.train.plan import Plan
 from fewstep.train.stages import Run
+from fewstep.weights.derived_model import FILE, VECTORS, vectors
 from fewstep.weights.load import load_parts
 
 RANK = 36

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fewstep.blockworld import Scenes, captions, render, scenes
 from fewstep.blockworld.backbone import SIDE
-from fewstep.blockworld.detector import grade
+from fewstep.blockworld.grading import grade
 from fewstep.blockworld.layout import COS
 from fewstep.blockworld.learned_detector import GRID, FindingNetwork, SecondReader, parts_of
 from fewstep.blockworld.scene import HALF_WIDTHS, HEIGHTS, LEFT, RADII, RIGHT

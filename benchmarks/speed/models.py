@@ -77,7 +77,12 @@ def noise_levels_of(name: str, steps: int, sampler: str) -> NoiseLevels:
     assert known.defaults is not None
     schedule = config.schedule_for(sampler)
     sigmas = sigmas_for(
-        schedule, steps, config.noise_schedule, steps_offset=config.steps_offset, reading=spec.reading, family="sd"
+        schedule,
+        steps,
+        config.noise_schedule,
+        steps_offset=config.steps_offset,
+        convention=spec.convention,
+        family="sd",
     )
     times = tuple(config.noise_schedule.sigma_to_t(sigma) for sigma in sigmas[:-1])
     return NoiseLevels(sigmas=sigmas, times=times, scale=spec.initial_scale(schedule, sigmas[0]))

@@ -8,7 +8,7 @@ from typing import Any
 from fewstep.errors import MissingExtraError
 from fewstep.files import partial_path
 
-LOOK: dict[Any, Any] = {"svg.hashsalt": "fewstep", "font.size": 10}
+CHART_STYLE: dict[Any, Any] = {"svg.hashsalt": "fewstep", "font.size": 10}
 """With the salt the same points give the same file."""
 
 

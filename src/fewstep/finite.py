@@ -21,21 +21,21 @@ class FiniteChecks:
     """Checks of a run's stages: made at once on a CPU, kept on a card until `raise_first` reads them all together."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[str, Tensor]] = []
+        self._stored: list[tuple[str, Tensor]] = []
 
     def check(self, stage: str, tensor: Tensor) -> None:
         """Raise NotFiniteError, now or in `raise_first`, if the tensor that a stage made is not finite."""
         finite = tensor.isfinite().all()
         if finite.is_cuda:
-            self._kept.append((stage, finite))
+            self._stored.append((stage, finite))
         else:
             require_finite(stage, bool(finite))
 
     def raise_first(self) -> None:
         """Raise NotFiniteError for the first stage whose check failed on a card; waits for it."""
-        kept, self._kept = self._kept, []
-        found = torch.stack([finite for _, finite in kept]).tolist() if kept else []
-        for (stage, _), finite in zip(kept, found, strict=True):
+        stored, self._stored = self._stored, []
+        found = torch.stack([finite for _, finite in stored]).tolist() if stored else []
+        for (stage, _), finite in zip(stored, found, strict=True):
             require_finite(stage, finite)
 
 

@@ -288,7 +288,7 @@ def _converted(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def _size(size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
-    width, height = (own if asked is None else asked for asked, own in zip((width, height), size, strict=True))
+    width, height = (own if given is None else given for given, own in zip((width, height), size, strict=True))
     if min(width, height) < 8:
         raise InputError(f"a picture of {width} x {height} pixels is too small; each side needs 8 or more")
     return width - width % 8, height - height % 8

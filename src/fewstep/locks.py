@@ -54,12 +54,12 @@ class WeightsLock:
 
 def made_once(make: Callable[P, T]) -> Callable[P, T]:
     """`functools.cache`, with other threads waiting for the first that asks."""
-    lock, kept = threading.RLock(), cache(make)
+    lock, stored = threading.RLock(), cache(make)
 
     @wraps(make)
     def found(*args: P.args, **kwargs: P.kwargs) -> T:
         with lock:
-            return kept(*args, **kwargs)  # type: ignore[arg-type]  # hashable, as for `cache`
+            return stored(*args, **kwargs)  # type: ignore[arg-type]  # hashable, as for `cache`
 
-    found.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    found.cache_clear = stored.cache_clear  # type: ignore[attr-defined]
     return found

@@ -23,8 +23,12 @@ def free_bytes() -> int | None:
 
 def is_short_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was not to be had: PyTorch raises a plain RuntimeError on a CPU."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in said or ("mmap" in said and "cannot allocate" in said)
+    message = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or "allocate memory" in message
+        or ("mmap" in message and "cannot allocate" in message)
+    )
 
 
 def shortage(error: BaseException) -> str:

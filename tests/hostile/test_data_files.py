@@ -27,7 +27,10 @@ from tests.hostile.frame import BYTES, SECONDS, Outcome, assert_cheap, attempt
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
 SETTINGS = Settings(
-    filter=Filter(min_size=16, min_aesthetic=None, max_watermark=None, max_unsafe=None), side=64, step=16, near=None
+    filter=Filter(min_size=16, min_aesthetic=None, max_watermark=None, max_unsafe=None),
+    side=64,
+    step=16,
+    max_hamming=None,
 )
 MEGA = 1 << 20
 

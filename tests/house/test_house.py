@@ -6,8 +6,10 @@ Each failure says which line breaks which rule, and what to do. The rules are to
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,16 @@ FILE_MODULES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "json", "zi
 ONLY_PACKAGES = {"nn": {"torch"}, "diffusion": {"torch", "numpy"}, "models": {"torch"}}
 KERNELS = {SRC / "engines" / "cuda" / name for name in ("kernels.py", "norms.py", "small_conv.py", "geglu.py")}
 """In Triton, whose functions take numbers and pointers one by one; the files are imported where they are needed."""
+LITERARY_WORDS = {
+    "told", "said", "asked", "kept", "means", "ways", "walk", "walks", "astray", "fooled", "pupil", "crew", "sift",
+    "easel", "spelt", "versus", "tallied", "canvas",
+}  # fmt: skip
+LITERARY_ROOMS = {
+    "train", "distill", "evaluate", "metrics", "compare", "cards", "cli", "pipeline", "weights", "engines",
+}  # fmt: skip
+"""Rooms that may still have such words in identifiers; take a room out once it has none."""
+SHARED_CLASS_NAMES = {"Drawn", "Features", "Judge", "Part", "Run"}
+"""Public classes of one name in several files; take a name out once it is one class's."""
 OPTIONS_EXCEPTED = {"pipeline", "cli"}  # tasks and commands: their options are their interface
 VAGUE_NAMES = {"util", "utils", "common", "base", "misc", "helper", "helpers"}
 
@@ -227,6 +239,48 @@ def test_every_public_name_has_a_docstring():
         (breach for path in FILES for breach in undocumented(path)),
         "say in one line what comes out, then what the signature cannot; forward is told by its class",
     )
+
+
+def identifiers(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Every name that a file defines or uses: of functions, classes, parameters, attributes and variables."""
+    for node in ast.walk(tree(path)):
+        for field in ("name", "id", "attr", "arg", "asname"):
+            value = getattr(node, field, None)
+            if isinstance(value, str):
+                yield value, node
+
+
+def words(identifier: str) -> set[str]:
+    """The parts of a name: `_kept_of`, `KeptOf` -> kept, of."""
+    return set(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower().split("_"))
+
+
+def test_words_of_an_identifier():
+    assert words("_told_of") == {"", "told", "of"}
+    assert words("WalkTask") == {"walk", "task"}
+    assert words("SAID_ELSEWHERE") == {"said", "elsewhere"}
+    assert not words("skeptical_canvases") & LITERARY_WORDS
+
+
+def test_identifiers_are_the_fields_terms():
+    breaches = {
+        f"{place(path, node)}: {name}"
+        for path in FILES
+        if room(path) not in LITERARY_ROOMS
+        for name, node in identifiers(path)
+        if words(name) & LITERARY_WORDS
+    }
+    none(sorted(breaches), "take the term that the field uses for the thing")
+
+
+def test_public_classes_have_names_of_their_own():
+    places = defaultdict(list)
+    for path in FILES:
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(place(path, node))
+    shared = {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED_CLASS_NAMES}
+    none((f"{name}: {', '.join(where)}" for name, where in shared.items()), "rename all but one of them")
 
 
 def test_loading_is_strict():

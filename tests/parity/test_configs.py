@@ -156,7 +156,11 @@ def last_x_of_diffusers(name: str, config: dict[str, Any], steps: int, *, random
 def last_x(own: SchedulerConfig, steps: int) -> Tensor:
     name, spec = own.sampler, SAMPLERS[own.sampler]
     schedule = own.schedule_for(name)
-    levels: dict[str, Any] = {"steps_offset": own.steps_offset, "final": own.final_for(name), "reading": spec.reading}
+    levels: dict[str, Any] = {
+        "steps_offset": own.steps_offset,
+        "final": own.final_for(name),
+        "convention": spec.convention,
+    }
     sigmas = sigmas_for(schedule, steps, own.noise_schedule, **levels)
     denoise = denoiser(predict, own.noise_schedule, own.prediction)
     if spec.consistency:
@@ -190,7 +194,7 @@ def test_a_scheduler_setting_is_refused_or_heeded(name: str, key: str, steps: in
         theirs = last_x_of_diffusers(name, config, steps, random=SAMPLERS[own.sampler].takes_noise)
         # the multistep classes round the time steps of curves before they ask the model
         curved = key in ("use_karras_sigmas", "use_exponential_sigmas")
-        limit = 1e-2 if curved and SAMPLERS[own.sampler].reading == "multistep" else 1e-4
+        limit = 1e-2 if curved and SAMPLERS[own.sampler].convention == "multistep" else 1e-4
         assert difference(last_x(own, steps), theirs) < limit, (key, value)
 
 

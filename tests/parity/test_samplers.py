@@ -372,7 +372,7 @@ def unlike(model: str, name: str, steps: int) -> bool:
         (model, name) == ("sd-v2-1", "plms")
         or (spacing == "trailing" and name in ("ddim", "plms") and 1000 % steps > 0)
         or (spacing == "trailing" and name == "plms" and steps > 1)  # its repeated step is not the next one visited
-        or (spacing == "linspace" and SAMPLERS[name].reading == "euler" and steps == 1)
+        or (spacing == "linspace" and SAMPLERS[name].convention == "euler" and steps == 1)
     )
 
 
@@ -390,7 +390,7 @@ def test_a_sampler_starts_where_diffusers_does_when_nobody_names_a_spacing(
     options = {"generator": torch.Generator().manual_seed(11)} if SAMPLERS[name].takes_noise else {}
     theirs = last_x_of_diffusers(getattr(diffusers, scheduler).from_config(config, **more), steps, predict, **options)
     spec, schedule = SAMPLERS[name], own.schedule_for(name)
-    levels = {"steps_offset": own.steps_offset, "final": own.final_for(name), "reading": spec.reading}
+    levels = {"steps_offset": own.steps_offset, "final": own.final_for(name), "convention": spec.convention}
     sigmas = sigmas_for(schedule, steps, own.noise_schedule, **levels)
     denoise = denoiser(predict, own.noise_schedule, own.prediction)
     if spec.consistency:

@@ -52,7 +52,7 @@ def test_the_multistep_solvers_read_two_spacings_their_own_way(spacing: str) -> 
     scheduler = diffusers.DPMSolverMultistepScheduler(**TRAINED, timestep_spacing=spacing, steps_offset=1)
     for steps in range(1, 999):  # above, leading steps reach t = 1000 in diffusers, which the model does not have
         scheduler.set_timesteps(steps)
-        sigmas = sigmas_for(spacing, steps, SCHEDULE, steps_offset=1, reading="multistep")[:-1]
+        sigmas = sigmas_for(spacing, steps, SCHEDULE, steps_offset=1, convention="multistep")[:-1]
         assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps.tolist()
 
 
@@ -60,7 +60,7 @@ def test_consistency_models_visit_the_steps_they_were_distilled_on() -> None:
     scheduler = diffusers.LCMScheduler(**TRAINED)
     for steps in range(1, 51):
         scheduler.set_timesteps(steps)
-        sigmas = sigmas_for("leading", steps, SCHEDULE, reading="lcm")[:-1]
+        sigmas = sigmas_for("leading", steps, SCHEDULE, convention="lcm")[:-1]
         assert [TIMES[sigma] for sigma in sigmas] == scheduler.timesteps.tolist()
 
 
@@ -68,7 +68,7 @@ def test_consistency_models_visit_the_steps_they_were_distilled_on() -> None:
 def test_eulers_linspace_lies_between_whole_time_steps(steps: int) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(**TRAINED, timestep_spacing="linspace")
     scheduler.set_timesteps(steps)
-    ours = sigmas_for("linspace", steps, SCHEDULE, reading="euler")
+    ours = sigmas_for("linspace", steps, SCHEDULE, convention="euler")
     np.testing.assert_allclose(ours, scheduler.sigmas.double().numpy(), rtol=1e-4)
 
 
@@ -127,6 +127,6 @@ def test_runs_start_at_the_scale_of_diffusers(name: str, scheduler: str, spacing
         sigma = float(built.sigmas.max())
     else:
         sigma = SCHEDULE.t_to_sigma(built.timesteps.max())
-    if SAMPLERS[name].reading != "euler":
+    if SAMPLERS[name].convention != "euler":
         theirs = theirs * (1 + sigma**2) ** 0.5  # there x is in the network's coordinates
     assert SAMPLERS[name].initial_scale(spacing, sigma) == pytest.approx(float(theirs), rel=1e-6)

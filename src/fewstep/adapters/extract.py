@@ -50,8 +50,8 @@ def extracted_lora(base: Loaded, tuned: Loaded, *, rank: int, name: str = "lora"
             u, s, v = torch.linalg.svd(change, full_matrices=False)
             changes[layer] = _Change(u, s, v, module.weight.shape)
     ranks = dict(zip(changes, _ranks(list(changes.values()), rank), strict=True))
-    layers = {layer: _factors(changes[layer], kept) for layer, kept in ranks.items() if kept}
-    left = sum(float(changes[layer].s[kept:].square().sum()) for layer, kept in ranks.items())
+    layers = {layer: _factors(changes[layer], rank) for layer, rank in ranks.items() if rank}
+    left = sum(float(changes[layer].s[rank:].square().sum()) for layer, rank in ranks.items())
     whole = sum(float(change.s.square().sum()) for change in changes.values())
     return Lora(name=name, layers=layers), sqrt(left / whole) if whole else 0.0
 
@@ -68,8 +68,8 @@ def _ranks(changes: Sequence[_Change], rank: int) -> list[int]:
     return ranks
 
 
-def _factors(change: _Change, kept: int) -> Factors:
-    root, shape = change.s[:kept].sqrt(), change.shape
-    down = (root[:, None] * change.v[:kept]).reshape(kept, *shape[1:])
-    up = (change.u[:, :kept] * root).reshape(shape[0], kept, *[1] * (len(shape) - 2))
-    return Factors(down=down.contiguous(), up=up.contiguous(), alpha=float(kept))
+def _factors(change: _Change, rank: int) -> Factors:
+    root, shape = change.s[:rank].sqrt(), change.shape
+    down = (root[:, None] * change.v[:rank]).reshape(rank, *shape[1:])
+    up = (change.u[:, :rank] * root).reshape(shape[0], rank, *[1] * (len(shape) - 2))
+    return Factors(down=down.contiguous(), up=up.contiguous(), alpha=float(rank))

@@ -51,7 +51,7 @@ class LowRank(nn.Module):
         return Factors(down=self.down.weight, up=self.up.weight, alpha=self.alpha).product()
 
 
-class Adapted(nn.Module):
+class LoraLayer(nn.Module):
     """A frozen layer with a LoRA beside it; the function and, for who reads it, the `weight` of their sum."""
 
     def __init__(self, layer: Layer, update: LowRank) -> None:
@@ -101,7 +101,7 @@ def inject(
     updates = nn.ModuleList()
     for name, layer in chosen.items():
         update = LowRank(layer, name, rank=rank, alpha=rank if alpha is None else alpha, dropout=dropout)
-        _replace(networks, name, Adapted(layer, update))
+        _replace(networks, name, LoraLayer(layer, update))
         updates.append(update)
     for network in networks.values():
         network.requires_grad_(False)
@@ -114,7 +114,7 @@ def inject(
 def eject(networks: Mapping[str, nn.Module]) -> None:
     """Take out all that was injected into `networks`."""
     for prefix, network in networks.items():
-        adapted = [(name, module) for name, module in network.named_modules() if isinstance(module, Adapted)]
+        adapted = [(name, module) for name, module in network.named_modules() if isinstance(module, LoraLayer)]
         for name, module in adapted:
             _replace(networks, f"{prefix}.{name}", module.layer)
 

@@ -55,7 +55,7 @@ def read_lora(what: str | Path, model: Loaded) -> Lora:
     missing alpha is the rank. Raises CheckpointError for another kind of adapter, a LoRA of another model or a broken
     file, and InputError where there is none.
     """
-    file, known = open_tensors(_located(Path(what).expanduser())), layers_of(networks(model))
+    file, known = open_tensors(_resolve(Path(what).expanduser())), layers_of(networks(model))
     layers, problems = _sorted(file, layer_names(model))
     for name, keys in layers.items():
         if problem := _misfit(file, keys, known[name]):
@@ -67,7 +67,7 @@ def read_lora(what: str | Path, model: Loaded) -> Lora:
     return Lora(name=file.path.stem, layers=factors)
 
 
-def _located(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     if path.is_file():
         return path
     for name in _FILES:

@@ -16,7 +16,7 @@ CHANNELS = (32, 48, 64, 80)
 GROUPS = 8
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> three maps: (B, 48, 16, 16), (B, 64, 8, 8) and (B, 80, 4, 4)."""
 
     def __init__(self) -> None:

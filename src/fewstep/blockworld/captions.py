@@ -65,13 +65,13 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
-def sizes_said(captions: Sequence[str], scenes: Scenes) -> list[dict[int, int]]:
-    """For each caption of a scene, the sizes that it says: from an object's colour to its size, as indices."""
-    said = []
+def stated_sizes(captions: Sequence[str], scenes: Scenes) -> list[dict[int, int]]:
+    """For each caption of a scene, the sizes that it states: from an object's colour to its size, as indices."""
+    stated = []
     for caption, colours, sizes in zip(captions, scenes.colour.tolist(), scenes.size.tolist(), strict=True):
         solids = zip(colours, sizes, strict=True)
-        said.append({c: z for c, z in solids if any(f"{word} {COLOURS[c]} " in caption for word in SIZE_WORDS[z])})
-    return said
+        stated.append({c: z for c, z in solids if any(f"{word} {COLOURS[c]} " in caption for word in SIZE_WORDS[z])})
+    return stated
 
 
 def _canonical(chance: random.Random, solids: list[Solid], relation: int) -> str:
@@ -86,12 +86,12 @@ def _canonical(chance: random.Random, solids: list[Solid], relation: int) -> str
 def _varied(chance: random.Random, solids: list[Solid], relation: int) -> str:
     phrases = [_noun_phrase(chance, solid) for solid in solids]
     if len(phrases) == 1:
-        said = phrases[0]
+        caption = phrases[0]
     elif relation in MIRRORED and chance.random() < MIRROR:
-        said = f"{phrases[1]} {chance.choice(MIRRORED[relation])} {phrases[0]}"
+        caption = f"{phrases[1]} {chance.choice(MIRRORED[relation])} {phrases[0]}"
     else:
-        said = f"{phrases[0]} {chance.choice(WORDINGS[relation])} {phrases[1]}"
-    return f"{chance.choice(OPENINGS)} {said}" if chance.random() < OPENING else said
+        caption = f"{phrases[0]} {chance.choice(WORDINGS[relation])} {phrases[1]}"
+    return f"{chance.choice(OPENINGS)} {caption}" if chance.random() < OPENING else caption
 
 
 def _noun_phrase(chance: random.Random, solid: Solid) -> str:

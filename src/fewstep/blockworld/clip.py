@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.blockworld.backbone import CHANNELS, Trunk
+from fewstep.blockworld.backbone import CHANNELS, Backbone
 from fewstep.blockworld.captions import vocabulary
 from fewstep.models.config import TextConfig
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
@@ -34,7 +34,7 @@ class ImageTower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = Trunk()
+        self.trunk = Backbone()
         self.squeeze = nn.Conv2d(CHANNELS[-1], SQUEEZED, 1)
         self.widen = nn.Linear(SQUEEZED * 16, FEATURES)
         self.projection = nn.Linear(FEATURES, EMBEDDING, bias=False)

@@ -1,4 +1,4 @@
-"""A reader that sees what a picture of the block world shows, by algorithm: no network, nothing learned.
+"""An algorithmic detector for pictures of the block world: no network, nothing learned.
 
 Hues are segmented into regions, each of the two largest is matched against the silhouettes and the shading of
 every solid, and the relation follows from where the matched solids stand.
@@ -7,7 +7,7 @@ every solid, and the relation follows from where the matched solids stand.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.blockworld.captions import sizes_said
 from fewstep.blockworld.layout import COS, FRONT_ASIDE, FRONT_DEPTH, SIN
 from fewstep.blockworld.render import sampled, screen, shaded
 from fewstep.blockworld.scene import (
@@ -28,9 +27,7 @@ from fewstep.blockworld.scene import (
     ON_TOP,
     RADII,
     RGB,
-    RIGHT,
     SEATS,
-    Scenes,
 )
 from fewstep.blockworld.sprites import sprite_bank, sprite_poses
 from fewstep.errors import InputError
@@ -48,7 +45,7 @@ REACH = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class SceneReading:
     """What one picture shows: up to two objects, object 0 being on top, left, or in front.
 
     `count` is the number of objects, of which the two largest are described. Shapes, colours, sizes and the
@@ -65,30 +62,7 @@ class Reading:
     fit: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grades:
-    """Shares of pictures that show what their scene says; `images` holds `exact` picture by picture.
-
-    `count`: the number of objects. `colours`: and their colours. `shapes_bag`: and their shapes, on whichever
-    object. `shapes_bound`: each shape on its colour. `size`: each size that the prompt says, on its colour.
-    `exact`: count, colours, bound shapes, the sizes that are said and, of two objects, the directed relation.
-    `relation_kind`: of the scenes with two objects, those with the right colours and a relation of the same
-    kind, left and right being one. `direction`: of these, those with the right object first.
-    A share of nothing is 0.
-    """
-
-    count: float
-    colours: float
-    shapes_bag: float
-    shapes_bound: float
-    relation_kind: float
-    direction: float
-    size: float
-    exact: float
-    images: tuple[bool, ...]
-
-
-class Match(NamedTuple):
+class SilhouetteMatch(NamedTuple):
     """A solid found in a picture: its foot at (u, v), its overlap with the region, its silhouette (S, S)."""
 
     shape: int
@@ -121,7 +95,7 @@ class BlockReader:
         self.spectra = torch.fft.rfft2(self.masks).conj()
 
     @torch.no_grad()
-    def read(self, images: Tensor) -> list[Reading]:
+    def read(self, images: Tensor) -> list[SceneReading]:
         """One reading for each of images (B, 3, size, size) in [-1, 1]; `InputError` for another shape."""
         if images.ndim != 4 or images.shape[1:] != (3, self.size, self.size):
             expected = f"(B, 3, {self.size}, {self.size})"
@@ -130,15 +104,15 @@ class BlockReader:
         pairs = zip(segmented(pictures), pictures.amax(1), strict=True)
         return [self._reading(labels, values) for labels, values in pairs]
 
-    def _reading(self, labels: Tensor, values: Tensor) -> Reading:
+    def _reading(self, labels: Tensor, values: Tensor) -> SceneReading:
         colours = self._objects(labels)
         found = [(colour, self._match(labels, values, colour)) for colour in colours[:2]]
-        count = len(colours) + sum(self._leaves_more(labels == colour, match) for colour, match in found)
+        count = len(colours) + sum(self._has_second_object(labels == colour, match) for colour, match in found)
         relation = ALONE
         if len(found) == 2:
             relation, swapped = related(found[0][1], found[1][1])
             found = found[::-1] if swapped else found
-        return Reading(
+        return SceneReading(
             count=count,
             colours=tuple(colour for colour, _ in found),
             shapes=tuple(match.shape if match.fit >= MINIMUM_FIT else UNREADABLE for _, match in found),
@@ -157,7 +131,7 @@ class BlockReader:
         colours = [c for c in areas.argsort(descending=True).tolist() if areas[c] >= 30 and cores[c] >= 6]
         return [c for c in colours if not (cores[c] < 60 and _is_fringe(c, colours, cores))]
 
-    def _match(self, labels: Tensor, values: Tensor, colour: int) -> Match:
+    def _match(self, labels: Tensor, values: Tensor, colour: int) -> SilhouetteMatch:
         """The solid whose silhouette and shading fit a colour's region best; other objects may hide parts."""
         region = (labels == colour).float()
         free = ((labels == colour) | (labels == GROUND)).float()
@@ -169,7 +143,7 @@ class BlockReader:
             float(best[i]) + SHADING_WEIGHT * self._shading_fit(i, int(shift[i]), region, values) for i in candidates
         ]
         chosen = candidates[scores.index(max(scores))]
-        return self._placed(chosen, int(shift[chosen]), float(best[chosen]))
+        return self._aligned(chosen, int(shift[chosen]), float(best[chosen]))
 
     def _correlated(self, field: Tensor) -> Tensor:
         """(N, S, S): the sum of a field (S, S) under every silhouette at every shift."""
@@ -190,16 +164,16 @@ class BlockReader:
     def _shifted(self, field: Tensor, shift: int) -> Tensor:
         return torch.roll(field, divmod(shift, self.size), (0, 1))
 
-    def _placed(self, template: int, shift: int, fit: float) -> Match:
+    def _aligned(self, template: int, shift: int, fit: float) -> SilhouetteMatch:
         """The match of a template moved by a flat index of rows and columns, which wrap around."""
         size, middle = self.size, self.size // 2
         row, column = ((s + middle) % size for s in divmod(shift, size))
         u, v = screen(size)
         shape, kind = self.solids[template]
         mask = self._shifted(self.masks[template], shift)
-        return Match(shape, kind, float(u[row, column]), float(v[row, column]), fit, mask)
+        return SilhouetteMatch(shape, kind, float(u[row, column]), float(v[row, column]), fit, mask)
 
-    def _leaves_more(self, region: Tensor, match: Match) -> bool:
+    def _has_second_object(self, region: Tensor, match: SilhouetteMatch) -> bool:
         """Whether a region goes on beyond its solid: a second object of the same colour."""
         covered = F.max_pool2d(match.mask[None], 5, 1, 2)
         rest = region.float()[None] * (1 - covered)
@@ -233,7 +207,7 @@ def hues(rgb: Tensor) -> Tensor:
 PALETTE = hues(RGB[:, :, None, None]).flatten()
 
 
-def _turn(start: Tensor, end: Tensor) -> Tensor:
+def _hue_difference(start: Tensor, end: Tensor) -> Tensor:
     """Signed degrees from one hue to another, in [-180, 180)."""
     return (end - start + 180) % 360 - 180
 
@@ -241,7 +215,7 @@ def _turn(start: Tensor, end: Tensor) -> Tensor:
 def segmented(pictures: Tensor) -> Tensor:
     """(B, S, S) labels of pictures (B, 3, S, S) in [0, 1]: a colour's index or `GROUND`, without specks."""
     chroma, value = pictures.amax(1) - pictures.amin(1), pictures.amax(1)
-    nearest = _turn(PALETTE[:, None, None], hues(pictures)[:, None]).abs().argmin(1)
+    nearest = _hue_difference(PALETTE[:, None, None], hues(pictures)[:, None]).abs().argmin(1)
     coloured = (chroma > 0.16) & (chroma > 0.30 * value)
     votes = F.one_hot(torch.where(coloured, nearest, GROUND), GROUND + 1).permute(0, 3, 1, 2).float()
     smooth = F.avg_pool2d(F.pad(votes, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -257,11 +231,11 @@ def _is_fringe(colour: int, colours: Sequence[int], cores: Tensor) -> bool:
 
 
 def _between(colour: int, a: int, b: int) -> bool:
-    whole, part = _turn(PALETTE[a], PALETTE[b]), _turn(PALETTE[a], PALETTE[colour])
+    whole, part = _hue_difference(PALETTE[a], PALETTE[b]), _hue_difference(PALETTE[a], PALETTE[colour])
     return bool(whole * part > 0 and part.abs() < whole.abs())
 
 
-def related(a: Match, b: Match) -> tuple[int, bool]:
+def related(a: SilhouetteMatch, b: SilhouetteMatch) -> tuple[int, bool]:
     """The relation that two solids stand in, and whether b is its first object; `ALONE` when none is near.
 
     Each relation has a place for its first object relative to the second, in units of their summed half
@@ -273,7 +247,7 @@ def related(a: Match, b: Match) -> tuple[int, bool]:
     return nearest if readings[nearest] <= REACH else (ALONE, False)
 
 
-def _gaps(first: Match, second: Match) -> dict[int, float]:
+def _gaps(first: SilhouetteMatch, second: SilhouetteMatch) -> dict[int, float]:
     """How far `first` is from where it should be to stand on, left, or in front of `second`."""
     unit = first.half_width + second.half_width
     u, v, lift = (first.u - second.u) / unit, (first.v - second.v) / unit, second.lift / unit
@@ -282,64 +256,3 @@ def _gaps(first: Match, second: Match) -> dict[int, float]:
         LEFT: math.hypot(max(0.0, 1.0 + u), v),
         IN_FRONT: math.hypot(abs(u) - sum(FRONT_ASIDE) / 2, v + SIN * sum(FRONT_DEPTH) / 2),
     }
-
-
-def grade(readings: Sequence[Reading], scenes: Scenes, prompts: Sequence[str]) -> Grades:
-    """How well readings agree with the scenes that `prompts` asked for; one of each for a picture, else `InputError`.
-
-    A size that a prompt leaves open is not graded.
-    """
-    if not len(readings) == len(scenes) == len(prompts):
-        raise InputError(f"{len(readings)} readings, {len(scenes)} scenes, {len(prompts)} prompts; give one of each")
-    marks = [
-        _marks(reading, wanted, said)
-        for reading, wanted, said in zip(readings, _wanted(scenes), sizes_said(prompts, scenes), strict=True)
-    ]
-    pairs = [mark for mark, count in zip(marks, scenes.count.tolist(), strict=True) if count == 2]
-    kinds = [mark for mark in pairs if mark["relation_kind"]]
-    whole = ("count", "colours", "shapes_bag", "shapes_bound", "size", "exact")
-    return Grades(
-        **{name: _share(marks, name) for name in whole},
-        relation_kind=_share(pairs, "relation_kind"),
-        direction=_share(kinds, "direction"),
-        images=tuple(mark["exact"] for mark in marks),
-    )
-
-
-def _share(marks: Sequence[dict[str, bool]], name: str) -> float:
-    return sum(mark[name] for mark in marks) / len(marks) if marks else 0.0
-
-
-def _wanted(scenes: Scenes) -> list[Reading]:
-    """The readings of perfect pictures."""
-    wanted = []
-    for i, (count, relation) in enumerate(zip(scenes.count.tolist(), scenes.relation.tolist(), strict=True)):
-        order = [1, 0] if relation == RIGHT else list(range(count))
-        colours, shapes, sizes = (tuple(f[i, order].tolist()) for f in (scenes.colour, scenes.shape, scenes.size))
-        kind = LEFT if relation == RIGHT else relation
-        wanted.append(Reading(count=count, colours=colours, shapes=shapes, sizes=sizes, relation=kind, fit=1.0))
-    return wanted
-
-
-def _marks(read: Reading, wanted: Reading, sizes: Mapping[int, int]) -> dict[str, bool]:
-    counted = read.count == wanted.count
-    colours = counted and sorted(read.colours) == sorted(wanted.colours)
-    bag = colours and sorted(read.shapes) == sorted(wanted.shapes)
-    bound = bag and _by_colour(read, read.shapes) == _by_colour(wanted, wanted.shapes)
-    size = colours and sizes.items() <= _by_colour(read, read.sizes).items()
-    kind = colours and read.relation == wanted.relation
-    direction = kind and read.colours == wanted.colours
-    return {
-        "count": counted,
-        "colours": colours,
-        "shapes_bag": bag,
-        "shapes_bound": bound,
-        "size": size,
-        "relation_kind": kind,
-        "direction": direction,
-        "exact": bound and size and direction,
-    }
-
-
-def _by_colour(reading: Reading, values: Sequence[int]) -> dict[int, int]:
-    return dict(zip(reading.colours, values, strict=True))

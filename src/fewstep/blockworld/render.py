@@ -21,7 +21,7 @@ CHUNK, CARD_CHUNK = 128, 1024
 CPU = torch.device("cpu")
 
 
-class Look(NamedTuple):
+class RenderConstants(NamedTuple):
     """What pictures are drawn with, on one device: the radii of sizes, the colours, and two directions (3,)."""
 
     radii: Tensor
@@ -30,7 +30,7 @@ class Look(NamedTuple):
     halfway: Tensor
 
 
-class Layer(NamedTuple):
+class RenderLayer(NamedTuple):
     """One object of each scene: colour (B, 3, S, S), coverage and depth (B, S, S)."""
 
     rgb: Tensor
@@ -67,8 +67,8 @@ def screen(size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _look(device: torch.device) -> Look:
-    return Look(*(value.to(device) for value in (RADII, RGB, LIGHT, HALFWAY)))
+def _constants(device: torch.device) -> RenderConstants:
+    return RenderConstants(*(value.to(device) for value in (RADII, RGB, LIGHT, HALFWAY)))
 
 
 @lru_cache(maxsize=4)
@@ -95,7 +95,7 @@ def _shadows(scenes: Scenes, size: int) -> Tensor:
     """(B, S, S) in [0.5, 1]: soft, away from the light, under what stands on the ground."""
     device = scenes.position.device
     u, v = screen(size, device)
-    scale = _look(device).radii[scenes.size][..., None, None]
+    scale = _constants(device).radii[scenes.size][..., None, None]
     position = scenes.position[..., None, None]
     x = (u - position[:, :, 0] - 0.30 * scale) / (1.15 * scale)
     y = ((v - position[:, :, 1]) / SIN - 0.25 * scale) / (1.15 * scale)
@@ -104,10 +104,10 @@ def _shadows(scenes: Scenes, size: int) -> Tensor:
     return (1 - dark * grounded[..., None, None]).prod(1)
 
 
-def _layer(scenes: Scenes, which: int, size: int) -> Layer:
+def _layer(scenes: Scenes, which: int, size: int) -> RenderLayer:
     """Object `which`, absent where the scene has no such object."""
-    look = _look(scenes.position.device)
-    scale = look.radii[scenes.size[:, which]][:, None, None]
+    constants = _constants(scenes.position.device)
+    scale = constants.radii[scenes.size[:, which]][:, None, None]
     u0, v0, height = scenes.position[:, which, :, None, None].unbind(1)
     index = sprite_index(scenes.shape[:, which], scenes.rotation[:, which])
     sprite = sampled(_bank(size, index.device)[index], u0, v0 + height * COS, scale, size)
@@ -115,7 +115,7 @@ def _layer(scenes: Scenes, which: int, size: int) -> Layer:
     whole = sprite / coverage.clamp(min=0.05)[:, None]
     present = (scenes.count > which)[:, None, None]
     depth = whole[:, 3] * scale + v0 / SIN * COS - height * SIN
-    return Layer(shaded(whole[:, :3], look.rgb[scenes.colour[:, which]]), coverage * present, depth)
+    return RenderLayer(shaded(whole[:, :3], constants.rgb[scenes.colour[:, which]]), coverage * present, depth)
 
 
 def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -> Tensor:
@@ -129,11 +129,11 @@ def sampled(sprites: Tensor, u0: Tensor, v0: Tensor, scale: Tensor, size: int) -
 
 def shaded(normal: Tensor, rgb: Tensor) -> Tensor:
     """(B, 3, S, S): Blinn's shading (1977) of colours (B, 3); highlights go to white and keep the hue."""
-    look = _look(normal.device)
+    constants = _constants(normal.device)
     normal = normal + 1e-6
     normal = normal / normal.square().sum(1, keepdim=True).sqrt()  # F.normalize takes three times as long
-    diffuse = torch.einsum("bchw,c->bhw", normal, look.light).clamp(min=0)
-    gloss = 0.30 * torch.einsum("bchw,c->bhw", normal, look.halfway).clamp(min=0) ** 40
+    diffuse = torch.einsum("bchw,c->bhw", normal, constants.light).clamp(min=0)
+    gloss = 0.30 * torch.einsum("bchw,c->bhw", normal, constants.halfway).clamp(min=0) ** 40
     light = 0.31 + 0.10 * normal[:, 2] + 0.60 * diffuse
     body = rgb[:, :, None, None] * light[:, None]
     return body + gloss[:, None] * (1 - body)

@@ -65,13 +65,13 @@ def _pairs(split: str) -> Tensor:
 
 
 def _in_split(first: Solid, relation: int, second: Solid, split: str) -> bool:
-    if first[1] == second[1] or _buried(first, relation, second):
+    if first[1] == second[1] or _mostly_hidden(first, relation, second):
         return False
     if any(split_of(single_key(*solid)) == "heldout" for solid in (first, second)):
         return False
     return bool(split_of(pair_key(first[1:], relation, second[1:])) == split)
 
 
-def _buried(first: Solid, relation: int, second: Solid) -> bool:
+def _mostly_hidden(first: Solid, relation: int, second: Solid) -> bool:
     """A large solid on a small pointed one would hide what it stands on."""
     return relation == ON_TOP and first[0] > second[0] and second[2] in POINTED

@@ -78,7 +78,7 @@ class _Item(NamedTuple):
 
 
 def _items(count: int, size: int, seed: int) -> Iterator[_Item]:
-    """Pictures and what is said of them; a copy, and a picture compressed again, keep the words of the one before."""
+    """Pictures and their metadata; a copy, and a picture compressed again, have the metadata of the one before."""
     drawn = scenes(count, seed=seed)
     require_train(drawn)
     pixels = ((render(drawn, size) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -54,10 +54,14 @@ def prepare(
     max_unsafe: Limit = 0.5,
     blocklist: Annotated[Path | None, Option(help="Hashes, one a line.", rich_help_panel=_WHICH)] = None,
     missing: Annotated[str, Option(help="No score or caption: reject or keep.", rich_help_panel=_WHICH)] = "reject",
-    near: Annotated[
+    max_hamming: Annotated[
         int | None,
         Option(
-            parser=_whole_limit, metavar="BITS|off", help="Of 128, by which lookalikes differ.", rich_help_panel=_WHICH
+            "--near",
+            parser=_whole_limit,
+            metavar="BITS|off",
+            help="Of 128, by which lookalikes differ.",
+            rich_help_panel=_WHICH,
         ),
     ] = 3,
     side: Annotated[int | None, Option(help="Of a square picture (else --min-size).", rich_help_panel=_WHAT)] = None,
@@ -69,7 +73,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Filter, check, deduplicate and cut pictures to buckets; the same command goes on after an interruption."""
-    from fewstep.data.executor import Crew
+    from fewstep.data.executor import ShardExecutor
     from fewstep.data.filter_inputs import Settings
     from fewstep.data.filters import Filter, read_blocklist
     from fewstep.data.prepare import prepare as prepared
@@ -87,12 +91,12 @@ def prepare(
         side=side,
         step=step,
         encoding=encoding,  # type: ignore[arg-type]
-        near=near,
+        max_hamming=max_hamming,
         per_shard=per_shard,
     )
     with _progress("preparing", quiet) as shown:
-        crew = Crew(processes=processes, engine=engine, progress=shown)  # type: ignore[arg-type]
-        manifest = prepared(inputs, out, settings, crew)
+        executor = ShardExecutor(processes=processes, engine=engine, progress=shown)  # type: ignore[arg-type]
+        manifest = prepared(inputs, out, settings, executor)
     if not quiet:
         _print(manifest)
     typer.echo(out)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.blockworld import COLOURS, SHAPES, Scenes
 from fewstep.blockworld.captions import MIRRORED, OPENINGS, SIZE_WORDS, WORDINGS
-from fewstep.blockworld.detector import BlockReader, grade
+from fewstep.blockworld.detector import BlockReader
+from fewstep.blockworld.grading import grade
 from fewstep.blockworld.scene import ALONE
 from fewstep.compare.study import Study
 from fewstep.compare.votes import RaterVotes, Vote

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fewstep.compare.page import page
 from fewstep.errors import InputError
+from fewstep.files import checksum, partial_folder
 
 KEY = "key.json"
 SCRAMBLED = "(scrambled)"
@@ -90,9 +90,7 @@ def make_study(
     rng = random.Random(seed)
     planned = [*_comparisons(image_sets, rng), *_attention_checks(image_sets, min(checks, len(prompts)), rng)]
     rng.shuffle(planned)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with partial_folder(folder) as partial:
         (partial / "pictures").mkdir(parents=True)
         pairs = [
             _write_pair(partial, f"{number:04d}", prompts[index], sides)
@@ -102,11 +100,6 @@ def make_study(
         items = [(pair.id, pair.prompt) for pair in pairs]
         (partial / "index.html").write_text(page(study.digest, items), encoding="utf-8")
         (partial / KEY).write_text(study.to_json(), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return study
 
 
@@ -129,7 +122,7 @@ def read_study(folder: Path) -> Study:
         raise InputError(f"{path} has been changed: its digest is not the one that it states; take the original")
     for pair in study.pairs:
         for image, sha256 in zip(pair.paths, pair.sha256, strict=True):
-            if not (folder / image).is_file() or _sha256(folder / image) != sha256:
+            if not (folder / image).is_file() or checksum(folder / image) != sha256:
                 raise InputError(f"{folder / image} is gone or has changed since the study was made; votes are void")
     return study
 
@@ -188,12 +181,8 @@ def _write_pair(folder: Path, name: str, prompt: str, sides: Sides) -> Pair:
     pair = Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=("", ""))
     for (_, image), path in zip(sides, pair.paths, strict=True):
         Image.frombytes("RGB", image.size, image.convert("RGB").tobytes()).save(folder / path, format="PNG")
-    one, two = (_sha256(folder / path) for path in pair.paths)
+    one, two = (checksum(folder / path) for path in pair.paths)
     return Pair(id=name, prompt=prompt, drawn_by=(first, second), sha256=(one, two))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _parse(key: Mapping[str, Any]) -> tuple[Study, str]:

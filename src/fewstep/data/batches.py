@@ -77,12 +77,12 @@ class BatchPlan:
 
     def _order(self, bucket: int, which: int) -> Indices:
         """The order of a bucket's pictures in one of its passes; the last two are kept, since sorting takes time."""
-        kept = self.orders.setdefault(bucket, {})
-        if which not in kept:
-            if len(kept) > 1:
-                del kept[min(kept)]
-            kept[which] = _shuffled(len(self.members[bucket]), self.seed, bucket, which)
-        return kept[which]
+        orders = self.orders.setdefault(bucket, {})
+        if which not in orders:
+            if len(orders) > 1:
+                del orders[min(orders)]
+            orders[which] = _shuffled(len(self.members[bucket]), self.seed, bucket, which)
+        return orders[which]
 
 
 def batch_plan(shards: Shards, *, batch_size: int, seed: int, rule: Filter | None = None) -> BatchPlan:

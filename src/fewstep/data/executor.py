@@ -21,7 +21,7 @@ ATTEMPTS = 3
 _SPAWN = mp.get_context("spawn")  # a fork would copy the locks of other threads
 
 
-class Task(Protocol):
+class ShardTask(Protocol):
     """A piece of work; it is done once the file `output` is there, which appears whole or not at all."""
 
     @property
@@ -29,12 +29,12 @@ class Task(Protocol):
         """The file that tells that the work is done."""
 
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=ShardTask)
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class ShardExecutor:
     """Who works: `processes` of this machine (1: this very process), or the Ray cluster that RAY_ADDRESS names.
 
     `progress` is called with how many tasks are done and how many there are.
@@ -56,7 +56,7 @@ class Crew:
         A process or machine that dies is replaced and its task done again, 3 times at most: then
         `ChildProcessError`. An error of `work` itself ends all at once; what was done stays.
         """
-        left, lost = _undone(tasks), Counter[Path]()
+        left, lost = _pending(tasks), Counter[Path]()
         while left:
             done = len(tasks) - len(left)
             for count, trouble in enumerate(self._finished(work, left), 1):
@@ -64,7 +64,7 @@ class Crew:
                     raise trouble
                 if self.progress:
                     self.progress(done + count, len(tasks))
-            left = _undone(left)
+            left = _pending(left)
             lost.update(task.output for task in left)
             if left and lost[left[0].output] >= ATTEMPTS:
                 raise ChildProcessError(
@@ -82,7 +82,7 @@ class Crew:
         return _in_processes(work, tasks, min(self.processes, len(tasks)))
 
 
-def _undone(tasks: Sequence[T]) -> list[T]:
+def _pending(tasks: Sequence[T]) -> list[T]:
     return [task for task in tasks if not task.output.exists()]
 
 
@@ -124,7 +124,7 @@ def _in_processes(work: Callable[[T], None], tasks: Sequence[T], count: int) -> 
     waiting = list(reversed(tasks))
     with _workers(work, count) as workers:
         for worker in workers:
-            _hand_over(worker, waiting)
+            _dispatch(worker, waiting)
         while busy := [worker for worker in workers if worker.tasks]:
             ready = wait([worker.pipe for worker in busy])
             for worker in (worker for worker in busy if worker.pipe in ready):
@@ -135,10 +135,10 @@ def _in_processes(work: Callable[[T], None], tasks: Sequence[T], count: int) -> 
                     workers[workers.index(worker)] = worker = _started(work)
                 else:
                     yield outcome
-                _hand_over(worker, waiting)
+                _dispatch(worker, waiting)
 
 
-def _hand_over(worker: _Worker[T], waiting: list[T]) -> None:
+def _dispatch(worker: _Worker[T], waiting: list[T]) -> None:
     worker.tasks = [waiting.pop()] if waiting else []
     with suppress(OSError):  # it is dead, which the end of its pipe will tell
         for task in worker.tasks:

@@ -19,7 +19,7 @@ POLICIES: tuple[Missing, ...] = ("reject", "keep")
 class Reason(StrEnum):
     """Why a picture is left out: a closed list, in the order of the checks. Of several reasons the first is told.
 
-    TOO_SMALL is looked for twice: in what is said of a picture, and in the picture.
+    TOO_SMALL is checked twice: on the metadata, then on the decoded picture.
     """
 
     AMBIGUOUS_KEY = "ambiguous_key"

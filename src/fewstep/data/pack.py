@@ -12,7 +12,7 @@ from fewstep.formats.tar_writer import TarWriter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class ByteRange:
     """Where a chosen picture lies: the lengths of its file, its JSON and its caption, which follow each other."""
 
     source: Path
@@ -23,15 +23,15 @@ class Piece:
         """The picture, the JSON and the caption."""
         with self.source.open("rb") as file:
             file.seek(self.start)
-            picture, told, caption = (file.read(length) for length in self.parts)
-        return picture, told, caption
+            picture, metadata, caption = (file.read(length) for length in self.parts)
+        return picture, metadata, caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackTask:
     """A shard to write at `shard`, its pictures called by their numbers from `first` on; the report to `output`."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[ByteRange]
     shard: Path
     first: int
     suffix: str
@@ -52,8 +52,8 @@ def pack(task: PackTask) -> None:
 
 def _written(task: PackTask, writer: TarWriter) -> Iterator[list[int]]:
     for number, piece in enumerate(task.pieces, task.first):
-        picture, told, caption = piece.read()
+        picture, metadata, caption = piece.read()
         start = writer.add(f"{number:09d}.{task.suffix}", picture)
-        told_start = writer.add(f"{number:09d}.json", told)
+        metadata_start = writer.add(f"{number:09d}.json", metadata)
         writer.add(f"{number:09d}.txt", caption)
-        yield [start, len(picture), told_start, len(told), crc32(told, crc32(picture))]
+        yield [start, len(picture), metadata_start, len(metadata), crc32(metadata, crc32(picture))]

@@ -1,6 +1,6 @@
 """From a collection to shards: filtered, checked, without duplicates, cut to buckets, and every picture accounted for.
 
-Each input is sifted on its own, then one look at all the reports chooses, then each shard is packed on its own. What
+Each input is filtered on its own, then one look at all the reports chooses, then each shard is packed on its own. What
 a task writes depends on its input alone and appears whole or not at all. So the result is the same byte for byte
 with any number of processes, on a cluster, and after any number of kills.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.buckets import Size
-from fewstep.data.duplicates import Seen
-from fewstep.data.executor import Crew
-from fewstep.data.filter_inputs import PART, Json, Settings, SiftTask, sift
+from fewstep.data.duplicates import Deduplicator
+from fewstep.data.executor import ShardExecutor
+from fewstep.data.filter_inputs import PART, FilterTask, Json, Settings, filter_input
 from fewstep.data.filters import Reason
 from fewstep.data.manifest import (
     FORMAT,
@@ -35,7 +35,7 @@ from fewstep.data.manifest import (
     write_index,
     write_manifest,
 )
-from fewstep.data.pack import PackTask, Piece, pack
+from fewstep.data.pack import ByteRange, PackTask, pack
 from fewstep.data.sources import input_files
 from fewstep.errors import InputError, printable, quoted
 from fewstep.files import PARTIAL, atomic_write, read_json, write_json
@@ -44,7 +44,10 @@ SUFFIXES = {"jpeg": "jpg", "png": "png"}
 
 
 def prepare(
-    inputs: Iterable[str | Path], folder: str | Path, settings: Settings | None = None, crew: Crew | None = None
+    inputs: Iterable[str | Path],
+    folder: str | Path,
+    settings: Settings | None = None,
+    executor: ShardExecutor | None = None,
 ) -> Manifest:
     """Make shards in `folder` of the pictures in `inputs`: tar or parquet files, or folders of them.
 
@@ -53,20 +56,20 @@ def prepare(
     Raises `InputError` for inputs that are not there, for a folder that holds something else, and where no picture was
     accepted (the account is written then too), and `OSError` for a full disk.
     """
-    settings, crew, folder = settings or Settings(), crew or Crew(), Path(folder)
+    settings, executor, folder = settings or Settings(), executor or ShardExecutor(), Path(folder)
     files = [file for file in input_files(inputs) if folder.resolve() not in file.resolve().parents]
     plan = _plan(files, settings)
     if (folder / SUCCESS).is_file():
         return _required_some(_finished(folder, plan), folder)
     work = _work_folder(folder, plan)
-    sifting = [
-        SiftTask(source=file.resolve(), output=work / f"input-{number:06d}.json") for number, file in enumerate(files)
+    filtering = [
+        FilterTask(source=file.resolve(), output=work / f"input-{number:06d}.json") for number, file in enumerate(files)
     ]
-    crew.run(partial(sift, settings), sifting)
-    choice = _chosen(sifting, settings)
-    packing = list(_pack_tasks(choice, settings, folder.resolve(), work))
-    crew.run(pack, packing)
-    manifest = _account(folder, plan, choice, packing)
+    executor.run(partial(filter_input, settings), filtering)
+    selection = _chosen(filtering, settings)
+    packing = list(_pack_tasks(selection, settings, folder.resolve(), work))
+    executor.run(pack, packing)
+    manifest = _account(folder, plan, selection, packing)
     write_manifest(folder, manifest)
     shutil.rmtree(work)
     return _required_some(manifest, folder)
@@ -88,14 +91,14 @@ def _required_some(manifest: Manifest, folder: Path) -> Manifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Selection:
     """What stays, bucket by bucket and in the order of the inputs, and what becomes of the rest.
 
-    A head of `kept` also holds its `piece`. `rejected`: (number of the input, key, reason); `unused` alike for members
-    that are part of no picture. `inputs`: samples, members and damage of each.
+    A head of `accepted` also holds its `piece`. `rejected`: (number of the input, key, reason); `unused` alike
+    for members that are part of no picture. `inputs`: samples, members and damage of each.
     """
 
-    kept: dict[Size, list[Json]]
+    accepted: dict[Size, list[Json]]
     rejected: list[tuple[int, str, str]]
     unused: list[tuple[int, str, str]]
     inputs: list[Json]
@@ -151,9 +154,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{name.replace('made_with', 'versions')} ({quoted(changed)}: {then} then, {quoted(now.get(changed))} now)"
 
 
-def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:
-    seen, sizes = Seen(settings.near), settings.sizes
-    kept: list[list[Json]] = [[] for _ in sizes]
+def _chosen(tasks: Sequence[FilterTask], settings: Settings) -> Selection:
+    deduplicator, sizes = Deduplicator(settings.max_hamming), settings.sizes
+    accepted: list[list[Json]] = [[] for _ in sizes]
     rejected: list[tuple[int, str, str]] = []
     unused: list[tuple[int, str, str]] = []
     inputs = []
@@ -164,19 +167,21 @@ def _chosen(tasks: Sequence[SiftTask], settings: Settings) -> Choice:
         rejected += [(number, key, reason) for key, reason in report["rejected"]]
         unused += [(number, name, reason) for name, reason in report["unused"]]
         for head in report["kept"]:
-            if reason := seen.rejection(head["sha256"], int(head["looks"], 16)):
+            if reason := deduplicator.rejection(head["sha256"], int(head["looks"], 16)):
                 rejected.append((number, head["key"], reason.value))
                 continue
-            piece = Piece(source=task.output.with_suffix(".pictures"), start=head["start"], parts=tuple(head["parts"]))
-            kept[head["bucket"]].append(head | {"piece": piece})
-    used = {size: heads for size, heads in zip(sizes, kept, strict=True) if heads}
-    return Choice(kept=used, rejected=rejected, unused=unused, inputs=inputs)
+            piece = ByteRange(
+                source=task.output.with_suffix(".pictures"), start=head["start"], parts=tuple(head["parts"])
+            )
+            accepted[head["bucket"]].append(head | {"piece": piece})
+    used = {size: heads for size, heads in zip(sizes, accepted, strict=True) if heads}
+    return Selection(accepted=used, rejected=rejected, unused=unused, inputs=inputs)
 
 
-def _pack_tasks(choice: Choice, settings: Settings, folder: Path, work: Path) -> Iterator[PackTask]:
+def _pack_tasks(selection: Selection, settings: Settings, folder: Path, work: Path) -> Iterator[PackTask]:
     """Shards of at most `per_shard` pictures, each of one bucket; pictures are numbered throughout."""
     first = 0
-    for size, heads in choice.kept.items():
+    for size, heads in selection.accepted.items():
         for number, start in enumerate(range(0, len(heads), settings.per_shard)):
             pieces = [head["piece"] for head in heads[start : start + settings.per_shard]]
             name = f"{size.width}x{size.height}-{number:05d}"
@@ -190,28 +195,29 @@ def _pack_tasks(choice: Choice, settings: Settings, folder: Path, work: Path) ->
             first += len(pieces)
 
 
-def _account(folder: Path, plan: Json, choice: Choice, packing: Sequence[PackTask]) -> Manifest:
+def _account(folder: Path, plan: Json, selection: Selection, packing: Sequence[PackTask]) -> Manifest:
     reports = [read_json(task.output) for task in packing]
-    _write_rejected(folder / REJECTED, choice, plan["inputs"])
-    heads = [head | {"bucket": i} for i, heads in enumerate(choice.kept.values()) for head in heads]
+    _write_rejected(folder / REJECTED, selection, plan["inputs"])
+    heads = [head | {"bucket": i} for i, heads in enumerate(selection.accepted.values()) for head in heads]
     rows = {name: [head.get(name) for head in heads] for name in INDEX_TYPES}
     rows["shard"] = [number for number, task in enumerate(packing) for _ in task.pieces]
     written = [member for report in reports for member in report["members"]]
     places = ("start", "length", "told_start", "told_length", "crc")
     rows |= {name: [member[i] for member in written] for i, name in enumerate(places)}
-    reasons = Counter(reason for _, _, reason in choice.rejected)
-    members = sum((Counter(each["members"]) for each in choice.inputs), Counter[str]())
+    reasons = Counter(reason for _, _, reason in selection.rejected)
+    members = sum((Counter(each["members"]) for each in selection.inputs), Counter[str]())
     return Manifest(
         format=FORMAT,
         made_with=plan["made_with"],
         settings=plan["settings"],
-        inputs=[named | counted for named, counted in zip(plan["inputs"], choice.inputs, strict=True)],
-        samples=sum(each["samples"] for each in choice.inputs),
+        inputs=[named | counted for named, counted in zip(plan["inputs"], selection.inputs, strict=True)],
+        samples=sum(each["samples"] for each in selection.inputs),
         members=dict(members),
         accepted=len(heads),
         rejected={reason.value: reasons[reason.value] for reason in Reason},
         buckets=[
-            {"width": size.width, "height": size.height, "samples": len(heads)} for size, heads in choice.kept.items()
+            {"width": size.width, "height": size.height, "samples": len(heads)}
+            for size, heads in selection.accepted.items()
         ],
         shards=[
             {"name": task.shard.name, "samples": len(task.pieces), "bytes": report["bytes"], "sha256": report["sha256"]}
@@ -221,12 +227,12 @@ def _account(folder: Path, plan: Json, choice: Choice, packing: Sequence[PackTas
     )
 
 
-def _write_rejected(path: Path, choice: Choice, inputs: Sequence[Json]) -> None:
+def _write_rejected(path: Path, selection: Selection, inputs: Sequence[Json]) -> None:
     """A table of all pictures that were left out, and of members that are part of none."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("input", "key", "reason"))
-    rows = (*choice.rejected, *choice.unused)
+    rows = (*selection.rejected, *selection.unused)
     table.writerows((inputs[number]["name"], printable(key), reason) for number, key, reason in rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())

@@ -1,4 +1,4 @@
-"""What a collection is read into: pictures with what is said of them, and members that belong to none."""
+"""Raw samples of a collection: pictures with their metadata, and tar members that belong to no picture."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMED = 8  # faults of one input that its damage names; the others are counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """One picture of a collection: what is said of it, its file, and what is wrong with it already.
+class RawSample:
+    """One picture of a collection: its metadata, its file, and the fault that reading found, if any.
 
     `members` counts the members of a tar that it is made of; of a table, the one row.
     """

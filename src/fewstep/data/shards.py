@@ -80,8 +80,8 @@ class Shards:
 
         Sizes are those before resizing; a blocklist knows a picture by the SHA-256 of the file it came from.
         """
-        kept = (i for i, record in enumerate(self._records()) if rule.rejection(record) is None)
-        return np.fromiter(kept, np.int64)
+        accepted = (i for i, record in enumerate(self._records()) if rule.rejection(record) is None)
+        return np.fromiter(accepted, np.int64)
 
     def damaged(self) -> Iterator[str]:
         """What is wrong with the shards and the index, one line each, by their checksums; reads all bytes."""
@@ -113,16 +113,18 @@ class Shards:
         return _as_sample(i, self.manifest.sizes[self.buckets[i]], *stored)
 
     def _stored(self, i: int) -> tuple[Path, bytes, dict[str, Any]]:
-        """The shard that holds picture `i`, the picture's file, and what is told of it."""
+        """The shard that holds picture `i`, the picture's file, and its metadata."""
         if not 0 <= i < len(self):
             raise InputError(f"there is no picture {i}; {self.folder} holds 0 to {len(self) - 1}")
         path = self.folder / "shards" / self.manifest.shards[self.index["shard"][i]]["name"]
-        picture, told = _bytes(path, [int(self.index[n][i]) for n in ("start", "length", "told_start", "told_length")])
-        if crc32(told, crc32(picture)) != self.index["crc"][i]:
+        picture, metadata = _bytes(
+            path, [int(self.index[n][i]) for n in ("start", "length", "told_start", "told_length")]
+        )
+        if crc32(metadata, crc32(picture)) != self.index["crc"][i]:
             raise CheckpointError(
                 f"picture {i} in {path} is damaged; prepare the folder again, or bring the shard back"
             )
-        return path, picture, _metadata(path, i, told)
+        return path, picture, _metadata(path, i, metadata)
 
 
 def open_shards(folder: str | Path) -> Shards:
@@ -171,33 +173,33 @@ def _require_rows(path: Path, index: Index, manifest: Manifest) -> None:
             found = f"{index[name].dtype} {index[name].shape}"
             raise CheckpointError(f"{path} has a column {name!r} of {found}, not {shape}; prepare the folder again")
     sizes = np.array([shard["bytes"] for shard in manifest.shards], np.int64)
-    start, length, told, end = (index[name] for name in ("start", "length", "told_start", "told_length"))
+    start, length, metadata, end = (index[name] for name in ("start", "length", "told_start", "told_length"))
     inside = (index["bucket"] >= 0) & (index["bucket"] < len(manifest.buckets))
     inside &= (index["shard"] >= 0) & (index["shard"] < len(sizes))
     if inside.all():
-        inside &= (start >= 0) & (length >= 0) & (length <= told - start) & (end >= 0)
-        inside &= end <= sizes[index["shard"]] - told if len(inside) else inside
+        inside &= (start >= 0) & (length >= 0) & (length <= metadata - start) & (end >= 0)
+        inside &= end <= sizes[index["shard"]] - metadata if len(inside) else inside
     if not inside.all():
         raise CheckpointError(f"{path} says that picture {int(inside.argmin())} is where no shard is; prepare it again")
 
 
 def _bytes(path: Path, places: Sequence[int]) -> tuple[bytes, bytes]:
     """A picture's file and its JSON, at their starts and lengths. Opened each time: a descriptor survives no fork."""
-    start, length, told_start, told_length = places
+    start, length, metadata_start, metadata_length = places
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            whole = file.read(told_start + told_length - start)
+            whole = file.read(metadata_start + metadata_length - start)
     except OSError as error:
         raise CheckpointError(
             f"the shard {path} cannot be read any more ({error.strerror}); bring it back and start again: "
             "the run goes on from its last checkpoint"
         ) from error
-    return whole[:length], whole[told_start - start :]
+    return whole[:length], whole[metadata_start - start :]
 
 
 def _metadata(path: Path, i: int, data: bytes) -> dict[str, Any]:
-    """What is told of picture `i`: its caption, if there is one, is a text, and sizes and scores are numbers."""
+    """The metadata of picture `i`: its caption, if there is one, is a text, and sizes and scores are numbers."""
     try:
         metadata = json.loads(data)
         numbers = [metadata[name] for name in ("original_height", "original_width", "crop_top", "crop_left")]
@@ -205,14 +207,14 @@ def _metadata(path: Path, i: int, data: bytes) -> dict[str, Any]:
         sound = sound and all(isinstance(metadata[name], int | float) for name in SCORES if name in metadata)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"what is told of picture {i} in {path} makes no sense; prepare the folder again"
+            f"the metadata of picture {i} in {path} makes no sense; prepare the folder again"
         ) from error
     if not sound:
-        raise CheckpointError(f"what is told of picture {i} in {path} is of other kinds; prepare the folder again")
+        raise CheckpointError(f"the metadata of picture {i} in {path} is of other kinds; prepare the folder again")
     return dict(metadata)
 
 
-def _as_sample(i: int, size: Size, path: Path, picture: bytes, told: dict[str, Any]) -> Sample:
+def _as_sample(i: int, size: Size, path: Path, picture: bytes, metadata: dict[str, Any]) -> Sample:
     try:
         pixels = np.array(decoded(picture))
     except PictureError as error:
@@ -222,8 +224,8 @@ def _as_sample(i: int, size: Size, path: Path, picture: bytes, told: dict[str, A
     return Sample(
         index=i,
         image=torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-        caption=told.get("caption", ""),
-        original_size=(told["original_height"], told["original_width"]),
-        crop=(told["crop_top"], told["crop_left"]),
-        scores={name: told[name] for name in SCORES if name in told},
+        caption=metadata.get("caption", ""),
+        original_size=(metadata["original_height"], metadata["original_width"]),
+        crop=(metadata["crop_top"], metadata["crop_left"]),
+        scores={name: metadata[name] for name in SCORES if name in metadata},
     )

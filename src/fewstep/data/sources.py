@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fewstep.data.columns import Record
-from fewstep.data.raw import Damage, DamageError, Found, Leftover
+from fewstep.data.raw import Damage, DamageError, Leftover, RawSample
 from fewstep.data.tables import table_records, table_samples
 from fewstep.data.tar_samples import PICTURES, tar_samples
 from fewstep.errors import InputError
 
-__all__ = ["DamageError", "Found", "Leftover", "input_files", "samples"]
+__all__ = ["DamageError", "Leftover", "RawSample", "input_files", "samples"]
 
 KINDS = (".tar", ".parquet")
 
@@ -36,7 +36,7 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
     return chosen
 
 
-def samples(path: Path) -> Iterator[Found | Leftover]:
+def samples(path: Path) -> Iterator[RawSample | Leftover]:
     """The pictures of one tar or parquet file in their order, and the members of a tar that are part of none.
 
     Once all that can be read was, raises `DamageError` if something could not, and says what. `InputError` if the file

@@ -1,4 +1,4 @@
-"""Parquet files as pictures and as what is said of pictures: what is damaged in them is noted, and the rest read."""
+"""Parquet files as pictures or as metadata of pictures; damaged rows are noted, the others read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from fewstep.data.columns import HASHES, NAMES, Record, completed, record_from
 from fewstep.data.filters import Reason
-from fewstep.data.raw import LARGEST_PICTURE_FILE, Damage, Found
+from fewstep.data.raw import LARGEST_PICTURE_FILE, Damage, RawSample
 from fewstep.data.table_rows import LENGTH
 from fewstep.data.tar_samples import PICTURES
 from fewstep.errors import MissingExtraError, quoted
@@ -42,7 +42,7 @@ class _Row(NamedTuple):
     length: int
 
 
-def table_samples(path: Path, damage: Damage) -> Iterator[Found]:
+def table_samples(path: Path, damage: Damage) -> Iterator[RawSample]:
     """The pictures in the rows of a parquet file, by their numbers where it has no keys.
 
     What cannot be read is added to `damage`. A row that makes no sense is a picture with damaged metadata.
@@ -50,10 +50,10 @@ def table_samples(path: Path, damage: Damage) -> Iterator[Found]:
     for row in _rows(path, PICTURE_COLUMNS, damage):
         key = Record(key=str(row.number))
         if row.columns is None:
-            yield Found(record=key, fault=Reason.DAMAGED_METADATA)
+            yield RawSample(record=key, fault=Reason.DAMAGED_METADATA)
         else:
             fault = Reason.TOO_LARGE if row.length > LARGEST_PICTURE_FILE else None
-            yield Found(record=completed(record_from(row.columns), key), picture=row.picture, fault=fault)
+            yield RawSample(record=completed(record_from(row.columns), key), picture=row.picture, fault=fault)
 
 
 def table_records(path: Path, damage: Damage) -> dict[str, Record]:

@@ -36,7 +36,7 @@ class Kind(Enum):
     DAMAGED = auto()
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     r"""A member: its name with `/` between folders, where its `size` bytes start, and whether the file holds them all.
 
     Bytes of a name that are not UTF-8 stand in it as `\xff`.
@@ -81,7 +81,7 @@ class TarReader:
         self.damage = damage
         self._searched, self._filled = 0, False  # bytes of gaps, and whether the last one holds any but zeros
 
-    def members(self) -> Iterator[Member]:
+    def members(self) -> Iterator[TarMember]:
         """Every member in order, 1,000,000 at most. Raises `OSError` where the disk fails."""
         at, count, extension = 0, 0, _Extension()
         if not self.length:
@@ -110,7 +110,7 @@ class TarReader:
         end = at + BLOCK + size + -size % BLOCK
         return end if at + BLOCK + size <= self.length else self._next_header(at + BLOCK)
 
-    def _member(self, header: _Header, at: int, extension: _Extension) -> Member:
+    def _member(self, header: _Header, at: int, extension: _Extension) -> TarMember:
         start = at + BLOCK
         if header.type == b"S":
             start = self._after_sparse_map(at)
@@ -124,9 +124,9 @@ class TarReader:
             kind = Kind.SPECIAL
         name = raw.replace(b"\\", b"/").decode("utf-8", "backslashreplace")
         if whole := start + size <= self.length:
-            return Member(name, Kind.DAMAGED if extension.damaged else kind, start, size, whole)
+            return TarMember(name, Kind.DAMAGED if extension.damaged else kind, start, size, whole)
         self.damage.add(f"ends within {quoted(name)}, which claims {size:,} bytes from byte {start:,} on")
-        return Member(name, Kind.DAMAGED if extension.damaged else kind, start, size, whole)
+        return TarMember(name, Kind.DAMAGED if extension.damaged else kind, start, size, whole)
 
     def _extended(self, header: _Header, at: int, extension: _Extension) -> _Extension:
         """`extension`, and what the extended header at `at` adds to it."""

@@ -17,8 +17,8 @@ from typing import BinaryIO, NamedTuple
 
 from fewstep.data.columns import Record, clean_caption, completed, decoded_text, record_from
 from fewstep.data.filters import Reason
-from fewstep.data.raw import LARGEST_PICTURE_FILE, LARGEST_TEXT, Damage, Found, Leftover, Unused
-from fewstep.data.tar_reader import Kind, Member, TarReader
+from fewstep.data.raw import LARGEST_PICTURE_FILE, LARGEST_TEXT, Damage, Leftover, RawSample, Unused
+from fewstep.data.tar_reader import Kind, TarMember, TarReader
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "caption")
@@ -48,7 +48,7 @@ Groups = dict[str, list[_Part]]
 TableRecords = Mapping[str, Record]
 
 
-def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[Found | Leftover]:
+def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[RawSample | Leftover]:
     """First the members of the tar that are part of no picture, then its pictures, in the order in which each begins.
 
     `table`: what a table beside it says, by key. What cannot be read is added to `damage`. Memory: the names, and one
@@ -63,7 +63,7 @@ def tar_samples(path: Path, table: TableRecords, damage: Damage) -> Iterator[Fou
             rows = _table_rows(found, table, damage)
             for sample in found:
                 yield from _further(sample)
-                yield _found(file, sample, rows.get(sample.key, Record()))
+                yield _raw_sample(file, sample, rows.get(sample.key, Record()))
     except OSError as error:
         damage.add(f"cannot be read: {error.strerror or error}")
 
@@ -81,7 +81,7 @@ def _grouped(reader: TarReader, groups: Groups) -> Iterator[Leftover]:
             groups.setdefault("/".join([*folders, stem]), []).append(part)
 
 
-def _reason(member: Member, names: list[str], kind: str) -> Unused | None:
+def _reason(member: TarMember, names: list[str], kind: str) -> Unused | None:
     """Why a member in the folders `names`, of which the last is its own, is no part of a sample."""
     if reason := _UNUSED.get(member.kind):
         return reason
@@ -143,22 +143,22 @@ def _further(sample: _Sample) -> Iterator[Leftover]:
     return (Leftover(f"{sample.key}.{part.kind}", Unused.SECOND_MEMBER) for part in _pictures(sample)[1:])
 
 
-def _found(file: BinaryIO, sample: _Sample, row: Record) -> Found:
+def _raw_sample(file: BinaryIO, sample: _Sample, row: Record) -> RawSample:
     pictures = _pictures(sample)
     texts = sorted((part for part in sample.parts if part.kind in _TEXTS), key=lambda part: _TEXTS.index(part.kind))
     members = len(texts) + min(1, len(pictures))
     record = Record(key=clean_caption(sample.key) or "-")
     if fault := sample.fault or _size_fault([*texts, *pictures[:1]]):
-        return Found(record=record, fault=fault, members=members)
+        return RawSample(record=record, fault=fault, members=members)
     try:
         for part in texts:
             record = completed(record, _text_record(part.kind, _content(file, part)))
         picture = _content(file, pictures[0]) if pictures else None
     except _ShortError:
-        return Found(record=record, fault=Reason.CUT_SHORT, members=members)
+        return RawSample(record=record, fault=Reason.CUT_SHORT, members=members)
     except (ValueError, RecursionError):
-        return Found(record=record, fault=Reason.DAMAGED_METADATA, members=members)
-    return Found(record=completed(record, row), picture=picture, members=members)
+        return RawSample(record=record, fault=Reason.DAMAGED_METADATA, members=members)
+    return RawSample(record=completed(record, row), picture=picture, members=members)
 
 
 def _size_fault(parts: Sequence[_Part]) -> Reason | None:

@@ -21,7 +21,7 @@ ADAMS_BASHFORTH = (
 """Weights of the latest slopes, newest first, by how many there are."""
 
 
-class Past(NamedTuple):
+class History(NamedTuple):
     """A step already taken: the prediction at its start, and its length `h`."""
 
     x0: Tensor
@@ -53,13 +53,13 @@ def _mean_slope(slopes: Sequence[Tensor]) -> Tensor:
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
     """DPM-Solver++(2M), midpoint form (arXiv:2211.01095, Alg. 2)."""
-    past: list[Past] = []
+    past: list[History] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         h = log_step(sigma, sigma_next)
         target = x0 if _ends_first_order(sigmas, sigma_next) else _midpoint(x0, h, past)
         x = target + (x - target) * (sigma_next / sigma)
-        past = [Past(x0, h)]
+        past = [History(x0, h)]
         yield Step(x, x0, sigma_next)
 
 
@@ -67,7 +67,7 @@ def dpmpp_2m_sde(
     denoise: Denoiser, x: Tensor, sigmas: Sequence[float], *, noise: Noise, eta: float = 1.0
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) with `eta`, 0 ... 1, of the SDE's noise: `dpmpp_2m` at 0."""
-    past: list[Past] = []
+    past: list[History] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         h = log_step(sigma, sigma_next)
@@ -75,11 +75,11 @@ def dpmpp_2m_sde(
         x = target + (x - target) * exp(-h - eta * h)
         if eta * sigma_next > 0:
             x = x + _sde_noise(sigma_next, eta * h) * noise()
-        past = [Past(x0, h)]
+        past = [History(x0, h)]
         yield Step(x, x0, sigma_next)
 
 
-def _midpoint(x0: Tensor, h: float, past: Sequence[Past]) -> Tensor:
+def _midpoint(x0: Tensor, h: float, past: Sequence[History]) -> Tensor:
     """The prediction in the middle of the coming step, on the line through the last two."""
     if not past:
         return x0
@@ -101,9 +101,9 @@ def dpmpp_3m_sde(
 ) -> Iterator[Step]:
     """DPM-Solver++(3M) with `eta`, 0 ... 1, of the SDE's noise: k-diffusion's `sample_dpmpp_3m_sde`.
 
-    As published, it counts half of the predictions' bend, and so is of order 2 with a small error, not 3.
+    The published weights give the second difference half its coefficient: order 2, not 3.
     """
-    past: list[Past] = []
+    past: list[History] = []
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
         h = log_step(sigma, sigma_next)
@@ -112,11 +112,11 @@ def dpmpp_3m_sde(
             x = x + _drift(x0, h, past, eta)
         if eta * sigma_next > 0:
             x = x + _sde_noise(sigma_next, eta * h) * noise()
-        past = [Past(x0, h), *past[:1]]
+        past = [History(x0, h), *past[:1]]
         yield Step(x, x0, sigma_next)
 
 
-def _drift(x0: Tensor, h: float, past: Sequence[Past], eta: float) -> Tensor:
+def _drift(x0: Tensor, h: float, past: Sequence[History], eta: float) -> Tensor:
     """What a prediction that changes, along the line or parabola through the last ones, adds to a step."""
     length = h + eta * h
     phi2 = expm1(-length) / length + 1
@@ -125,8 +125,8 @@ def _drift(x0: Tensor, h: float, past: Sequence[Past], eta: float) -> Tensor:
     if len(past) == 1:
         return phi2 * slope
     slope_before = (past[0].x0 - past[1].x0) * (h / past[1].h)
-    bend = (slope - slope_before) * (h / (past[0].h + past[1].h))
-    return phi2 * (slope + bend * (past[0].h / h)) - phi3 * bend
+    second_difference = (slope - slope_before) * (h / (past[0].h + past[1].h))
+    return phi2 * (slope + second_difference * (past[0].h / h)) - phi3 * second_difference
 
 
 def unipc(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
@@ -134,7 +134,7 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Iterator[Ste
 
     Redoing costs no evaluation: the one at the predicted `x` serves it and the next step.
     """
-    past: list[Past] = []
+    past: list[History] = []
     start = x
     for sigma, sigma_next in pairwise(sigmas):
         x0 = denoise(x, sigma)
@@ -143,11 +143,11 @@ def unipc(denoise: Denoiser, x: Tensor, sigmas: Sequence[float]) -> Iterator[Ste
         h = log_step(sigma, sigma_next)
         target = x0 if sigma_next == sigmas[-1] else _midpoint(x0, h, past)
         start, x = x, target + (x - target) * (sigma_next / sigma)
-        past = [Past(x0, h), *past[:1]]
+        past = [History(x0, h), *past[:1]]
         yield Step(x, x0, sigma_next)
 
 
-def _corrected(start: Tensor, x0_end: Tensor, past: Sequence[Past]) -> Tensor:
+def _corrected(start: Tensor, x0_end: Tensor, past: Sequence[History]) -> Tensor:
     """The last step redone from `start`, by the line or parabola through the predictions up to its end.
 
     With u = 0 ... 1 along the step, what counts of a prediction u and u^2 are their means under the

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, plms, unipc
-from fewstep.diffusion.schedule import Reading
+from fewstep.diffusion.schedule import TimestepConvention
 from fewstep.diffusion.singlestep import ddim, ddpm, dpmpp_sde, euler, euler_ancestral, heun, lcm
 from fewstep.diffusion.step import Noise, Step
 from fewstep.errors import InputError, unknown
@@ -28,7 +28,7 @@ class SamplerSpec:
     - `evaluations`: model calls a step (a step to 0 takes one; `plms` makes one more in its first step);
     - `spacing`: its schedule where neither the user nor the checkpoint names one, as in diffusers' class of it;
     - `curves`: whether it heeds a checkpoint's `use_karras_sigmas` and `use_exponential_sigmas`;
-    - `reading`: how it reads the schedules `leading` and `linspace`;
+    - `convention`: how it reads the schedules `leading` and `linspace`;
     - `may_end_above_zero`: whether it heeds a checkpoint's `set_alpha_to_one: false`, by levels that end
       at the schedule's lowest; all others end at 0;
     - `consistency`: whether it wants its denoiser wrapped in `denoiser.consistency`.
@@ -40,7 +40,7 @@ class SamplerSpec:
     evaluations: int = 1
     spacing: str = "linspace"
     curves: bool = False
-    reading: Reading = "ddim"
+    convention: TimestepConvention = "ddim"
     may_end_above_zero: bool = False
     consistency: bool = False
 
@@ -67,20 +67,20 @@ class SamplerSpec:
         The samplers born in sigma coordinates take levels that start at the very top (`linspace`, `trailing`,
         `karras`, `exponential`) for pure noise of that size; elsewhere x also holds x0, of variance about 1.
         """
-        if self.reading == "euler" and schedule_name in ("linspace", "trailing", "karras", "exponential"):
+        if self.convention == "euler" and schedule_name in ("linspace", "trailing", "karras", "exponential"):
             return sigma
         return sqrt(1 + sigma**2)
 
 
 _SDE: dict[str, Any] = {"takes_noise": True, "takes_eta": True}
-_EULER: dict[str, Any] = {"reading": "euler", "curves": True}
-_MULTISTEP: dict[str, Any] = {"reading": "multistep", "curves": True}
+_EULER: dict[str, Any] = {"convention": "euler", "curves": True}
+_MULTISTEP: dict[str, Any] = {"convention": "multistep", "curves": True}
 _LEADING: dict[str, Any] = {"spacing": "leading"}
 
 SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
     {
         "euler": SamplerSpec(function=euler, **_EULER),
-        "euler_ancestral": SamplerSpec(function=euler_ancestral, reading="euler", **_SDE),
+        "euler_ancestral": SamplerSpec(function=euler_ancestral, convention="euler", **_SDE),
         "heun": SamplerSpec(function=heun, evaluations=2, **_EULER),
         "ddim": SamplerSpec(function=ddim, may_end_above_zero=True, **_SDE, **_LEADING),
         "plms": SamplerSpec(function=plms, may_end_above_zero=True, **_LEADING),
@@ -89,7 +89,7 @@ SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType(
         "dpmpp_sde": SamplerSpec(function=dpmpp_sde, evaluations=2, **_EULER, **_SDE),
         "dpmpp_3m_sde": SamplerSpec(function=dpmpp_3m_sde, **_MULTISTEP, **_SDE),
         "unipc": SamplerSpec(function=unipc, **_MULTISTEP),
-        "lcm": SamplerSpec(function=lcm, reading="lcm", takes_noise=True, consistency=True, **_LEADING),
+        "lcm": SamplerSpec(function=lcm, convention="lcm", takes_noise=True, consistency=True, **_LEADING),
         "ddpm": SamplerSpec(function=ddpm, takes_noise=True, **_LEADING),
     }
 )

@@ -17,8 +17,8 @@ from fewstep.errors import InputError, unknown
 Floats = npt.NDArray[np.float64]
 BetaKind = Literal["scaled_linear", "linear", "squaredcos_cap_v2"]
 Final = Literal["zero", "sigma_min"]
-Reading = Literal["ddim", "euler", "multistep", "lcm"]
-"""Whose time steps `leading` and `linspace` are: diffusers' families of schedulers differ on these two."""
+TimestepConvention = Literal["ddim", "euler", "multistep", "lcm"]
+"""Which diffusers scheduler family's rounding `leading` and `linspace` follow."""
 
 SMALLEST_ALPHA_BAR = 2.0**-24
 """What zero-terminal-SNR schedules end at, so that their highest sigma is 4096 and not infinite."""
@@ -120,7 +120,7 @@ def sigmas_for(
     steps_offset: int = 0,
     final: Final = "zero",
     family: str = "sd",
-    reading: Reading = "ddim",
+    convention: TimestepConvention = "ddim",
 ) -> tuple[float, ...]:
     """The `steps` + 1 levels that a run visits, strictly falling: host floats.
 
@@ -144,7 +144,7 @@ def sigmas_for(
         raise InputError(f"steps {steps} is not in 1 ... {count}; the nearest is {min(max(steps, 1), count)}")
     end = 0.0 if final == "zero" else schedule.sigmas[0]
     if name in TIMES:
-        times = READINGS.get((name, reading), TIMES[name])(steps, count, steps_offset)
+        times = CONVENTIONS.get((name, convention), TIMES[name])(steps, count, steps_offset)
         levels = [schedule.t_to_sigma(t) for t in _falling(times, 0 if end == 0 else 1, count - 1)]
     else:
         levels = _curve(name, steps, schedule, family=family, end=end)
@@ -161,7 +161,7 @@ TIMES: dict[str, Times] = {
 }
 """The time steps of the schedules that visit given ones, from steps, T and steps_offset."""
 
-READINGS: dict[tuple[str, Reading], Times] = {
+CONVENTIONS: dict[tuple[str, TimestepConvention], Times] = {
     ("leading", "multistep"): lambda steps, count, offset: np.arange(steps, 0.0, -1) * (count // (steps + 1)) + offset,
     ("leading", "lcm"): lambda steps, count, _: (50 - np.arange(0.0, steps) * 50 // steps) * (count // 50) - 1,
     ("linspace", "multistep"): lambda steps, count, _: np.linspace(0, count - 1, steps + 1).round()[:0:-1],

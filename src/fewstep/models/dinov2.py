@@ -104,7 +104,7 @@ class Layer(nn.Module):
         super().__init__()
         inner = int(config.width * config.ratio)
         self.norm1, self.norm2 = (nn.LayerNorm(config.width, config.eps) for _ in range(2))
-        self.attention = SelfAttention(config.width, config.heads)
+        self.attention = Dinov2SelfAttention(config.width, config.heads)
         self.mlp = GatedMLP(config.width, inner) if config.gated else MLP(config.width, inner)
         self.layer_scale1, self.layer_scale2 = Scale(config.width), Scale(config.width)
 
@@ -114,7 +114,7 @@ class Layer(nn.Module):
         return out
 
 
-class SelfAttention(nn.Module):
+class Dinov2SelfAttention(nn.Module):
     """Multi-head attention of all tokens to all: x (B, N, width)."""
 
     def __init__(self, width: int, heads: int) -> None:

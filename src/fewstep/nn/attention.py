@@ -22,11 +22,11 @@ class Attention(nn.Module):
         source = x if context is None else context
         rows = (self.to_q(x), self.to_k(source), self.to_v(source))
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in rows)  # (B, heads, N, C / heads)
-        out: Tensor = self.to_out[0](attended(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention: q (B, heads, N, C), k and v (B, heads, M, C) -> (B, heads, N, C)."""
     # the gradients of PyTorch 2.13's fused attention in bfloat16 on a CPU take four times as long as plain products'
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:

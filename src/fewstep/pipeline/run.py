@@ -177,7 +177,7 @@ class Run:
             steps_offset=spec.scheduler.steps_offset,
             final=spec.scheduler.final_for(request.sampler),
             family="sdxl" if spec.unet.addition else "sd",
-            reading=self.sampler.reading,
+            convention=self.sampler.convention,
         )
         return sigmas[request.steps - strength_steps(request.steps, strength) :]
 

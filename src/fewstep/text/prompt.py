@@ -48,7 +48,7 @@ def tokenize(prompts: Sequence[str], tokenizer: Tokenizer, *, chunk: bool = True
     return Tokens(
         ids=torch.tensor(rows, dtype=torch.int64).reshape(len(rows), most, tokenizer.window),
         used=used,
-        dropped=tuple(len(tokens) - kept for tokens, kept in zip(encoded, used, strict=True)),
+        dropped=tuple(len(tokens) - used_count for tokens, used_count in zip(encoded, used, strict=True)),
     )
 
 

@@ -93,8 +93,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that `ids` stand for, in lower case, without bos, eos and padding."""
-        kept = [index for index in ids if index not in (self.bos, self.eos, self.pad)]
-        text: str = self.backend.decode(kept, skip_special_tokens=False)
+        visible = [index for index in ids if index not in (self.bos, self.eos, self.pad)]
+        text: str = self.backend.decode(visible, skip_special_tokens=False)
         return text.replace(WORD_END, " ").strip()
 
     def unknown(self, text: str) -> tuple[str, ...]:

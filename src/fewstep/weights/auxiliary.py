@@ -64,7 +64,8 @@ def save_network(network: nn.Module, folder: Path) -> None:
     weights = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as file:
         file.write(save(weights, {"format": "pt"}))
-    (folder / "config.json").write_text(f'{{"_class_name": "{type(network).__name__}"}}\n', encoding="utf-8")
+    with atomic_write(folder / "config.json") as file:
+        file.write(f'{{"_class_name": "{type(network).__name__}"}}\n'.encode())
 
 
 def _check(path: Path, held: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:

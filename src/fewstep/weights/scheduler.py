@@ -220,7 +220,12 @@ def _refuse(config: Mapping[str, Any], sampler: str) -> None:
             others = " or ".join(repr(each) for each in values)
             raise CheckpointError(f"scheduler: {key} is {quoted(value)}; fewstep draws with {others} alone")
     spec, curves = SAMPLERS[sampler], [curve for curve in _CURVES if config.get(f"use_{curve}_sigmas")]
-    if curves and spec.curves and spec.reading == "euler" and config.get("timestep_spacing") in ("leading", "trailing"):
+    if (
+        curves
+        and spec.curves
+        and spec.convention == "euler"
+        and config.get("timestep_spacing") in ("leading", "trailing")
+    ):
         raise CheckpointError(
             f"scheduler: use_{curves[0]}_sigmas with timestep_spacing {config['timestep_spacing']!r} leaves out the "
             "ends of the curve in this class; fewstep draws with the whole curve alone: take the timestep_spacing away"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.adapters.derived_model import VECTORS, vectors
 from safetensors.torch import load_file
 
 import fewstep
@@ -18,6 +17,7 @@ from fewstep.adapters.inject import ATTENTION
 from fewstep.adapters.lora import layers_of, networks
 from fewstep.adapters.merge import fuse_lora
 from fewstep.errors import CheckpointError, InputError
+from fewstep.weights.derived_model import VECTORS, vectors
 from fewstep.weights.fetch import ASSETS
 from fewstep.weights.model import LoadedModel
 
@@ -99,6 +99,7 @@ def test_the_tiny_decoder_draws_what_the_large_one_draws() -> None:
 
 def test_the_embedded_models_are_small_together() -> None:
     files = [path for folder in ASSETS.glob("blocks-*") for path in folder.rglob("*.safetensors")]
+    assert files
     assert sum(path.stat().st_size for path in files) < 30_000_000
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fewstep.blockworld import COLOURS, RELATIONS, SHAPES, SIZES, SPLITS, Scenes, captions, render, scenes
-from fewstep.blockworld.detector import UNREADABLE, BlockReader, Reading, grade, hues
+from fewstep.blockworld.detector import UNREADABLE, BlockReader, SceneReading, hues
+from fewstep.blockworld.grading import grade
 from fewstep.blockworld.scene import ALONE, LEFT, ON_TOP, RGB
 from fewstep.errors import InputError
 
@@ -123,7 +124,7 @@ def test_pictures_of_another_size_are_refused(reader):
 # ---- grading ----
 
 RED, BLUE, CUBE, SPHERE = 0, 5, 0, 1
-WANTED = Reading(count=2, colours=(RED, BLUE), shapes=(CUBE, SPHERE), sizes=(1, 1), relation=ON_TOP, fit=1.0)
+WANTED = SceneReading(count=2, colours=(RED, BLUE), shapes=(CUBE, SPHERE), sizes=(1, 1), relation=ON_TOP, fit=1.0)
 
 
 @pytest.mark.parametrize(

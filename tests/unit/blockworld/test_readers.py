@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.blockworld import SPLITS, Scenes, captions, render, scenes
-from fewstep.blockworld.detector import grade
+from fewstep.blockworld.grading import grade
 from fewstep.blockworld.learned_detector import FindingNetwork, SecondReader
 from fewstep.blockworld.scene import ALONE, LEFT
 from fewstep.errors import CheckpointError, InputError

@@ -43,7 +43,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add(f"{i}.png", data.getvalue())
             tar.add(f"{i}.txt", f"picture {i}".encode())
         tar.end()
-    prepare([folder / "in.tar"], folder / "out", Settings(filter=RULE, side=64, step=16, encoding="png", near=None))
+    prepare(
+        [folder / "in.tar"], folder / "out", Settings(filter=RULE, side=64, step=16, encoding="png", max_hamming=None)
+    )
     return folder / "out"
 
 
@@ -150,7 +152,7 @@ def test_what_is_told_of_a_picture_is_checked(folder, text):
     picture = bytes(data[int(index["start"][0]) :][: int(index["length"][0])])
     index["crc"][0] = crc32(bytes(data[start : start + length]), crc32(picture))
     save_file(index, folder / INDEX)
-    with pytest.raises(CheckpointError, match=r"what is told of picture 0 in .*\.tar"):
+    with pytest.raises(CheckpointError, match=r"the metadata of picture 0 in .*\.tar"):
         open_shards(folder).read([0])
 
 
@@ -222,8 +224,11 @@ def test_a_limit_that_is_no_number_is_refused(value):
 
 
 def test_settings_that_cannot_be_are_refused_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="near is 16"):
-        Settings(near=16)
+    with pytest.raises(InputError, match=r"max_hamming \(--near\) is 16"):
+        Settings(max_hamming=16)
+    with pytest.raises(InputError, match="near is no setting; it is max_hamming"):
+        Settings(near=3)
+    assert Settings(max_hamming=4).as_json()["near"] == 4  # the key of manifests
     with pytest.raises(InputError, match="side 1000000000 is over 8192"):
         Settings(side=10**9)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fewstep.data.buckets import Size
-from fewstep.data.duplicates import Seen
+from fewstep.data.duplicates import Deduplicator
 from fewstep.data.filters import Reason
 from fewstep.data.pictures import PictureError, decoded, encoded, fitted, perceptual_hash
 from fewstep.errors import InputError
@@ -140,14 +140,14 @@ def test_stored_pictures_come_back(encoding):
 def test_lookalikes_are_found_up_to_the_last_bit_and_not_beyond(near):
     looks = perceptual_hash(scene(6))
     for flipped in ([], range(near), range(0, near * 8, 8), range(127, 127 - near, -1)):
-        seen = Seen(near)
+        seen = Deduplicator(near)
         assert seen.rejection("a", looks) is None
         assert seen.rejection("b", looks ^ sum(1 << bit for bit in flipped)) is Reason.NEAR_DUPLICATE
     assert seen.rejection("c", looks ^ sum(1 << bit for bit in range(near + 1))) is None
 
 
 def test_equal_files_are_found_even_if_looks_do_not_count():
-    seen = Seen(None)
+    seen = Deduplicator(None)
     assert [seen.rejection("a", 1), seen.rejection("b", 1), seen.rejection("a", 2)] == [None, None, Reason.DUPLICATE]
-    with pytest.raises(InputError, match="near is 16"):
-        Seen(16)
+    with pytest.raises(InputError, match=r"max_hamming \(--near\) is 16"):
+        Deduplicator(16)

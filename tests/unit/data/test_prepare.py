@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from fewstep import files
-from fewstep.data.executor import Crew
+from fewstep.data.executor import ShardExecutor
 from fewstep.data.filter_inputs import Settings
 from fewstep.data.filters import Filter, Reason
 from fewstep.data.prepare import prepare
@@ -110,13 +110,13 @@ def test_shards_are_tars_that_others_read(collection, tmp_path):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(collection, tmp_path, processes):
     prepare([collection], tmp_path / "one", SETTINGS)
-    prepare([collection], tmp_path / "more", SETTINGS, Crew(processes=processes))
+    prepare([collection], tmp_path / "more", SETTINGS, ShardExecutor(processes=processes))
     assert contents(tmp_path / "more") == contents(tmp_path / "one")
 
 
 KILLED = """
 import os, signal, sys
-from fewstep.data.executor import Crew
+from fewstep.data.executor import ShardExecutor
 from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
 from fewstep.data.filter_inputs import Settings
@@ -127,7 +127,7 @@ def kill(done, total):
 
 if __name__ == "__main__":
     settings = Settings(filter=Filter(min_size=64), side=64, step=16, per_shard=8)
-    prepare([sys.argv[1]], sys.argv[2], settings, Crew(progress=kill))
+    prepare([sys.argv[1]], sys.argv[2], settings, ShardExecutor(progress=kill))
 """
 
 
@@ -140,7 +140,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(collection, tmp_path, w
     work = tmp_path / "out" / ".work"
     done = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
     (work / ".input.json.0.partial").write_bytes(b"half")
-    prepare([collection], tmp_path / "out", SETTINGS, Crew(progress=lambda done_now, total: kept(done)))
+    prepare([collection], tmp_path / "out", SETTINGS, ShardExecutor(progress=lambda done_now, total: kept(done)))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -158,7 +158,7 @@ def test_a_worker_that_is_killed_is_replaced(collection, tmp_path):
             killed.append(multiprocessing.active_children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    prepare([collection], tmp_path / "out", SETTINGS, Crew(processes=2, progress=kill_one))
+    prepare([collection], tmp_path / "out", SETTINGS, ShardExecutor(processes=2, progress=kill_one))
     prepare([collection], tmp_path / "whole", SETTINGS)
     assert killed
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_work_that_kills_every_worker_is_given_up_by_name(tmp_path):
     task = SimpleNamespace(output=tmp_path / "input-000007.json", die=partial(os._exit, 9))
     fine = SimpleNamespace(output=tmp_path / "fine", die=(tmp_path / "fine").touch)
     with pytest.raises(ChildProcessError, match=r"input-000007\.json was lost 3 times"):
-        Crew(processes=2).run(methodcaller("die"), [task, fine])
+        ShardExecutor(processes=2).run(methodcaller("die"), [task, fine])
     assert (tmp_path / "fine").exists()
 
 
@@ -178,7 +178,7 @@ def test_the_first_of_lookalikes_stays_whatever_the_order_of_work(tmp_path):
     (tmp_path / "b.tar").write_bytes(tar_bytes(*sample("three", again), *sample("four", first)))
     for order, names in ((["a", "b"], ["two", "three", "four"]), (["b", "a"], ["four", "one", "two"])):
         out = tmp_path / "".join(order)
-        manifest = prepare([tmp_path / f"{name}.tar" for name in order], out, SETTINGS, Crew(processes=2))
+        manifest = prepare([tmp_path / f"{name}.tar" for name in order], out, SETTINGS, ShardExecutor(processes=2))
         assert manifest.accepted == 1
         rejected = [row.split(",")[1] for row in (out / "rejected.csv").read_text().splitlines()[1:]]
         assert sorted(rejected) == sorted(names)
@@ -191,7 +191,7 @@ def test_a_finished_folder_is_only_read(collection, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("change", [{"side": 96}, {"filter": Filter(min_size=65)}, {"near": None}], ids=str)
+@pytest.mark.parametrize("change", [{"side": 96}, {"filter": Filter(min_size=65)}, {"max_hamming": None}], ids=str)
 def test_a_folder_of_other_settings_is_refused(collection, tmp_path, change):
     prepare([collection], tmp_path / "out", SETTINGS)
     with pytest.raises(InputError, match="begun with other settings"):
@@ -287,9 +287,9 @@ def test_inputs_that_are_not_there_are_told(tmp_path):
 
 def test_engines_and_numbers_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="did you mean 'local'"):
-        Crew(engine="locl")
+        ShardExecutor(engine="locl")
     with pytest.raises(InputError, match="processes is 0"):
-        Crew(processes=0)
+        ShardExecutor(processes=0)
     with pytest.raises(InputError, match="no min_size to take it from"):
         Settings(filter=Filter(min_size=None))
 
@@ -338,7 +338,7 @@ import sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from fewstep.data.executor import Crew
+from fewstep.data.executor import ShardExecutor
 from fewstep.data.filters import Filter
 from fewstep.data.prepare import prepare
 from fewstep.data.filter_inputs import Settings
@@ -355,7 +355,7 @@ if __name__ == "__main__":
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     settings = Settings(filter=Filter(min_size=64), side=64, step=16, per_shard=8)
-    prepare([sys.argv[1]], sys.argv[2], settings, Crew(engine="ray", progress=kill))
+    prepare([sys.argv[1]], sys.argv[2], settings, ShardExecutor(engine="ray", progress=kill))
     assert not nodes, "the node was to be killed in the middle"
     ray.shutdown()
     cluster.shutdown()

@@ -19,19 +19,19 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.data.columns import decoded_text
-from fewstep.data.executor import Crew
+from fewstep.data.executor import ShardExecutor
 from fewstep.data.filter_inputs import PART, Settings
 from fewstep.data.filters import Filter
 from fewstep.data.manifest import Manifest
 from fewstep.data.prepare import prepare
-from fewstep.data.raw import DamageError, Found, Leftover
+from fewstep.data.raw import DamageError, Leftover, RawSample
 from fewstep.data.shards import open_shards
 from fewstep.data.sources import samples
 from fewstep.errors import InputError
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30), "white": (250, 250, 250)}
 RULE = Filter(min_size=16, min_aesthetic=None, max_watermark=None, max_unsafe=None)
-SETTINGS = Settings(filter=RULE, side=64, step=16, near=None)
+SETTINGS = Settings(filter=RULE, side=64, step=16, max_hamming=None)
 
 Members = list[tuple[str, bytes]]
 
@@ -61,9 +61,9 @@ def special(name: str, type_: bytes, link: str = "") -> tuple[tarfile.TarInfo, b
     return info, b""
 
 
-def read(path: Path) -> tuple[list[Found], dict[str, str], str | None]:
+def read(path: Path) -> tuple[list[RawSample], dict[str, str], str | None]:
     """The pictures, the members that are part of none with their reasons, and the damage."""
-    found: list[Found] = []
+    found: list[RawSample] = []
     unused: dict[str, str] = {}
     try:
         for each in samples(path):
@@ -76,7 +76,7 @@ def read(path: Path) -> tuple[list[Found], dict[str, str], str | None]:
     return found, unused, None
 
 
-def told(found: list[Found]) -> list[tuple[str | None, str | None, str | None]]:
+def told(found: list[RawSample]) -> list[tuple[str | None, str | None, str | None]]:
     """Of each picture its colour, its caption and its fault."""
     names = {RED: "red", BLUE: "blue", GREEN: "green"}
     return [(names.get(each.picture), each.record.caption, each.fault) for each in found]
@@ -372,7 +372,7 @@ def test_damaged_inputs_are_named_and_the_others_used(damaged, tmp_path, capsys)
 
 def test_damage_is_the_same_for_any_number_of_processes(damaged, tmp_path):
     one = prepare([damaged], tmp_path / "one", SETTINGS)
-    assert prepare([damaged], tmp_path / "two", SETTINGS, Crew(processes=2)) == one
+    assert prepare([damaged], tmp_path / "two", SETTINGS, ShardExecutor(processes=2)) == one
     for name in ("manifest.json", "rejected.csv", "index.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -445,7 +445,7 @@ def test_the_folder_that_is_written_is_no_input(tmp_path):
 def test_work_that_is_lost_or_lacks_memory_names_its_input(tmp_path, monkeypatch):
     task = SimpleNamespace(output=tmp_path / "input-000007.json", source="web/x.tar", die=partial(os._exit, 9))
     with pytest.raises(ChildProcessError, match=r"input-000007\.json was lost 3 times.* the input is web/x\.tar"):
-        Crew(processes=2).run(methodcaller("die"), [task, task])
+        ShardExecutor(processes=2).run(methodcaller("die"), [task, task])
     (tmp_path / "a.tar").write_bytes(WHOLE)
     monkeypatch.setattr("fewstep.data.filter_inputs.decoded", lambda data: bytearray(1 << 60))
     with pytest.raises(MemoryError, match=r"too little memory to read .*a\.tar"):

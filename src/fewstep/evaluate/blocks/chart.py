@@ -7,7 +7,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from fewstep.charts import LOOK, require_matplotlib, save_figure
+from fewstep.charts import CHART_STYLE, require_matplotlib, save_figure
 from fewstep.evaluate.blocks.composition import READERS
 from fewstep.evaluate.blocks.suite import BlockResults
 from fewstep.metrics.intervals import Interval
@@ -22,7 +22,7 @@ def write_chart(results: Sequence[BlockResults], title: str, paths: Sequence[Pat
     Raises MissingExtraError without matplotlib.
     """
     matplotlib = require_matplotlib()
-    with matplotlib.rc_context(LOOK):
+    with matplotlib.rc_context(CHART_STYLE):
         figure = matplotlib.figure.Figure(figsize=(11, 1.6 + 0.42 * len(results)), layout="constrained")
         right, varied, real = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1.1, 1))
         for i, (group, marker) in enumerate(zip(GROUPS, "os", strict=True)):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.blockworld import Scenes, captions, scenes
-from fewstep.blockworld.detector import BlockReader, Grades, grade
+from fewstep.blockworld.detector import BlockReader
+from fewstep.blockworld.grading import Grades, grade
 from fewstep.blockworld.learned_detector import SecondReader
 from fewstep.errors import InputError
 from fewstep.metrics.intervals import Interval, share_interval

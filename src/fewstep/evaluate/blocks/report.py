@@ -104,7 +104,7 @@ def _report(results: Sequence[BlockResults], benchmark: BlockBenchmark) -> str:
         table([_neighbours(one) for one in results]),
         *_sheets(results, "neighbours"),
         "## Mark by mark",
-        "What the columns mean: `fewstep.blockworld.detector.Grades`.",
+        "What the columns mean: `fewstep.blockworld.grading.Grades`.",
         table(_marks(results)),
     ]
     return "\n\n".join(parts) + "\n"

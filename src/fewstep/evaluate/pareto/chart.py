@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.charts import LOOK, require_matplotlib, save_figure
+from fewstep.charts import CHART_STYLE, require_matplotlib, save_figure
 from fewstep.evaluate.pareto.front import Point, knee
 
 
@@ -17,7 +17,7 @@ def write_chart(curves: Mapping[str, Sequence[Point]], title: str, paths: Sequen
     MissingExtraError without matplotlib.
     """
     matplotlib = require_matplotlib()
-    with matplotlib.rc_context(LOOK):
+    with matplotlib.rc_context(CHART_STYLE):
         figure = matplotlib.figure.Figure(figsize=(7.2, 5.2), layout="constrained")
         axes = figure.add_subplot()
         for i, (name, points) in enumerate(curves.items()):
