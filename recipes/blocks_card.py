@@ -32,14 +32,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.distill.add import AddSettings
-from fewstep.distill.pruning import SmallTask
-from fewstep.distill.trajectories import Walks, WalkSettings, WalkTask
+from fewstep.distill.pruning import PrunedStudentTask
+from fewstep.distill.trajectories import RegressionTask, TrajectoryDataset, TrajectorySettings
 from fewstep.distill.turbo import TurboTask
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run, Task
+from fewstep.train.stages import RecipeStage, Task
 from fewstep.weights.fetch import ASSETS
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_parts, save_tiny, write_tensors
@@ -50,23 +50,32 @@ MOSTLY_LARGE = (SIZE,) * 7 + (SMALL,)
 SHARED = {"precision": "bf16", "log_steps": 100, "save_seconds": 600.0, "keep": 1}
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """All of them, in an order in which each has what it begins with."""
     data = Cached(folder=out / f"latents-decoder-{SIZE}")
     model = out / "blocks-base" / "model"
-    walked = WalkTask(model=model, data=data, walks=out / "walks", settings=WalkSettings(count=16_384, batch=256))
+    trajectories = RegressionTask(
+        model=model, data=data, walks=out / "walks", settings=TrajectorySettings(count=16_384, batch=256)
+    )
     return [
         *_base(out),
-        _run(out, "small-plain", SmallTask(model=model, data=data, output=0.0, features=0.0), 5, rate=5e-4, decay=0.0),
+        _run(
+            out,
+            "small-plain",
+            PrunedStudentTask(model=model, data=data, output=0.0, features=0.0),
+            5,
+            rate=5e-4,
+            decay=0.0,
+        ),
         _run(
             out,
             "blocks-small",
-            SmallTask(model=model, data=data, student=out / "small-plain" / "model", features=0.1),
+            PrunedStudentTask(model=model, data=data, student=out / "small-plain" / "model", features=0.1),
             22,
             rate=1e-3,
             decay=0.5,
         ),
-        _run(out, "turbo-walks", walked, 15, rate=4e-4, decay=0.5, **_TURBO),
+        _run(out, "turbo-walks", trajectories, 15, rate=4e-4, decay=0.5, **_TURBO),
         _turbo(out, "turbo-walks", "turbo-begun", BOTH, 25),
         _turbo(out, "turbo-begun", "blocks-turbo", FINISH, 20),
         _run(
@@ -85,14 +94,14 @@ def stages(out: Path) -> Sequence[Run]:
 _TURBO = {"betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "batch": 128}
 
 
-def _base(out: Path) -> list[Run]:
+def _base(out: Path) -> list[RecipeStage]:
     """The decoder, then the UNet with its text tower."""
     pictures = {"batch": 128, "weight_decay": 1e-4, "ema": 0.998}
     decoder = Autoencoder(start=BASE, sizes=MOSTLY_LARGE, edges=1.0, decoder=True)
     diffusion = Diffusion(
         start=BASE,
         autoencoder=out / "decoder",
-        turns=MOSTLY_LARGE,
+        size_cycle=MOSTLY_LARGE,
         varied=0.7,
         blank=BLANK,
         chunks=48,
@@ -104,10 +113,10 @@ def _base(out: Path) -> list[Run]:
     ]
 
 
-def _turbo(out: Path, start: str, name: str, settings: AddSettings, seconds: float) -> Run:
+def _turbo(out: Path, start: str, name: str, settings: AddSettings, seconds: float) -> RecipeStage:
     task = TurboTask(
         model=out / "blocks-base" / "model",
-        data=Walks(folder=out / "walks"),
+        data=TrajectoryDataset(folder=out / "walks"),
         student=out / start / "model",
         settings=settings,
         discriminator_rate=10.0,
@@ -115,9 +124,9 @@ def _turbo(out: Path, start: str, name: str, settings: AddSettings, seconds: flo
     return _run(out, name, task, seconds, rate=2e-4, decay=0.4, weight_decay=0.0, **_TURBO)
 
 
-def _run(out: Path, name: str, task: Task, seconds: float, **options: object) -> Run:
+def _run(out: Path, name: str, task: Task, seconds: float, **options: object) -> RecipeStage:
     plan = Plan(folder=out / name, seconds=seconds, **{"batch": 256, **SHARED, **options})  # type: ignore[arg-type]
-    return Run(task=task, plan=plan)
+    return RecipeStage(task=task, plan=plan)
 
 
 def pack(out: Path, folder: Path) -> None:

@@ -27,9 +27,9 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.train.datasets import Source
 from fewstep.train.losses import AutoencoderLoss
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_tiny
 
@@ -37,12 +37,12 @@ LATENTS = Path("runs/blocks-base/latents-large_autoencoder-128")
 WIDTH = 16
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage."""
     plan = Plan(
         folder=out / "blocks-tiny", seconds=8 * 60, batch=16, rate=2e-3, decay=0.6, weight_decay=0.0, precision="bf16"
     )
-    return [Run(task=Tiny(data=Cached(folder=LATENTS)), plan=plan)]
+    return [RecipeStage(task=Tiny(data=Cached(folder=LATENTS)), plan=plan)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Tiny:
     start: str | Path | None = None
     device: str | None = None
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.Task`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
@@ -66,16 +66,16 @@ class Tiny:
         norms_in_half(large, plan.precision)
         weigh = AutoencoderLoss()
 
-        def read(part: Part) -> Mapping[str, Tensor]:
-            latents = self.data.examples(part).latents
+        def read(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            latents = self.data.batch(micro_batch).latents
             assert latents is not None
             return {"latents": latents}
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            part = part.on(device)
-            latents = part.inputs(read)["latents"]
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            micro_batch = micro_batch.on(device)
+            latents = micro_batch.inputs(read)["latents"]
             with torch.no_grad():
-                noisy = noisy_means(torch.cat([latents, latents], dim=1), part)
+                noisy = noisy_means(torch.cat([latents, latents], dim=1), micro_batch)
                 wanted = large.decode(noisy).float()
             output = tiny.decode(noisy)
             error = (tiny.encode(wanted) - noisy).square().mean()
@@ -87,7 +87,9 @@ class Tiny:
                 tiny.load_state_dict(averaged)
                 save_tiny(tiny, plan.folder / "tiny")
 
-        return Work(turns={"model": Turn(network=tiny, loss=loss, kind=lambda part: None)}, finish=finish)
+        return StageSetup(
+            objectives={"model": Objective(network=tiny, loss=loss, kind=lambda micro_batch: None)}, finish=finish
+        )
 
 
 @torch.no_grad()

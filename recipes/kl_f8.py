@@ -21,14 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep.train.autoencoder import AutoencoderTask
-from fewstep.train.datasets import Prepared
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 RATE = 4.5e-6  # for each picture of a step
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The autoencoder from nothing, then its decoder alone."""
     published = Plan(
         folder=out / "kl-f8",
@@ -48,21 +48,21 @@ def stages(out: Path) -> Sequence[Run]:
         published, folder=out / "ft-ema", steps=313_198, batch=12 * 16, accumulate=1, rate=RATE * 12 * 16, ema=0.9999
     )
     return [
-        Run(
+        RecipeStage(
             plan=published,
             task=AutoencoderTask(
                 model=Path("start"),
-                data=Prepared(folder=Path("data/openimages-256")),
+                data=ShardDataset(folder=Path("data/openimages-256")),
                 fresh=True,
                 rescale=True,
                 device="cuda",
             ),
         ),
-        Run(
+        RecipeStage(
             plan=tuned,
             task=AutoencoderTask(
                 model=out / "kl-f8" / "model",
-                data=Prepared(folder=Path("data/laion-256")),
+                data=ShardDataset(folder=Path("data/laion-256")),
                 discriminator_start=0,
                 decoder_only=True,
                 device="cuda",

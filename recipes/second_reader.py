@@ -26,9 +26,9 @@ from fewstep.blockworld.detector import grade
 from fewstep.blockworld.layout import COS
 from fewstep.blockworld.learned_detector import GRID, FindingNetwork, SecondReader, parts_of
 from fewstep.blockworld.scene import HALF_WIDTHS, HEIGHTS, LEFT, RADII, RIGHT
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.auxiliary import save_network
 
 SEED = 7_000_000_000  # no other recipe draws scenes from here on
@@ -196,11 +196,11 @@ def finding_loss(model: FindingNetwork, pool: Pictures) -> Loss:
     stands out. Each is asked for the rest as often as the middle itself.
     """
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        index = part.randint("index", len(pool.pixels))
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        index = micro_batch.randint("index", len(pool.pixels))
         present, *logits = model(worn(pool.pixels[index].float() / 127.5 - 1))
         owner, there = known(pool.objects[index])
-        said = cells(len(index), owner, there, AROUND if part.step >= SHARPEN else 0.0)
+        said = cells(len(index), owner, there, AROUND if micro_batch.step >= SHARPEN else 0.0)
         found = F.binary_cross_entropy_with_logits(present[:, 0], *said, reduction="sum")
         row, column = (there[:, i] + torch.randint(-1, 2, (len(there),)) for i in (0, 1))
         told = [values[owner, :, row, column] for values in logits]
@@ -247,7 +247,7 @@ class LearnToRead:
     pictures: int = 8192
     scored: int = 500
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """Draw the pictures."""
         torch.manual_seed(plan.seed)
         network = FindingNetwork()
@@ -261,10 +261,10 @@ class LearnToRead:
                 for kind, share in score(SecondReader(network), self.scored, spoil).items():
                     print(f"{name:6s} {kind:28s} {share:.4f}", flush=True)
 
-        return Work(turns={"network": Turn(network=network, loss=loss)}, finish=finish)
+        return StageSetup(objectives={"network": Objective(network=network, loss=loss)}, finish=finish)
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The one stage."""
     plan = Plan(folder=out / "second-reader", steps=2000, batch=64, rate=2e-3, decay=0.5, weight_decay=1e-3, ema=0.998)
-    return [Run(task=LearnToRead(), plan=plan)]
+    return [RecipeStage(task=LearnToRead(), plan=plan)]

@@ -17,15 +17,15 @@ from pathlib import Path
 
 from fewstep.distill.add import AddSettings
 from fewstep.distill.turbo import TurboTask
-from fewstep.train.datasets import Prepared
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage for each model; choose with --stage."""
 
-    def run(name: str, teacher: str, guidance: float) -> Run:
+    def run(name: str, teacher: str, guidance: float) -> RecipeStage:
         plan = Plan(
             folder=out / name,
             steps=4000,
@@ -42,7 +42,7 @@ def stages(out: Path) -> Sequence[Run]:
             save_seconds=900,
         )
         settings = AddSettings(guidance=guidance)
-        data = Prepared(folder=Path("data/512"))
-        return Run(task=TurboTask(model=teacher, data=data, settings=settings, device="cuda"), plan=plan)
+        data = ShardDataset(folder=Path("data/512"))
+        return RecipeStage(task=TurboTask(model=teacher, data=data, settings=settings, device="cuda"), plan=plan)
 
     return [run("sd-turbo", "sd-v2-1", 3.0), run("sdxl-turbo", "sdxl-base", 3.0)]

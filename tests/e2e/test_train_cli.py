@@ -186,7 +186,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     one, two = (unet_of(tmp_path / name / "first") for name in launch)
     start = load_file(Path(fewstep.__file__).parent / "assets/blocks-base/unet/diffusion_pytorch_model.safetensors")
-    moved, apart = (
+    to_device, apart = (
         torch.cat([(one[name] - other[name].float()).flatten() for name in one]).norm() for other in (start, two)
     )
-    assert apart < 0.02 * moved  # AdamW makes whole steps of the rounding of gradients that are nearly 0
+    assert apart < 0.02 * to_device  # AdamW makes whole steps of the rounding of gradients that are nearly 0

@@ -12,7 +12,7 @@ import typer
 from fewstep.cli.exits import Exit, code_for
 
 if TYPE_CHECKING:
-    from fewstep.train.stages import Run
+    from fewstep.train.stages import RecipeStage
     from fewstep.train.trainer import Trainer
 
 
@@ -46,7 +46,7 @@ def _stages_stopped(
     recipe: Path, changes: Sequence[str], out: Path | None, names: Sequence[str], *, dry_run: bool, only_print: bool
 ) -> bool:
     """Carry the stages out, or try them, or print them; whether a signal stopped one."""
-    from fewstep.train.distributed import leave_ranks
+    from fewstep.train.distributed import shutdown_ranks
     from fewstep.train.overrides import overridden
     from fewstep.train.recipe import recipe_stages
     from fewstep.train.stages import chosen
@@ -60,15 +60,15 @@ def _stages_stopped(
         elif not only_print and not _finished(run):
             stopped = True
             break
-    leave_ranks()
+    shutdown_ranks()
     return stopped
 
 
-def _try(run: Run, earlier: Sequence[Run]) -> None:
+def _try(run: RecipeStage, earlier: Sequence[RecipeStage]) -> None:
     """Do what a stage does before its first step, if all that it begins with is there."""
-    from fewstep.train.stages import dry_run, waits_for
+    from fewstep.train.stages import dry_run, unfinished_dependency
 
-    if (other := waits_for(run, earlier)) is not None:
+    if (other := unfinished_dependency(run, earlier)) is not None:
         _say(f"  begins with what {other.name} leaves in {other.plan.folder}, and is checked when that is there")
         return
     trainer, tried = dry_run(run, before=_print_preflight)
@@ -78,11 +78,11 @@ def _try(run: Run, earlier: Sequence[Run]) -> None:
         _say("  ready to train" if tried else "  ready to make its data; the first step is tried when they are there")
 
 
-def _finished(run: Run) -> bool:
+def _finished(run: RecipeStage) -> bool:
     """Whether a stage is at its end: trained now, or before; not where it was told to stop."""
-    from fewstep.train.stages import carry_out
+    from fewstep.train.stages import run_stage
 
-    trainer = carry_out(run, before=_print_preflight)
+    trainer = run_stage(run, before=_print_preflight)
     if trainer is None:
         _say(f"{run.name}: done before, in {run.plan.folder}")
         return True
@@ -95,7 +95,7 @@ def _finished(run: Run) -> bool:
     return True
 
 
-def _write_record(run: Run, trainer: Trainer) -> None:
+def _write_record(run: RecipeStage, trainer: Trainer) -> None:
     """Leave `training.json` beside the weights, with the stages that the model went through before."""
     from fewstep.cards.training_record import FILE, Training, TrainingStage, read_training
     from fewstep.files import atomic_write
@@ -139,14 +139,14 @@ def _hardware(trainer: Trainer) -> str:
     return f"{trainer.ranks} x {name}" if trainer.ranks > 1 and torch.cuda.is_available() else name
 
 
-def _print_settings(run: Run) -> None:
+def _print_settings(run: RecipeStage) -> None:
     from fewstep.train.overrides import settings
 
     _say(f"{run.name} ({type(run.task).__name__})")
     _say("\n".join(f"  {name} = {value}" for name, value in settings(run).items()))
 
 
-def _print_preflight(run: Run, trainer: Trainer) -> None:
+def _print_preflight(run: RecipeStage, trainer: Trainer) -> None:
     from fewstep.train.preflight import check_fits, estimate, parameter_counts
 
     check_fits(run, trainer)

@@ -17,24 +17,24 @@ from fewstep.engines.device import choose_device
 from fewstep.files import atomic_write
 from fewstep.models.config import UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.train.datasets import Ahead, Source
+from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
 from fewstep.train.forward_process import predicted
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
-Features = dict[str, Tensor]
+BlockFeatures = dict[str, Tensor]
 """The output of each block of a UNet by the block's name, in the order of computing."""
 
 _SECOND_ON_THE_WAY_UP = re.compile(r"up_blocks\.(\d+)\.(resnets|attentions)\.1\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inheritance:
+class WeightCopyReport:
     """What a student has from its teacher; `str` of it is a report of one line.
 
     `copied`: each of the student's tensors with the teacher's that it is a copy of. `dropped`: the teacher's tensors
@@ -55,7 +55,7 @@ class Inheritance:
         )
 
 
-def small_config(config: UNetConfig) -> UNetConfig:
+def pruned_config(config: UNetConfig) -> UNetConfig:
     """The shape with one residual block (and transformer) per level down, two up: small-sd's from sd-v1-4's."""
     return replace(config, stages=tuple(replace(stage, resnets=1) for stage in config.stages))
 
@@ -75,7 +75,7 @@ def teacher_tensor(name: str, config: UNetConfig) -> str:
     return f"up_blocks.{block}.{kind}.{last}.{name[second.end() :]}"
 
 
-def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
+def pruned_student(teacher: UNet) -> tuple[UNet, WeightCopyReport]:
     """A UNet of the small shape, every tensor copied from its place in `teacher`, and the report of that.
 
     It trains, and has the teacher's device and number format: train it in float32 (`student.float()`). The teacher
@@ -83,7 +83,7 @@ def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
     """
     theirs = teacher.state_dict()
     with torch.device("meta"):
-        student = UNet(small_config(teacher.config))
+        student = UNet(pruned_config(teacher.config))
     ours = student.state_dict()
     copied = {name: teacher_tensor(name, teacher.config) for name in ours}
     for name, source in copied.items():
@@ -92,7 +92,7 @@ def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
     student.load_state_dict({name: theirs[source].clone() for name, source in copied.items()}, assign=True)
     kept = set(copied.values())
     dropped = tuple(name for name in theirs if name not in kept)
-    return student, Inheritance(
+    return student, WeightCopyReport(
         copied=copied,
         dropped=dropped,
         copied_parameters=sum(tensor.numel() for tensor in ours.values()),
@@ -101,13 +101,13 @@ def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
 
 
 @contextmanager
-def block_features(unet: UNet) -> Iterator[Features]:
+def block_features(unet: UNet) -> Iterator[BlockFeatures]:
     """The outputs of the down, mid and up blocks of `unet`, anew in each forward pass until the context ends.
 
     Blocks are found in the module itself: give the bare UNet and call it, or the wrapper (DDP) it lies in. A compiled
     model does not see hooks that come after its compilation: enter before its first pass, and stay.
     """
-    features: Features = {}
+    features: BlockFeatures = {}
     handles = [block.register_forward_hook(partial(_record, features, name)) for name, block in _blocks(unet).items()]
     try:
         yield features
@@ -117,7 +117,7 @@ def block_features(unet: UNet) -> Iterator[Features]:
 
 
 @torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
-def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, Features]:
+def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, BlockFeatures]:
     """Output and block features of `teacher` for a UNet's inputs, without gradients; the teacher stays as it is."""
     with block_features(teacher) as features:
         return teacher(*inputs), features
@@ -154,7 +154,7 @@ def _blocks(unet: UNet) -> dict[str, nn.Module]:
     return {**downs, "mid_block": unet.mid_block, **ups}
 
 
-def _record(features: Features, name: str, block: nn.Module, inputs: object, output: Tensor) -> None:
+def _record(features: BlockFeatures, name: str, block: nn.Module, inputs: object, output: Tensor) -> None:
     del block, inputs
     features[name] = output
 
@@ -165,7 +165,7 @@ def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallTask:
+class PrunedStudentTask:
     """Train a student of the small shape on what its teacher `model` puts out, and on the data.
 
     `student`: a model to go on from; without one it begins with the teacher's layers. `own`: weight of the training's
@@ -182,27 +182,29 @@ class SmallTask:
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.Task`."""
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:
-            student, inherited = student_of(parts.unet)
+            student, inherited = pruned_student(parts.unet)
         else:
             inherited = None
             student = load_parts(self.student, dtype=torch.float32, device=device).unet
         student.train().requires_grad_(True)
         norms_in_half(parts.unet, plan.precision)
-        source, small = Ahead(self.data), replace(parts, unet=student)
+        source, small = Prefetcher(self.data), replace(parts, unet=student)
         noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
-        return Work(
-            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)},
+        return StageSetup(
+            objectives={
+                "model": Objective(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)
+            },
             finish=lambda trainer: self._keep(small, trainer, student, inherited),
             sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
-    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: Inheritance | None) -> None:
+    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: WeightCopyReport | None) -> None:
         """Write the student, and which of its weights were the teacher's."""
         save_result(small, trainer, student)
         if inherited is not None and trainer.rank == 0:
@@ -210,12 +212,12 @@ class SmallTask:
                 file.write(f"{inherited}\n".encode())
 
     def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
-        def loss(part: Part) -> dict[str, Tensor]:
-            x, t, told, target = noisy(part)
+        def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+            x, t, conditioning, target = noisy(micro_batch)
             with torch.no_grad(), block_features(teacher) as wanted:
-                theirs = predicted(teacher, x, t, told)
+                theirs = predicted(teacher, x, t, conditioning)
             with block_features(student) as features:
-                ours = predicted(student, x, t, told)
+                ours = predicted(student, x, t, conditioning)
             terms = distillation_loss(
                 ours, theirs, features, wanted, output_weight=self.output, feature_weight=self.features
             )

@@ -15,19 +15,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.distill.teacher import Teacher
-from fewstep.distill.turbo import turbo_edition
+from fewstep.distill.turbo import turbo_model
 from fewstep.engines.device import choose_device
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.files import atomic_write
-from fewstep.train.datasets import Ahead, Examples, Source, Walked
-from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.distributed import join_ranks, meet_ranks
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source, TrajectoryBatch
+from fewstep.train.diffusion import NoisyLatents, conditioning_of, sample_sheet, save_result
+from fewstep.train.distributed import barrier, init_ranks
 from fewstep.train.forward_process import computing_in, predicted
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import CPU, Part, Plan, Precision, mixed_seed
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Turn
+from fewstep.train.plan import CPU, MicroBatch, Plan, Precision, mixed_seed
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Objective
 from fewstep.weights.load import load_parts
 
 CHUNK, BATCH = 256, 32
@@ -35,7 +35,7 @@ CAPTIONS = "captions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WalkSettings:
+class TrajectorySettings:
     """How the teacher walks: `steps` of DDIM, evenly from the last time step, at `guidance`; `count` walks in all.
 
     `kept`: the time steps whose latents are kept, the student's; each must be one that the walk comes by. `batch` of
@@ -57,23 +57,25 @@ class WalkSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walks:
+class TrajectoryDataset:
     """The walks kept in `folder`, as a source: captions, real latents, and what the teacher made of the captions."""
 
     folder: Path
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `fewstep.train.datasets.Source`."""
         captions, tensors = _read(self.folder)
-        index = part.randint("walk", len(captions))
-        walked = Walked(points=tensors["points"][index].float(), end=tensors["end"][index].float())
-        return Examples(
-            captions=[captions[i] for i in index.tolist()], latents=tensors["latents"][index].float(), walked=walked
+        index = micro_batch.randint("walk", len(captions))
+        trajectories = TrajectoryBatch(points=tensors["points"][index].float(), end=tensors["end"][index].float())
+        return CaptionedBatch(
+            captions=[captions[i] for i in index.tolist()],
+            latents=tensors["latents"][index].float(),
+            trajectories=trajectories,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WalkTask:
+class RegressionTask:
     """Teach a student to be in one step, from each point of its teacher's walks, where the walk ended.
 
     That keeps a picture for each noise, as many as the teacher has, but blurs what one step cannot tell
@@ -84,44 +86,46 @@ class WalkTask:
     model: str | Path
     data: Source
     walks: Path
-    settings: WalkSettings
+    settings: TrajectorySettings
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.Task`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         norms_in_half(parts.unet, plan.precision)
         making = NoisyLatents(parts, self.data, text_drop=0.0)
-        empty = told_of(parts, making.engine, Examples(captions=[""]))
+        empty = conditioning_of(parts, making.engine, CaptionedBatch(captions=[""]))
         teacher = Teacher(parts.unet, making.process, empty)
-        walker = Walker(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
-        source, student = Ahead(Walks(folder=self.walks)), parts.unet.train().requires_grad_(True)
+        writer = TrajectoryWriter(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
+        source, student = Prefetcher(TrajectoryDataset(folder=self.walks)), parts.unet.train().requires_grad_(True)
         batch = NoisyLatents(parts, source, text_drop=0.0)
         times = torch.tensor(self.settings.kept, device=batch.engine.device)
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            clean, part = batch.clean(part), part.on(times.device)
-            assert clean.walked is not None
-            chosen = part.randint("point", len(times))
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            clean, micro_batch = batch.clean(micro_batch), micro_batch.on(times.device)
+            assert clean.trajectories is not None
+            chosen = micro_batch.randint("point", len(times))
             t = times[chosen]
-            x = clean.walked.points[torch.arange(len(chosen), device=times.device), chosen]
-            x0 = batch.process.x0(predicted(student, x, t, clean.told), x, t)
-            error = (x0 - clean.walked.end).square().mean((1, 2, 3))
+            x = clean.trajectories.points[torch.arange(len(chosen), device=times.device), chosen]
+            x0 = batch.process.x0(predicted(student, x, t, clean.conditioning), x, t)
+            error = (x0 - clean.trajectories.end).square().mean((1, 2, 3))
             alone = chosen == len(times) - 1
             return {"loss": error.mean(), "from_noise": (error * alone).sum() / alone.sum().clamp(min=1)}
 
-        turbo = turbo_edition(parts)
-        return Work(
-            turns={"student": Turn(network=student, loss=loss, kind=batch.kind)},
-            begin=lambda: walker.write(self.walks),
+        turbo = turbo_model(parts)
+        return StageSetup(
+            objectives={"student": Objective(network=student, loss=loss, kind=batch.kind)},
+            begin=lambda: writer.write(self.walks),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
-def walk(teacher: Teacher, noise: Tensor, told: Conditioning, settings: WalkSettings) -> tuple[Tensor, Tensor]:
+def teacher_trajectory(
+    teacher: Teacher, noise: Tensor, conditioning: Conditioning, settings: TrajectorySettings
+) -> tuple[Tensor, Tensor]:
     """DDIM from noise (B, C, h, w): the points at the steps kept (B, K, C, h, w), and the end (B, C, h, w)."""
     process, x, points = teacher.process, noise, dict[int, Tensor]()
     x0 = noise
@@ -129,7 +133,7 @@ def walk(teacher: Teacher, noise: Tensor, told: Conditioning, settings: WalkSett
         assert t is not None
         points[t] = x
         now = torch.full((len(x),), t, device=x.device)
-        x0 = teacher.x0(x, now, told, settings.guidance)
+        x0 = teacher.x0(x, now, conditioning, settings.guidance)
         if after is not None:
             alpha_bar = process.alpha_bar(now)
             eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
@@ -138,35 +142,35 @@ def walk(teacher: Teacher, noise: Tensor, told: Conditioning, settings: WalkSett
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walker:
+class TrajectoryWriter:
     """Makes the walks: each a function of its chunk's number and its place in it."""
 
     teacher: Teacher
     batch: NoisyLatents
-    settings: WalkSettings
+    settings: TrajectorySettings
     precision: Precision = "fp32"
 
     def write(self, folder: Path) -> None:
         """Keep all walks in chunks; each rank makes its share, and those that are there stay."""
         folder.mkdir(parents=True, exist_ok=True)
-        rank, ranks = join_ranks()
+        rank, ranks = init_ranks()
         for number in range(rank, -(-self.settings.count // CHUNK), ranks):
             path = folder / f"walks-{number:05d}.safetensors"
             if not path.exists():
                 self._write_chunk(path, number)
-        meet_ranks()
+        barrier()
 
     def _write_chunk(self, path: Path, number: int) -> None:
         captions, rows = list[str](), list[dict[str, Tensor]]()
         count = self.settings.batch
         for step in range(CHUNK // count):
-            part = Part(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
-            clean, part = self.batch.clean(part), part.on(self.batch.engine.device)
-            noise = part.randn("walk", *clean.x0.shape[1:])
+            micro_batch = MicroBatch(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
+            clean, micro_batch = self.batch.clean(micro_batch), micro_batch.on(self.batch.engine.device)
+            noise = micro_batch.randn("walk", *clean.x0.shape[1:])
             with computing_in(self.precision, noise.device):
-                points, end = walk(self.teacher, noise, clean.told, self.settings)
+                points, end = teacher_trajectory(self.teacher, noise, clean.conditioning, self.settings)
             rows.append({"latents": clean.x0, "points": points, "end": end})
-            captions += self.batch.source.examples(part.on(CPU)).captions
+            captions += self.batch.source.batch(micro_batch.on(CPU)).captions
         tensors = {name: torch.cat([row[name] for row in rows]).half().cpu().contiguous() for name in rows[0]}
         with atomic_write(path) as file:
             file.write(save(tensors, metadata={CAPTIONS: json.dumps(captions)}))

@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 
 from fewstep.distill.add import AddSettings, AdversarialDistillation
-from fewstep.distill.discriminator import Features, NoisyLatentFeatures
-from fewstep.distill.pixel_features import PictureFeatures, picture_network
+from fewstep.distill.discriminator import FeatureExtractor, NoisyLatentFeatures
+from fewstep.distill.pixel_features import PixelFeatures, pixel_network
 from fewstep.distill.teacher import Teacher
 from fewstep.engines.device import choose_device
 from fewstep.models.unet import UNet
 from fewstep.train.activation_checkpointing import checkpoint_blocks
-from fewstep.train.datasets import Ahead, Examples, Source
-from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.forward_process import Process
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source
+from fewstep.train.diffusion import NoisyLatents, conditioning_of, sample_sheet, save_result
+from fewstep.train.forward_process import ForwardProcess
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Work
+from fewstep.train.stages import StageSetup
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
@@ -46,37 +46,37 @@ class TurboTask:
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.Task`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
-        turbo = replace(turbo_edition(parts), unet=student)
+        turbo = replace(turbo_model(parts), unet=student)
         if plan.checkpointing:
             checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
         norms_in_half(parts.unet, plan.precision)
-        source = Ahead(self.data)
+        source = Prefetcher(self.data)
         noisy = NoisyLatents(parts, source, text_drop=0.0)
         add = self.distillation(parts, student, noisy)
         kind = noisy.kind if self.features == "teacher" else None  # decoders look for overflow, which waits for a card
-        return Work(
-            turns=add.turns(discriminator_rate=self.discriminator_rate, kind=kind),
+        return StageSetup(
+            objectives=add.objectives(discriminator_rate=self.discriminator_rate, kind=kind),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
     def distillation(self, parts: Parts, student: UNet, noisy: NoisyLatents) -> AdversarialDistillation:
         """The losses."""
         process = noisy.process
-        teacher = Teacher(parts.unet, process, told_of(parts, noisy.engine, Examples(captions=[""])))
+        teacher = Teacher(parts.unet, process, conditioning_of(parts, noisy.engine, CaptionedBatch(captions=[""])))
         features = self._features(parts, process)
         return AdversarialDistillation(student, teacher, features, noisy.clean, settings=self.settings)
 
-    def _features(self, parts: Parts, process: Process) -> Features:
+    def _features(self, parts: Parts, process: ForwardProcess) -> FeatureExtractor:
         if self.features == "teacher":
             return NoisyLatentFeatures(parts.unet, process, self.settings.judged)
-        network = picture_network(self.features, choose_device(self.device))
-        return PictureFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
+        network = pixel_network(self.features, choose_device(self.device))
+        return PixelFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 
     def _student(self, parts: Parts) -> UNet:
         if self.student is None:
@@ -85,7 +85,7 @@ class TurboTask:
         return loaded.unet.train().requires_grad_(True)
 
 
-def turbo_edition(parts: Parts) -> Parts:
+def turbo_model(parts: Parts) -> Parts:
     """The same with the defaults of a turbo model: one step from the highest level, without guidance.
 
     Of several steps each adds fresh noise, as with SDXL-Turbo: what one step got wrong the next does not build on.

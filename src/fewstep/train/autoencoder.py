@@ -15,11 +15,11 @@ from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.train.datasets import Ahead, Source
+from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
-from fewstep.train.plan import Part, Plan, moved
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan, to_device
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
@@ -39,7 +39,7 @@ class AutoencoderTask:
     weighs `discriminator_weight` times `adaptive_weight`, and is there from step `discriminator_start` on; 0 leaves
     the discriminator, with `discriminator_width` channels, out. The defaults are the published ones.
 
-    `fresh`: begin from random weights. `perceptual`: see `Perceptual`; without a file the loss has no such term.
+    `fresh`: begin from random weights. `perceptual`: see `PerceptualDistance`; without a file the loss has no such term.
     `decoder_only`: leave the latents as they are, so that a UNet made for them stays right. `rescale`: set the scaling
     factor to one over the latents' deviation when all is done.
     """
@@ -61,7 +61,7 @@ class AutoencoderTask:
         if self.fresh and self.decoder_only:
             raise InputError("fresh and decoder_only would train a decoder of random latents; leave one of them out")
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.Task`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
@@ -69,12 +69,12 @@ class AutoencoderTask:
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
             parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(device))
-        source = Ahead(self.data)
-        return Work(
-            turns=Reconstruction(parts.autoencoder, source, self).turns(),
+        source = Prefetcher(self.data)
+        return StageSetup(
+            objectives=Reconstruction(parts.autoencoder, source, self).objectives(),
             finish=lambda trainer: save_autoencoder(parts, trainer, self.data if self.rescale else None),
             sample=lambda trainer: reconstruction_sheet(parts.autoencoder, self.data, trainer),
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
@@ -88,45 +88,49 @@ class Reconstruction:
         if task.decoder_only:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
-        self.perceptual = None if task.perceptual is None else Perceptual(task.perceptual, self.device)
+        self.perceptual = None if task.perceptual is None else PerceptualDistance(task.perceptual, self.device)
         self.discriminator = PatchDiscriminator(task.discriminator_width).to(self.device)
-        self._decoded: dict[Part, tuple[Tensor, Tensor]] = {}
+        self._decoded: dict[MicroBatch, tuple[Tensor, Tensor]] = {}
 
-    def turns(self) -> dict[str, Turn]:
+    def objectives(self) -> dict[str, Objective]:
         """What a `Trainer` trains: the model, then, if it is weighted, the discriminator."""
-        turns = {"model": Turn(network=self.model, loss=self.model_loss)}
+        objectives = {"model": Objective(network=self.model, loss=self.model_loss)}
         if self.task.discriminator_weight:
-            turns["discriminator"] = Turn(network=self.discriminator, loss=self.discriminator_loss, weight_decay=0.0)
-        return turns
+            objectives["discriminator"] = Objective(
+                network=self.discriminator, loss=self.discriminator_loss, weight_decay=0.0
+            )
+        return objectives
 
-    def model_loss(self, part: Part) -> Mapping[str, Tensor]:
+    def model_loss(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
-        image = moved(pictures_of(self.source, part), self.device)
+        image = to_device(pictures_of(self.source, micro_batch), self.device)
         moments = self._moments(image)
-        decoded = self.model.decode(drawn_latents(moments, part)).float()
+        decoded = self.model.decode(sampled_posterior(moments, micro_batch)).float()
         said = self._distances(decoded, image)
         loss = error = said.pop("error")
         if not self.task.decoder_only:
             said["kl"] = divergence(moments)
             loss = loss + self.task.kl * said["kl"]
-        if self._judges(part):
-            self._decoded[part] = image, decoded.detach()
-            fooled = -self.discriminator(decoded).float().mean()
-            weight = adaptive_weight(error, fooled, self.model.decoder.conv_out.weight)
-            loss = loss + self.task.discriminator_weight * weight * fooled
-            said |= {"fooled": fooled, "weight": weight}
+        if self._judges(micro_batch):
+            self._decoded[micro_batch] = image, decoded.detach()
+            generator_loss = -self.discriminator(decoded).float().mean()
+            weight = adaptive_weight(error, generator_loss, self.model.decoder.conv_out.weight)
+            loss = loss + self.task.discriminator_weight * weight * generator_loss
+            said |= {"fooled": generator_loss, "weight": weight}
         return {"loss": loss, **said}
 
-    def discriminator_loss(self, part: Part) -> Mapping[str, Tensor]:
+    def discriminator_loss(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         """The hinge loss of real and decoded pictures; before it judges, a zero that leaves all weights alone."""
-        if not self._judges(part):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
+        if not self._judges(
+            micro_batch
+        ):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
             return {"loss": 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()}
-        image, decoded = self._decoded.pop(part)
+        image, decoded = self._decoded.pop(micro_batch)
         real, drawn = self.discriminator(image).float(), self.discriminator(decoded).float()
         return {"loss": hinge_loss(real, drawn), "real": real.mean(), "drawn": drawn.mean()}
 
-    def _judges(self, part: Part) -> bool:
-        return self.task.discriminator_weight > 0 and part.step >= self.task.discriminator_start
+    def _judges(self, micro_batch: MicroBatch) -> bool:
+        return self.task.discriminator_weight > 0 and micro_batch.step >= self.task.discriminator_start
 
     def _moments(self, image: Tensor) -> Tensor:
         with torch.set_grad_enabled(not self.task.decoder_only):
@@ -142,7 +146,7 @@ class Reconstruction:
         return said | {"error": error * image[0].numel()}
 
 
-class Perceptual:
+class PerceptualDistance:
     """The distance of pictures in the features of a network, which a TorchScript file of the user's holds.
 
     It takes pictures (B, 3, H, W) in [-1, 1] and gives a list of maps (B, C_k, h_k, w_k). They are compared as
@@ -182,15 +186,15 @@ def divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
 
 
-def drawn_latents(moments: Tensor, part: Part) -> Tensor:
+def sampled_posterior(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
     """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
     mean, log_variance = _mean_and_log_variance(moments)
-    return mean + (0.5 * log_variance).exp() * part.on(mean.device).randn("latents", *mean.shape[1:])
+    return mean + (0.5 * log_variance).exp() * micro_batch.on(mean.device).randn("latents", *mean.shape[1:])
 
 
-def pictures_of(source: Source, part: Part) -> Tensor:
+def pictures_of(source: Source, micro_batch: MicroBatch) -> Tensor:
     """The pictures (B, 3, H, W) of a part; `InputError` for a source that has latents only."""
-    pictures = source.examples(part).pictures
+    pictures = source.batch(micro_batch).pictures
     if pictures is None:
         raise InputError(f"{source} gives latents; an autoencoder is trained on pictures, so give their own folder")
     return pictures
@@ -200,16 +204,23 @@ def pictures_of(source: Source, part: Part) -> Tensor:
 def latent_deviation(model: AutoencoderKL, source: Source, trainer: Trainer) -> float:
     """The standard deviation of the unscaled latents of some of the run's pictures."""
     device = next(model.parameters()).device
-    parts = [part for step in range(MEASURED) for part in trainer.plan.parts(step, trainer.rank, trainer.ranks)]
-    latents = [drawn_latents(model.encode(pictures_of(source, part).to(device)), part).flatten() for part in parts]
+    parts = [
+        micro_batch
+        for step in range(MEASURED)
+        for micro_batch in trainer.plan.micro_batches(step, trainer.rank, trainer.ranks)
+    ]
+    latents = [
+        sampled_posterior(model.encode(pictures_of(source, micro_batch).to(device)), micro_batch).flatten()
+        for micro_batch in parts
+    ]
     return float(torch.cat(latents).std())
 
 
 @torch.no_grad()
 def reconstruction_sheet(model: AutoencoderKL, source: Source, trainer: Trainer) -> Image.Image:
     """The same pictures each time, and below them what is decoded of their latents' means."""
-    part = trainer.plan.parts(0, trainer.rank, trainer.ranks)[0]
-    image = pictures_of(source, part)[:SHOWN].to(next(model.parameters()).device)
+    micro_batch = trainer.plan.micro_batches(0, trainer.rank, trainer.ranks)[0]
+    image = pictures_of(source, micro_batch)[:SHOWN].to(next(model.parameters()).device)
     decoded = model.decode(model.encode(image).chunk(2, dim=1)[0])
     return contact_sheet(to_pil(torch.cat([image, decoded])), len(image))
 

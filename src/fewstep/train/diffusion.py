@@ -21,12 +21,12 @@ from fewstep.images import contact_sheet
 from fewstep.models.unet import UNet
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.text.prompt import tokenize
-from fewstep.train.datasets import Ahead, Examples, Source, Walked
-from fewstep.train.forward_process import Process, predicted
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source, TrajectoryBatch
+from fewstep.train.forward_process import ForwardProcess, predicted
 from fewstep.train.losses import min_snr_weight, stratified_timesteps
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
@@ -63,20 +63,20 @@ class DiffusionTask:
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """See `Task`."""
         torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
             parts = replace(parts, unet=UNet(parts.unet.config).to(device))
-        source, trained = Ahead(self.data), trained_network(parts, self)
+        source, trained = Prefetcher(self.data), trained_network(parts, self)
         noisy = NoisyLatents(parts, source, text_drop=self.text_drop, offset_noise=self.offset_noise)
-        return Work(
-            turns={"model": Turn(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
+        return StageSetup(
+            objectives={"model": Objective(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
             finish=lambda trainer: save_result(parts, trainer, trained),
             sample=(lambda trainer: sample_sheet(parts, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
@@ -90,21 +90,21 @@ def trained_network(parts: Parts, task: DiffusionTask) -> nn.Module:
     return parts.unet if len(networks) == 1 else nn.ModuleDict(networks)
 
 
-class Noisy(NamedTuple):
+class NoisyBatch(NamedTuple):
     """Latents x (B, 4, h, w) at steps t (B,), what the UNet is told of them and what it should put out."""
 
     x: Tensor
     t: Tensor
-    told: Conditioning
+    conditioning: Conditioning
     target: Tensor
 
 
-class Clean(NamedTuple):
+class LatentBatch(NamedTuple):
     """Latents x0 (B, 4, h, w) without noise, what the UNet is told of them, and what their source knew besides."""
 
     x0: Tensor
-    told: Conditioning
-    walked: Walked | None = None
+    conditioning: Conditioning
+    trajectories: TrajectoryBatch | None = None
 
 
 class NoisyLatents:
@@ -114,62 +114,62 @@ class NoisyLatents:
         self.parts, self.source = parts, source
         self.text_drop, self.offset_noise = text_drop, offset_noise
         self.engine = EagerEngine(parts)
-        self.process = Process(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
+        self.process = ForwardProcess(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
 
-    def __call__(self, part: Part, *, train_text: bool = False) -> Noisy:
-        part = part.on(self.engine.device)
-        clean = self.clean(part, train_text=train_text)
-        x0, told = clean.x0, clean.told
-        t = part.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
-        eps = self._noise(x0, part)
-        return Noisy(self.process.noised(x0, eps, t), t, told, self.process.target(x0, eps, t))
+    def __call__(self, micro_batch: MicroBatch, *, train_text: bool = False) -> NoisyBatch:
+        micro_batch = micro_batch.on(self.engine.device)
+        clean = self.clean(micro_batch, train_text=train_text)
+        x0, conditioning = clean.x0, clean.conditioning
+        t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
+        eps = self._noise(x0, micro_batch)
+        return NoisyBatch(self.process.noised(x0, eps, t), t, conditioning, self.process.target(x0, eps, t))
 
-    def clean(self, part: Part, *, train_text: bool = False) -> Clean:
+    def clean(self, micro_batch: MicroBatch, *, train_text: bool = False) -> LatentBatch:
         """The part's latents without noise, and what is told of them."""
-        part = part.on(self.engine.device)
-        read = part.inputs(self._read)
-        walked = Walked(points=read["points"], end=read["end"]) if "end" in read else None
-        words = Words.of(read)
-        told = conditioning_of(self.parts, self.engine, words, grad=train_text)
-        return Clean(self._latents(read, part), told, walked)
+        micro_batch = micro_batch.on(self.engine.device)
+        read = micro_batch.inputs(self._read)
+        trajectories = TrajectoryBatch(points=read["points"], end=read["end"]) if "end" in read else None
+        words = TokenizedConditioning.of(read)
+        conditioning = encoded_conditioning(self.parts, self.engine, words, grad=train_text)
+        return LatentBatch(self._latents(read, micro_batch), conditioning, trajectories)
 
     @property
-    def kind(self) -> Callable[[Part], Hashable] | None:
-        """See `Turn.kind`: steps are alike; of large networks, which keep a card busy anyway, none is recorded."""
+    def kind(self) -> Callable[[MicroBatch], Hashable] | None:
+        """See `Objective.kind`: steps are alike; of large networks, which keep a card busy anyway, none is recorded."""
         large = sum(parameter.numel() for parameter in self.parts.unet.parameters()) > LARGE
-        return None if large else lambda part: None
+        return None if large else lambda micro_batch: None
 
-    def _read(self, part: Part) -> dict[str, Tensor]:
+    def _read(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """What the source gives, tokens of captions for captions, some of them left out."""
-        examples = self.source.examples(part)
-        gone = (part.rand("drop") < self.text_drop).tolist()
-        said = ["" if drop else caption for drop, caption in zip(gone, examples.captions, strict=True)]
-        found = words_of(self.parts, replace(examples, captions=said)).tensors()
-        kept = {"latents": examples.latents, "pictures": examples.pictures}
-        walked = {} if examples.walked is None else examples.walked._asdict()
-        return found | walked | {name: value for name, value in kept.items() if value is not None}
+        batch = self.source.batch(micro_batch)
+        gone = (micro_batch.rand("drop") < self.text_drop).tolist()
+        said = ["" if drop else caption for drop, caption in zip(gone, batch.captions, strict=True)]
+        found = tokenized_conditioning(self.parts, replace(batch, captions=said)).tensors()
+        kept = {"latents": batch.latents, "pictures": batch.pictures}
+        trajectories = {} if batch.trajectories is None else batch.trajectories._asdict()
+        return found | trajectories | {name: value for name, value in kept.items() if value is not None}
 
     @torch.no_grad()
-    def _latents(self, read: Mapping[str, Tensor], part: Part) -> Tensor:
+    def _latents(self, read: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
         """Scaled latents (B, 4, h, w), sampled from the autoencoder's normal distributions."""
         if "latents" in read:
             return read["latents"]
         mean, deviation = self.engine.encode(read["pictures"])
-        return mean + deviation * part.randn("latents", *mean.shape[1:])
+        return mean + deviation * micro_batch.randn("latents", *mean.shape[1:])
 
-    def _noise(self, x0: Tensor, part: Part) -> Tensor:
-        eps = part.randn("noise", *x0.shape[1:])
+    def _noise(self, x0: Tensor, micro_batch: MicroBatch) -> Tensor:
+        eps = micro_batch.randn("noise", *x0.shape[1:])
         if self.offset_noise:
-            eps = eps + self.offset_noise * part.randn("offset", x0.shape[1], 1, 1)
+            eps = eps + self.offset_noise * micro_batch.randn("offset", x0.shape[1], 1, 1)
         return eps
 
 
 def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
     """The weighted squared error of the UNet's output, mean over the part."""
 
-    def loss(part: Part) -> Mapping[str, Tensor]:
-        x, t, told, target = noisy(part, train_text=task.train_text)
-        error = (predicted(parts.unet, x, t, told).float() - target).square()
+    def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+        x, t, conditioning, target = noisy(micro_batch, train_text=task.train_text)
+        error = (predicted(parts.unet, x, t, conditioning).float() - target).square()
         weight = error.new_ones(())
         if task.weighting == "min_snr":
             alpha_bar = noisy.process.alpha_bar(t)
@@ -179,7 +179,7 @@ def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Lo
     return loss
 
 
-class Words(NamedTuple):
+class TokenizedConditioning(NamedTuple):
     """What a UNet is to be told, before its text towers have read it: on the CPU, or where they are.
 
     `ids`: of each tower (B, 1, window). `said` (B,) bool: where there is a caption, if that matters. `sizes`: SDXL's.
@@ -190,7 +190,7 @@ class Words(NamedTuple):
     sizes: Tensor | None = None
 
     @classmethod
-    def of(cls, named: Mapping[str, Tensor]) -> Words:
+    def of(cls, named: Mapping[str, Tensor]) -> TokenizedConditioning:
         """From what `tensors` gave."""
         ids = tuple(value for name, value in named.items() if name.startswith("ids"))
         return cls(ids, named.get("said"), named.get("sizes"))
@@ -202,15 +202,17 @@ class Words(NamedTuple):
         return {f"ids_{i}": ids for i, ids in enumerate(self.ids)} | known
 
 
-def words_of(parts: Parts, examples: Examples) -> Words:
+def tokenized_conditioning(parts: Parts, batch: CaptionedBatch) -> TokenizedConditioning:
     """The tokens of captions and what else is told of examples, on the CPU."""
-    ids = tuple(tokenize(examples.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
+    ids = tuple(tokenize(batch.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
     zeros = parts.force_zeros_for_empty_prompt
-    said = torch.tensor([bool(caption) for caption in examples.captions]) if zeros else None
-    return Words(ids, said, size_numbers(parts, examples))
+    said = torch.tensor([bool(caption) for caption in batch.captions]) if zeros else None
+    return TokenizedConditioning(ids, said, size_numbers(parts, batch))
 
 
-def conditioning_of(parts: Parts, engine: EagerEngine, words: Words, *, grad: bool = False) -> Conditioning:
+def encoded_conditioning(
+    parts: Parts, engine: EagerEngine, words: TokenizedConditioning, *, grad: bool = False
+) -> Conditioning:
     """What the text towers make of words; an empty caption of SDXL is all zeros where it was trained so."""
     with torch.set_grad_enabled(grad):
         context, pooled = engine.encode_text(words.ids)
@@ -222,18 +224,18 @@ def conditioning_of(parts: Parts, engine: EagerEngine, words: Words, *, grad: bo
     return Conditioning(context=context, pooled=pooled, sizes=sizes)
 
 
-def told_of(parts: Parts, engine: EagerEngine, examples: Examples, *, grad: bool = False) -> Conditioning:
+def conditioning_of(parts: Parts, engine: EagerEngine, batch: CaptionedBatch, *, grad: bool = False) -> Conditioning:
     """What the UNet is told of examples."""
-    return conditioning_of(parts, engine, words_of(parts, examples), grad=grad)
+    return encoded_conditioning(parts, engine, tokenized_conditioning(parts, batch), grad=grad)
 
 
-def size_numbers(parts: Parts, examples: Examples) -> Tensor | None:
+def size_numbers(parts: Parts, batch: CaptionedBatch) -> Tensor | None:
     """The numbers (B, 6) that SDXL is told, or (B, 5) its refiner; a whole picture of the native size by default."""
     count, size = parts.unet.config.size_numbers, (parts.defaults.height, parts.defaults.width)
     if not count:
         return None
-    whole = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(examples.captions), 1)
-    numbers = whole if examples.sizes is None else examples.sizes
+    whole = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(batch.captions), 1)
+    numbers = whole if batch.sizes is None else batch.sizes
     return numbers if count == 6 else torch.cat([numbers[:, :4], torch.full((len(numbers), 1), AESTHETIC)], dim=1)
 
 

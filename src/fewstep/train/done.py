@@ -30,7 +30,7 @@ def write_done(plan: Plan, settings: Mapping[str, str], *, steps: int, seconds: 
     write_json(plan.folder / DONE, {"steps": steps, "seconds": seconds, "settings": noted})
 
 
-def done_before(plan: Plan, settings: Mapping[str, str]) -> bool:
+def is_done(plan: Plan, settings: Mapping[str, str]) -> bool:
     """Whether a stage is at its end: False where it was never there, or where the plan is longer now.
 
     Raises `InputError` where it was done with other settings, or for longer.

@@ -22,22 +22,22 @@ def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, kind, enabled=kind != torch.float32)
 
 
-def predicted(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+def predicted(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """What `unet` puts out for latents x (B, 4, h, w) at steps t (B,)."""
-    if told.channels is not None:
-        x = torch.cat([x, told.channels], dim=1)
-    output: Tensor = unet(x, t.float(), told.context, told.pooled, told.sizes)
+    if conditioning.channels is not None:
+        x = torch.cat([x, conditioning.channels], dim=1)
+    output: Tensor = unet(x, t.float(), conditioning.context, conditioning.pooled, conditioning.sizes)
     return output
 
 
-def of_rows(told: Conditioning, rows: Tensor) -> Conditioning:
+def conditioning_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     """The rows (B,) int64 of what a UNet is told: to shuffle them, or to repeat one."""
-    values = {name: value[rows] for name, value in vars(told).items() if value is not None}
-    return replace(told, **values)
+    values = {name: value[rows] for name, value in vars(conditioning).items() if value is not None}
+    return replace(conditioning, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
+class ForwardProcess:
     """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and what the UNet puts out for it."""
 
     prediction: Prediction = "epsilon"

@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 COLUMNS = ("[progress.description]{task.description}", "{task.fields[said]}")
 
 
-class Journal:
+class MetricsLogger:
     """Writes a line of `log.jsonl` every `plan.log_steps` steps and draws a bar; nothing unless `on`.
 
     `waited` tells for how many seconds, since the run began, there was no data to compute with.
     """
 
-    def __init__(self, plan: Plan, *, on: bool, waited: Callable[[], float]) -> None:
-        self.plan, self.on, self.waited = plan, on, waited
+    def __init__(self, plan: Plan, *, on: bool, waited_seconds: Callable[[], float]) -> None:
+        self.plan, self.on, self.waited_seconds = plan, on, waited_seconds
         self.skipped, self.begun = 0, 0  # steps left out; the step that this run goes on from
-        self.seen: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
+        self.last: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
         title, said = (TextColumn(column) for column in COLUMNS)
         self.bar = Progress(title, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
         self.log = plan.folder / "log.jsonl"
         self.task = self.bar.add_task(plan.folder.name, total=1.0, said="")
-        self.charts = Charts(plan.folder) if on and plan.tensorboard else None
+        self.tensorboard = TensorBoardWriter(plan.folder) if on and plan.tensorboard else None
 
     def wants(self, step: int) -> bool:
         """Whether there will be a line about the step that ends at `step`."""
@@ -47,14 +47,14 @@ class Journal:
         self.bar.update(self.task, completed=self.plan.progress(step, seconds))
         if not self.wants(step):
             return
-        if self.seen is None:
+        if self.last is None:
             self._take_back()
         numbers = {"step": step, "seconds": seconds, **numbers, **self._speed(step, seconds), "skipped": self.skipped}
         line = {name: round(value, 6) if isfinite(value) else None for name, value in numbers.items()}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.charts is not None:
-            self.charts.write(step, numbers)
+        if self.tensorboard is not None:
+            self.tensorboard.write(step, numbers)
         shown = [f"{name} {numbers[name]:.4g}" for name in numbers if name.endswith(("loss", "images/s", "data wait"))]
         self.bar.update(self.task, said="  ".join(shown))
 
@@ -75,12 +75,15 @@ class Journal:
 
     def _speed(self, step: int, seconds: float) -> dict[str, float]:
         """Pictures a second and the share of time without data, since the last line."""
-        waited, last = self.waited(), self.seen
-        self.seen = (step, seconds, waited)
+        waited_seconds, last = self.waited_seconds(), self.last
+        self.last = (step, seconds, waited_seconds)
         if last is None or seconds <= last[1]:
             return {}
         passed = seconds - last[1]
-        return {"images/s": self.plan.batch * (step - last[0]) / passed, "data wait": (waited - last[2]) / passed}
+        return {
+            "images/s": self.plan.batch * (step - last[0]) / passed,
+            "data wait": (waited_seconds - last[2]) / passed,
+        }
 
 
 def _step_of(line: str) -> float:
@@ -91,7 +94,7 @@ def _step_of(line: str) -> float:
         return inf
 
 
-class Charts:
+class TensorBoardWriter:
     """Event files in `folder`, for `tensorboard --logdir`. Raises `MissingExtraError` where TensorBoard is missing."""
 
     def __init__(self, folder: Path) -> None:

@@ -44,8 +44,8 @@ RANGES = {
 class Inputs(Protocol):
     """Stands between a part and what it draws, so that a step can be replayed."""
 
-    def read(self, part: Part, make: Callable[[Part], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """See `Part.inputs`."""
+    def read(self, micro_batch: MicroBatch, make: Callable[[MicroBatch], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """See `MicroBatch.inputs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Plan:
         share = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
         return self.rate * share * min(1.0, (step + 1) / max(1, self.warmup))
 
-    def parts(self, step: int, rank: int, ranks: int) -> list[Part]:
+    def micro_batches(self, step: int, rank: int, ranks: int) -> list[MicroBatch]:
         """What `rank` of `ranks` computes in step `step`, one part after another."""
         count, rest = divmod(self.batch, ranks * self.accumulate)
         if rest:
@@ -124,13 +124,13 @@ class Plan:
             )
         first = rank * self.accumulate * count
         return [
-            Part(seed=self.seed, step=step, whole=self.batch, first=first + i * count, count=count)
+            MicroBatch(seed=self.seed, step=step, whole=self.batch, first=first + i * count, count=count)
             for i in range(self.accumulate)
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class MicroBatch:
     """Rows `first` to `first + count` of the `whole` batch of a step: what one process computes at a time.
 
     Random numbers are drawn for the whole batch, on the CPU, from the seed, the step and their purpose, and then cut.
@@ -146,11 +146,11 @@ class Part:
     device: torch.device = CPU
     tape: Inputs | None = field(default=None, compare=False, repr=False)
 
-    def on(self, device: torch.device) -> Part:
+    def on(self, device: torch.device) -> MicroBatch:
         """The same part, whose random numbers and inputs come on `device`; they are drawn on the CPU all the same."""
         return self if self.device == device else replace(self, device=device)
 
-    def inputs(self, make: Callable[[Part], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    def inputs(self, make: Callable[[MicroBatch], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What `make` reads and draws on the CPU for a part, on this part's device.
 
         `make` must be a function of the part alone. A step that is replayed (`fewstep.train.replay`) calls it anew for
@@ -158,7 +158,7 @@ class Part:
         """
         if self.tape is not None:
             return self.tape.read(self, make)
-        return {name: moved(value, self.device) for name, value in make(self.on(CPU)).items()}
+        return {name: to_device(value, self.device) for name, value in make(self.on(CPU)).items()}
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator that is the same in all parts of a step."""
@@ -167,8 +167,12 @@ class Part:
     def rows(self, purpose: str, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         """The part's rows of what `draw(whole, generator)` gives for the batch."""
 
-        def make(part: Part) -> Mapping[str, Tensor]:
-            return {purpose: draw(part.whole, part.generator(purpose))[part.first : part.first + part.count]}
+        def make(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            return {
+                purpose: draw(micro_batch.whole, micro_batch.generator(purpose))[
+                    micro_batch.first : micro_batch.first + micro_batch.count
+                ]
+            }
 
         return self.inputs(make)[purpose]
 
@@ -185,7 +189,7 @@ class Part:
         return self.rows(purpose, lambda count, generator: torch.randint(limit, (count,), generator=generator))
 
 
-def moved(value: Tensor, device: torch.device) -> Tensor:
+def to_device(value: Tensor, device: torch.device) -> Tensor:
     """`value` on `device`; from the CPU to a card without waiting for what the card still computes."""
     if device.type != "cuda" or value.device.type != "cpu":
         return value.to(device)
@@ -194,5 +198,5 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
 
 def mixed_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) that has nothing in common with that of any other `parts`."""
-    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    digest = blake2b("/".join(str(micro_batch) for micro_batch in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -10,7 +10,7 @@ import time
 import torch
 
 from fewstep.errors import InputError
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 from fewstep.train.trainer import Trainer
 
 BYTES_PER_TRAINED = 4 * 5
@@ -25,12 +25,12 @@ KG_PER_KWH = 0.3
 def parameter_counts(trainer: Trainer) -> dict[str, tuple[int, int]]:
     """(all, trained) parameters of each network."""
     return {
-        name: (sum(p.numel() for p in pupil.network.parameters()), sum(p.numel() for p in pupil.parameters))
-        for name, pupil in trainer.pupils.items()
+        name: (sum(p.numel() for p in state.network.parameters()), sum(p.numel() for p in state.parameters))
+        for name, state in trainer.states.items()
     }
 
 
-def check_fits(run: Run, trainer: Trainer) -> None:
+def check_fits(run: RecipeStage, trainer: Trainer) -> None:
     """Raise `InputError` where weights, optimizer and average cannot be in memory, or a checkpoint not on the disk."""
     trained = sum(count for _, count in parameter_counts(trainer).values())
     needed, free = trained * BYTES_PER_TRAINED, _free_memory(_kind(trainer))
@@ -49,12 +49,12 @@ def check_fits(run: Run, trainer: Trainer) -> None:
         )
 
 
-def estimate(run: Run, trainer: Trainer) -> str:
+def estimate(run: RecipeStage, trainer: Trainer) -> str:
     """One line: how long the rest will take here, and what that emits; steps are timed by a second one, not applied."""
     plan, seconds = run.plan, 0.0
     for _ in range(2):
         started = time.monotonic()
-        trainer.rehearse()
+        trainer.dry_step()
         seconds = time.monotonic() - started
     hours = min(
         math.inf if plan.steps is None else (plan.steps - trainer.step) * seconds / 3600,
@@ -73,7 +73,7 @@ def assumed_watts(trainer: Trainer) -> float:
 
 def _kind(trainer: Trainer) -> str:
     """Of the device that the networks are on."""
-    return next(iter(trainer.pupils.values())).device.type
+    return next(iter(trainer.states.values())).device.type
 
 
 def _free_memory(kind: str) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fewstep.errors import InputError, quoted
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = (str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
@@ -26,7 +26,7 @@ class RecipeError(InputError):
     """The user's code raised; the message holds the frames of it that are the user's, and its own error."""
 
 
-def recipe_stages(recipe: Path, out: Path) -> dict[str, Run]:
+def recipe_stages(recipe: Path, out: Path) -> dict[str, RecipeStage]:
     """The stages of a recipe by name: what its `stages(out)` returns; they keep what they make below `out`.
 
     Raises `InputError` for a file that is no recipe, and passes on what the recipe raises (see `recipe_error`).
@@ -65,15 +65,15 @@ def recipe_error(error: Exception, recipe: Path) -> RecipeError | None:
     )
 
 
-def _named(recipe: Path, returned: Any) -> dict[str, Run]:
+def _named(recipe: Path, returned: Any) -> dict[str, RecipeStage]:
     """The stages by name, if that is what was returned."""
     if not isinstance(returned, Sequence) or not returned:
         raise InputError(
             f"{recipe}: stages(out) returned {quoted(returned)}; it must return a list of at least one Run"
         )
-    runs: dict[str, Run] = {}
+    runs: dict[str, RecipeStage] = {}
     for run in returned:
-        if not isinstance(run, Run) or not isinstance(run.plan, Plan) or not hasattr(run.task, "prepare"):
+        if not isinstance(run, RecipeStage) or not isinstance(run.plan, Plan) or not hasattr(run.task, "prepare"):
             raise InputError(f"{recipe}: stages(out) returned {quoted(run)}; each must be a Run of a task and a Plan")
         if run.name in runs:
             raise InputError(f"{recipe} has two stages in a folder called {run.name}; give each its own name")

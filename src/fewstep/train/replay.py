@@ -1,6 +1,6 @@
 """Steps of training recorded as CUDA graphs: a small network's thousand kernels are then launched as one.
 
-What a loss draws and reads of the host goes through `Part.inputs`. A tape holds these tensors on the device, and fills
+What a loss draws and reads of the host goes through `MicroBatch.inputs`. A tape holds these tensors on the device, and fills
 them anew for each step; all else that the loss computes must depend on them alone, wait for nothing on the card, and be
 the same for all parts of one kind. Then a recorded step gives what a computed one does.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fewstep.train.plan import CPU, Part, moved
+from fewstep.train.plan import CPU, MicroBatch, to_device
 
 WARMUPS = 2
 """Passes before one is recorded: libraries choose their kernels, and gradients get their memory."""
@@ -22,7 +22,7 @@ MOST = 8
 """Recorded steps of a network: each holds its memory. Others, of pictures in many sizes, are computed."""
 
 Tensors = Mapping[str, Tensor]
-Backward = Callable[[Part], Tensors]
+Backward = Callable[[MicroBatch], Tensors]
 """Computes a part's loss, adds its gradients to those there are, and gives the loss's terms."""
 
 
@@ -31,21 +31,21 @@ class Tape:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.place = device, 0
-        self.makes: list[tuple[Part, Callable[[Part], Tensors]]] = []
+        self.makes: list[tuple[MicroBatch, Callable[[MicroBatch], Tensors]]] = []
         self.held: list[Tensors] = []
 
-    def read(self, part: Part, make: Callable[[Part], Tensors]) -> Tensors:
+    def read(self, micro_batch: MicroBatch, make: Callable[[MicroBatch], Tensors]) -> Tensors:
         """See `Inputs`: the next of what is held; the first time round it is made."""
         if self.place == len(self.held):
-            host = replace(part, device=CPU, tape=None)
+            host = replace(micro_batch, device=CPU, tape=None)
             self.makes.append((host, make))
-            self.held.append({name: moved(value, self.device) for name, value in make(host).items()})
+            self.held.append({name: to_device(value, self.device) for name, value in make(host).items()})
         self.place += 1
         return self.held[self.place - 1]
 
     def made(self, step: int) -> Sequence[Tensors]:
         """All that a step needs of the CPU; may be called by another thread."""
-        return [make(replace(part, step=step)) for part, make in self.makes]
+        return [make(replace(micro_batch, step=step)) for micro_batch, make in self.makes]
 
     def fill(self, made: Sequence[Tensors]) -> None:
         """Put what `made` gave in the place of what is held."""
@@ -55,12 +55,12 @@ class Tape:
                 held[name].copy_(value.pin_memory() if on_card else value, non_blocking=on_card)
 
 
-class Recorded:
+class RecordedStep:
     """One kind of step. On a card it is a CUDA graph; elsewhere it is computed again from what the tape holds."""
 
-    def __init__(self, backward: Backward, part: Part, device: torch.device) -> None:
+    def __init__(self, backward: Backward, micro_batch: MicroBatch, device: torch.device) -> None:
         self.tape = Tape(device)
-        self._backward, self._part = backward, replace(part, device=device, tape=self.tape)
+        self._backward, self._part = backward, replace(micro_batch, device=device, tape=self.tape)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._terms = self._captured() if device.type == "cuda" else self._run()
 
@@ -101,51 +101,51 @@ class Replay:
     What the next step needs is made while this one computes.
     """
 
-    def __init__(self, backward: Backward, kind: Callable[[Part], Hashable], device: torch.device) -> None:
+    def __init__(self, backward: Backward, kind: Callable[[MicroBatch], Hashable], device: torch.device) -> None:
         self.backward, self.kind, self.device = backward, kind, device
         self.tapes: dict[Hashable, Tape] = {}
-        self.recorded: dict[Hashable, Recorded] = {}
-        self.coming: dict[Part, Future[Sequence[Tensors]]] = {}
+        self.recorded: dict[Hashable, RecordedStep] = {}
+        self.coming: dict[MicroBatch, Future[Sequence[Tensors]]] = {}
         self.maker = ThreadPoolExecutor(1, thread_name_prefix="inputs")
 
-    def __call__(self, part: Part, gradients: Callable[[], list[Tensor]]) -> Tensors:
+    def __call__(self, micro_batch: MicroBatch, gradients: Callable[[], list[Tensor]]) -> Tensors:
         """The loss's terms; the part's gradients are added to `gradients()`."""
-        made = self._made(part)
-        key = self._key(part), None if made is None else _shapes(made)
+        made = self._made(micro_batch)
+        key = self._key(micro_batch), None if made is None else _shapes(made)
         if made is None or (key not in self.recorded and len(self.recorded) < MOST):
-            recorded = self._record(part, gradients)
-            made = recorded.tape.made(part.step)
-            key = self._key(part), _shapes(made)
+            recorded = self._record(micro_batch, gradients)
+            made = recorded.tape.made(micro_batch.step)
+            key = self._key(micro_batch), _shapes(made)
             self.recorded[key] = recorded
-            self.tapes[self._key(part)] = recorded.tape
+            self.tapes[self._key(micro_batch)] = recorded.tape
         if key not in self.recorded:
-            return self.backward(part)
+            return self.backward(micro_batch)
         terms = self.recorded[key].play(made)
-        self._prepare(replace(part, step=part.step + 1))
+        self._prepare(replace(micro_batch, step=micro_batch.step + 1))
         return terms
 
-    def _record(self, part: Part, gradients: Callable[[], list[Tensor]]) -> Recorded:
+    def _record(self, micro_batch: MicroBatch, gradients: Callable[[], list[Tensor]]) -> RecordedStep:
         """A kind of step; the gradients stay as they were."""
         before = {id(gradient): gradient.clone() for gradient in gradients()}
-        recorded = Recorded(self.backward, part, self.device)
+        recorded = RecordedStep(self.backward, micro_batch, self.device)
         for gradient in gradients():  # those that were there are the same tensors now
             gradient.copy_(before.get(id(gradient), torch.zeros_like(gradient)))
         return recorded
 
-    def _key(self, part: Part) -> Hashable:
-        return part.first, part.count, self.kind(part)
+    def _key(self, micro_batch: MicroBatch) -> Hashable:
+        return micro_batch.first, micro_batch.count, self.kind(micro_batch)
 
-    def _made(self, part: Part) -> Sequence[Tensors] | None:
+    def _made(self, micro_batch: MicroBatch) -> Sequence[Tensors] | None:
         """What a step needs of the host; None where no step of its kind has been recorded."""
-        coming, tape = self.coming.pop(part, None), self.tapes.get(self._key(part))
+        coming, tape = self.coming.pop(micro_batch, None), self.tapes.get(self._key(micro_batch))
         if coming is not None:
             return coming.result()
-        return None if tape is None else tape.made(part.step)
+        return None if tape is None else tape.made(micro_batch.step)
 
-    def _prepare(self, part: Part) -> None:
-        tape = self.tapes.get(self._key(part))
+    def _prepare(self, micro_batch: MicroBatch) -> None:
+        tape = self.tapes.get(self._key(micro_batch))
         if tape is not None:
-            self.coming[part] = self.maker.submit(tape.made, part.step)
+            self.coming[micro_batch] = self.maker.submit(tape.made, micro_batch.step)
 
 
 def _shapes(made: Sequence[Tensors]) -> Hashable:

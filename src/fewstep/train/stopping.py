@@ -15,14 +15,14 @@ ECHO_SECONDS = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stop:
+class StopSignal:
     """Whether this process was asked to stop; `heard` listens. Of `ranks` processes each hears for itself."""
 
     def __init__(self, ranks: int = 1) -> None:
         self.asked, self.ranks, self._since = False, ranks, 0.0
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM until the context ends; a second one raises `KeyboardInterrupt`.
 
         Outside the main thread, which alone can, and where the parent process has them ignored, nothing is taken.
@@ -33,13 +33,13 @@ class Stop:
         before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
         try:
             for number in before:
-                signal.signal(number, self._hear)
+                signal.signal(number, self._on_signal)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
