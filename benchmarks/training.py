@@ -6,7 +6,7 @@ Both train the same 6.27 M parameters for pictures of 128 pixels, by turns in on
 and a moving average. Diffusers' step is that of its `train_text_to_image.py`, which encodes pictures and captions in
 each step, and once more from latents and text states that are there; each in float32 and bfloat16. Fewstep's is a
 `Trainer`'s with all that belongs to it, data included: files that `fewstep data` prepared and cached. How long it
-waited for them is told too. On a card ours is timed as it is recorded (`plan.replayed`) and as it is not, and a step
+waited for them is told too. On a card ours is timed as it is recorded (`plan.cuda_graphs`) and as it is not, and a step
 ends when the card has ended it; where diffusers is not installed, ours stand alone. Writes
 `results/training_<hardware>_<date>.md`.
 """
@@ -73,8 +73,15 @@ def our_steps(
     for precision in PRECISIONS:
         for replayed in (False, True) if device.type == "cuda" else (True,):
             what = f"{precision}{', recorded' * (replayed and device.type == 'cuda')}"
-            plan = Plan(folder=folder / what, steps=10**6, batch=batch, rate=RATE, clip=CLIP, precision=precision)
-            plan = replace(plan, replayed=replayed)
+            plan = Plan(
+                folder=folder / what,
+                steps=10**6,
+                batch_size=batch,
+                learning_rate=RATE,
+                max_grad_norm=CLIP,
+                precision=precision,
+            )
+            plan = replace(plan, cuda_graphs=replayed)
             setup = DiffusionTask(model="blocks-base", data=source, device=str(device)).prepare(plan)
             found[f"fewstep, cached latents, {what}"] = (
                 _advancing(Trainer(setup.objectives, plan)),

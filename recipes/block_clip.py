@@ -220,5 +220,13 @@ class LearnToMatch:
 
 def stages(out: Path) -> Sequence[RecipeStage]:
     """The one stage."""
-    plan = Plan(folder=out / "block-clip", steps=1000, batch=96, rate=2e-3, decay=0.5, weight_decay=1e-3, ema=0.998)
+    plan = Plan(
+        folder=out / "block-clip",
+        steps=1000,
+        batch_size=96,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.5,
+        weight_decay=1e-3,
+        ema_decay=0.998,
+    )
     return [RecipeStage(task=LearnToMatch(), plan=plan)]

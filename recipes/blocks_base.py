@@ -69,30 +69,37 @@ def stages(out: Path) -> Sequence[RecipeStage]:
     def run(name: str, task: Autoencoder | Text | Diffusion, minutes: float, **options: object) -> RecipeStage:
         return RecipeStage(task=task, plan=Plan(folder=out / name, seconds=60 * minutes, **options))  # type: ignore[arg-type]
 
-    pictures = {"weight_decay": 1e-4, "batch": 16}
-    latents = {"rate": 1e-3, "decay": 0.0, "batch": 64}
+    pictures = {"weight_decay": 1e-4, "batch_size": 16}
+    latents = {"learning_rate": 1e-3, "lr_decay_fraction": 0.0, "batch_size": 64}
     large = {SIZE: 0.8, SMALL: 0.2}
     return [
-        run("autoencoder", Autoencoder(), 18, rate=2e-3, decay=0.5, ema=0.998, **pictures),
-        run("text", Text(), 0.7, rate=1e-3, ema=0.99, batch=128),
-        run("decoder", Autoencoder(start=out / "autoencoder", decoder=True), 11, rate=1e-3, decay=0.6, **pictures),
+        run("autoencoder", Autoencoder(), 18, learning_rate=2e-3, lr_decay_fraction=0.5, ema_decay=0.998, **pictures),
+        run("text", Text(), 0.7, learning_rate=1e-3, ema_decay=0.99, batch_size=128),
+        run(
+            "decoder",
+            Autoencoder(start=out / "autoencoder", decoder=True),
+            11,
+            learning_rate=1e-3,
+            lr_decay_fraction=0.6,
+            **pictures,
+        ),
         run("small_unet", Diffusion(start=out / "text", autoencoder=out / "decoder", resnets=1), 11, **latents),
         run("unet", Diffusion(start=out / "small_unet", autoencoder=out / "decoder", varied=0.7), 27, **latents),
         run(
             "large_autoencoder",
             Autoencoder(start=out / "decoder", sizes=(SIZE, SMALL, SIZE)),
             13,
-            rate=7e-4,
-            decay=0.6,
+            learning_rate=7e-4,
+            lr_decay_fraction=0.6,
             **pictures,
         ),
         run(
             "large_unet",
             Diffusion(start=out / "unet", autoencoder=out / "large_autoencoder", sizes=large, varied=0.7, blank=BLANK),
             99,
-            rate=8e-4,
-            decay=0.4,
-            batch=40,
+            learning_rate=8e-4,
+            lr_decay_fraction=0.4,
+            batch_size=40,
         ),
     ]
 

@@ -8,7 +8,7 @@ It goes on from the models that are shipped, with the same shapes, losses and da
 alone is trained first: latents stay what they were, so the UNet and its text tower go on where they stopped, on ten
 times as many scenes as before. Then come small, turbo and tiny, as their recipes have them. On two cores of a CPU the
 shipped UNet had 555,000 pictures; a card sees as many in less than a minute. Steps are recorded as CUDA graphs
-(`plan.replayed`), in bfloat16.
+(`plan.cuda_graphs`), in bfloat16.
 
 Hardware: for one NVIDIA H100 or H200, where its first stage has run; not run whole yet, and what ships is not from it.
 """
@@ -47,7 +47,7 @@ from fewstep.weights.save import save_parts, save_tiny, write_tensors
 BASE = "blocks-base"
 TURBO_STAGES = ("turbo-walks", "turbo-begun", "blocks-turbo")
 MOSTLY_LARGE = (SIZE,) * 7 + (SMALL,)
-SHARED = {"precision": "bf16", "log_steps": 100, "save_seconds": 600.0, "keep": 1}
+SHARED = {"precision": "bf16", "log_steps": 100, "save_seconds": 600.0, "keep_checkpoints": 1}
 
 
 def stages(out: Path) -> Sequence[RecipeStage]:
@@ -55,27 +55,27 @@ def stages(out: Path) -> Sequence[RecipeStage]:
     data = Cached(folder=out / f"latents-decoder-{SIZE}")
     model = out / "blocks-base" / "model"
     trajectories = RegressionTask(
-        model=model, data=data, walks=out / "walks", settings=TrajectorySettings(count=16_384, batch=256)
+        model=model, data=data, trajectories=out / "walks", settings=TrajectorySettings(count=16_384, batch_size=256)
     )
     return [
         *_base(out),
         _run(
             out,
             "small-plain",
-            PrunedStudentTask(model=model, data=data, output=0.0, features=0.0),
+            PrunedStudentTask(model=model, data=data, output_weight=0.0, feature_weight=0.0),
             5,
-            rate=5e-4,
-            decay=0.0,
+            learning_rate=5e-4,
+            lr_decay_fraction=0.0,
         ),
         _run(
             out,
             "blocks-small",
-            PrunedStudentTask(model=model, data=data, student=out / "small-plain" / "model", features=0.1),
+            PrunedStudentTask(model=model, data=data, student=out / "small-plain" / "model", feature_weight=0.1),
             22,
-            rate=1e-3,
-            decay=0.5,
+            learning_rate=1e-3,
+            lr_decay_fraction=0.5,
         ),
-        _run(out, "turbo-walks", trajectories, 15, rate=4e-4, decay=0.5, **_TURBO),
+        _run(out, "turbo-walks", trajectories, 15, learning_rate=4e-4, lr_decay_fraction=0.5, **_TURBO),
         _turbo(out, "turbo-walks", "turbo-begun", BOTH, 25),
         _turbo(out, "turbo-begun", "blocks-turbo", FINISH, 20),
         _run(
@@ -83,20 +83,20 @@ def stages(out: Path) -> Sequence[RecipeStage]:
             "blocks-tiny",
             Tiny(data=data, model=model, start="blocks-tiny"),
             14,
-            rate=2e-3,
-            decay=0.6,
-            batch=64,
+            learning_rate=2e-3,
+            lr_decay_fraction=0.6,
+            batch_size=64,
             weight_decay=0.0,
         ),
     ]
 
 
-_TURBO = {"betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "batch": 128}
+_TURBO = {"betas": (0.5, 0.99), "ema_decay": 0.998, "warmup_steps": 50, "batch_size": 128}
 
 
 def _base(out: Path) -> list[RecipeStage]:
     """The decoder, then the UNet with its text tower."""
-    pictures = {"batch": 128, "weight_decay": 1e-4, "ema": 0.998}
+    pictures = {"batch_size": 128, "weight_decay": 1e-4, "ema_decay": 0.998}
     decoder = Autoencoder(start=BASE, sizes=MOSTLY_LARGE, edges=1.0, decoder=True)
     diffusion = Diffusion(
         start=BASE,
@@ -108,8 +108,8 @@ def _base(out: Path) -> list[RecipeStage]:
         small_chunks=6,
     )
     return [
-        _run(out, "decoder", decoder, 25, rate=1e-3, decay=0.7, **pictures),
-        _run(out, "blocks-base", diffusion, 130, rate=1e-3, decay=0.6),
+        _run(out, "decoder", decoder, 25, learning_rate=1e-3, lr_decay_fraction=0.7, **pictures),
+        _run(out, "blocks-base", diffusion, 130, learning_rate=1e-3, lr_decay_fraction=0.6),
     ]
 
 
@@ -119,13 +119,13 @@ def _turbo(out: Path, start: str, name: str, settings: AddSettings, seconds: flo
         data=TrajectoryDataset(folder=out / "walks"),
         student=out / start / "model",
         settings=settings,
-        discriminator_rate=10.0,
+        discriminator_lr_multiplier=10.0,
     )
-    return _run(out, name, task, seconds, rate=2e-4, decay=0.4, weight_decay=0.0, **_TURBO)
+    return _run(out, name, task, seconds, learning_rate=2e-4, lr_decay_fraction=0.4, weight_decay=0.0, **_TURBO)
 
 
 def _run(out: Path, name: str, task: Task, seconds: float, **options: object) -> RecipeStage:
-    plan = Plan(folder=out / name, seconds=seconds, **{"batch": 256, **SHARED, **options})  # type: ignore[arg-type]
+    plan = Plan(folder=out / name, seconds=seconds, **{"batch_size": 256, **SHARED, **options})  # type: ignore[arg-type]
     return RecipeStage(task=task, plan=plan)
 
 

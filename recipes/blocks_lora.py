@@ -71,19 +71,19 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         model="blocks-base",
         data=InkAndWash(),
         weighting="min_snr",
-        floor=1.0,
+        snr_floor=1.0,
         lora_rank=8,
         lora_targets=(*TRANSFORMERS, *CONVOLUTIONS),
     )
     plan = Plan(
         folder=out / "ink",
         steps=200,
-        batch=8,
-        rate=2e-3,
-        warmup=10,
-        decay=0.5,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=10,
+        lr_decay_fraction=0.5,
         weight_decay=0.0,
-        ema=0.95,
+        ema_decay=0.95,
         log_steps=10,
     )
     return [RecipeStage(task=task, plan=plan)]

@@ -40,7 +40,13 @@ WIDTH = 16
 def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage."""
     plan = Plan(
-        folder=out / "blocks-tiny", seconds=8 * 60, batch=16, rate=2e-3, decay=0.6, weight_decay=0.0, precision="bf16"
+        folder=out / "blocks-tiny",
+        seconds=8 * 60,
+        batch_size=16,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.6,
+        weight_decay=0.0,
+        precision="bf16",
     )
     return [RecipeStage(task=Tiny(data=Cached(folder=LATENTS)), plan=plan)]
 

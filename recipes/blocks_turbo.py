@@ -43,10 +43,22 @@ from fewstep.weights.load import load_parts
 RANK = 36
 COUNT = 8192
 BOTH = AddSettings(
-    shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0, judged=(0, 300)
+    timestep_probs=(1 / 6, 1 / 6, 1 / 6, 1 / 2),
+    distillation_weight=1.0,
+    guidance_scale=2.0,
+    mismatched_caption_weight=0.5,
+    regression_weight=1.0,
+    discriminator_timesteps=(0, 300),
 )
-FINISH = replace(BOTH, distill=2.5, guidance=2.5, anchor=2.0, from_trajectories=True)
-SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
+FINISH = replace(BOTH, distillation_weight=2.5, guidance_scale=2.5, regression_weight=2.0, from_trajectories=True)
+SHARED = {
+    "batch_size": 32,
+    "betas": (0.5, 0.99),
+    "ema_decay": 0.998,
+    "warmup_steps": 50,
+    "log_steps": 25,
+    "precision": "bf16",
+}
 PROMPTS = (
     "a red cube on top of a blue sphere",
     "a small green cone",
@@ -63,14 +75,14 @@ def stages(out: Path) -> Sequence[RecipeStage]:
     """The teacher's walks, learned by heart; then adversarial distillation; then what each half of its loss gives."""
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
     learned = RegressionTask(
-        model="blocks-base", data=data, walks=out / "walks", settings=TrajectorySettings(count=COUNT)
+        model="blocks-base", data=data, trajectories=out / "walks", settings=TrajectorySettings(count=COUNT)
     )
-    plan = Plan(folder=out / "turbo-walks", seconds=10 * 60, rate=3e-4, decay=0.5, **SHARED)  # type: ignore[arg-type]
-    alone = replace(BOTH, anchor=0.0)
+    plan = Plan(folder=out / "turbo-walks", seconds=10 * 60, learning_rate=3e-4, lr_decay_fraction=0.5, **SHARED)  # type: ignore[arg-type]
+    alone = replace(BOTH, regression_weight=0.0)
     ablation = {
         "ablation-both": alone,
-        "ablation-distilled": replace(alone, adversarial=0.0),
-        "ablation-adversarial": replace(alone, distill=0.0),
+        "ablation-distilled": replace(alone, adversarial_weight=0.0),
+        "ablation-adversarial": replace(alone, distillation_weight=0.0),
     }
     return [
         RecipeStage(task=learned, plan=plan),
@@ -81,13 +93,20 @@ def stages(out: Path) -> Sequence[RecipeStage]:
 
 
 def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int) -> RecipeStage:
-    shared = {**SHARED, "rate": 2e-4, "decay": 0.4, "weight_decay": 0.0, "sample_steps": 100, **length}
+    shared = {
+        **SHARED,
+        "learning_rate": 2e-4,
+        "lr_decay_fraction": 0.4,
+        "weight_decay": 0.0,
+        "sample_steps": 100,
+        **length,
+    }
     task = TurboTask(
         model="blocks-base",
         data=TrajectoryDataset(folder=out / "walks"),
         student=out / start / "model",
         settings=settings,
-        discriminator_rate=10.0,
+        discriminator_lr_multiplier=10.0,
         sample_prompts=PROMPTS,
     )
     return RecipeStage(task=task, plan=Plan(folder=out / name, **shared))  # type: ignore[arg-type]

@@ -33,19 +33,25 @@ def stages(out: Path) -> Sequence[RecipeStage]:
     published = Plan(
         folder=out / "kl-f8",
         steps=246_803,
-        batch=12 * 2,
-        accumulate=2,
-        rate=RATE * 12 * 2,
-        warmup=0,
-        decay=0.0,
+        batch_size=12 * 2,
+        gradient_accumulation=2,
+        learning_rate=RATE * 12 * 2,
+        warmup_steps=0,
+        lr_decay_fraction=0.0,
         betas=(0.5, 0.9),
         weight_decay=0.0,
-        clip=float("inf"),
-        ema=0.0,
+        max_grad_norm=float("inf"),
+        ema_decay=0.0,
         save_seconds=1800,
     )
     tuned = replace(
-        published, folder=out / "ft-ema", steps=313_198, batch=12 * 16, accumulate=1, rate=RATE * 12 * 16, ema=0.9999
+        published,
+        folder=out / "ft-ema",
+        steps=313_198,
+        batch_size=12 * 16,
+        gradient_accumulation=1,
+        learning_rate=RATE * 12 * 16,
+        ema_decay=0.9999,
     )
     return [
         RecipeStage(

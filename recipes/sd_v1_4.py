@@ -36,19 +36,19 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         plan = Plan(
             folder=out / name,
             steps=steps,
-            batch=2048,
-            accumulate=2,
-            rate=1e-4,
-            warmup=10_000,
-            decay=0.0,
+            batch_size=2048,
+            gradient_accumulation=2,
+            learning_rate=1e-4,
+            warmup_steps=10_000,
+            lr_decay_fraction=0.0,
             betas=(0.9, 0.999),
-            clip=float("inf"),
-            ema=0.9999,
+            max_grad_norm=float("inf"),
+            ema_decay=0.9999,
             precision="fp16",
-            checkpointing=True,
+            activation_checkpointing=True,
             save_seconds=1800,
         )
-        task = DiffusionTask(model=start, data=data, text_drop=drop, fresh=fresh, device="cuda")
+        task = DiffusionTask(model=start, data=data, caption_dropout=drop, fresh=fresh, device="cuda")
         return RecipeStage(task=task, plan=plan)
 
     small, large, aesthetic = (

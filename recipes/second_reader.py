@@ -266,5 +266,13 @@ class LearnToRead:
 
 def stages(out: Path) -> Sequence[RecipeStage]:
     """The one stage."""
-    plan = Plan(folder=out / "second-reader", steps=2000, batch=64, rate=2e-3, decay=0.5, weight_decay=1e-3, ema=0.998)
+    plan = Plan(
+        folder=out / "second-reader",
+        steps=2000,
+        batch_size=64,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.5,
+        weight_decay=1e-3,
+        ema_decay=0.998,
+    )
     return [RecipeStage(task=LearnToRead(), plan=plan)]

@@ -30,21 +30,27 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         plan = Plan(
             folder=out / name,
             steps=steps,
-            batch=128,
-            accumulate=2,
-            rate=1e-5,
-            warmup=10_000,
-            decay=0.0,
+            batch_size=128,
+            gradient_accumulation=2,
+            learning_rate=1e-5,
+            warmup_steps=10_000,
+            lr_decay_fraction=0.0,
             betas=(0.9, 0.999),
             precision="fp16",
-            checkpointing=True,
+            activation_checkpointing=True,
             save_seconds=1800,
         )
         return RecipeStage(task=task, plan=plan)
 
     def task(teacher: str, student: Path | None, own: float, output: float) -> PrunedStudentTask:
         return PrunedStudentTask(
-            model=teacher, data=DATA, student=student, own=own, output=output, features=0.0, device="cuda"
+            model=teacher,
+            data=DATA,
+            student=student,
+            denoising_weight=own,
+            output_weight=output,
+            feature_weight=0.0,
+            device="cuda",
         )
 
     return [

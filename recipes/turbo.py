@@ -29,19 +29,19 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         plan = Plan(
             folder=out / name,
             steps=4000,
-            batch=128,
-            accumulate=4,
-            rate=1e-5,
-            warmup=100,
-            decay=0.0,
+            batch_size=128,
+            gradient_accumulation=4,
+            learning_rate=1e-5,
+            warmup_steps=100,
+            lr_decay_fraction=0.0,
             betas=(0.0, 0.99),
             weight_decay=0.0,
             precision="bf16",
-            sharing="shard",
-            checkpointing=True,
+            parallelism="shard",
+            activation_checkpointing=True,
             save_seconds=900,
         )
-        settings = AddSettings(guidance=guidance)
+        settings = AddSettings(guidance_scale=guidance)
         data = ShardDataset(folder=Path("data/512"))
         return RecipeStage(task=TurboTask(model=teacher, data=data, settings=settings, device="cuda"), plan=plan)
 

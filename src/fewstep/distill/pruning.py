@@ -22,6 +22,7 @@ from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
 from fewstep.train.forward_process import predicted
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
@@ -164,6 +165,7 @@ def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.detach().float())
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class PrunedStudentTask:
     """Train a student of the small shape on what its teacher `model` puts out, and on the data.
@@ -175,10 +177,10 @@ class PrunedStudentTask:
     model: str | Path
     data: Source
     student: Path | None = None
-    text_drop: float = 0.1
-    own: float = 1.0
-    output: float = 1.0
-    features: float = 1.0
+    caption_dropout: float = 0.1
+    denoising_weight: float = 1.0
+    output_weight: float = 1.0
+    feature_weight: float = 1.0
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
@@ -194,7 +196,7 @@ class PrunedStudentTask:
         student.train().requires_grad_(True)
         norms_in_half(parts.unet, plan.precision)
         source, small = Prefetcher(self.data), replace(parts, unet=student)
-        noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
+        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout)
         return StageSetup(
             objectives={
                 "model": Objective(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)
@@ -219,9 +221,9 @@ class PrunedStudentTask:
             with block_features(student) as features:
                 ours = predicted(student, x, t, conditioning)
             terms = distillation_loss(
-                ours, theirs, features, wanted, output_weight=self.output, feature_weight=self.features
+                ours, theirs, features, wanted, output_weight=self.output_weight, feature_weight=self.feature_weight
             )
             own = F.mse_loss(ours.float(), target)
-            return terms | {"loss": terms["loss"] + self.own * own, "own": own}
+            return terms | {"loss": terms["loss"] + self.denoising_weight * own, "own": own}
 
         return loss

@@ -26,6 +26,7 @@ from fewstep.train.distributed import barrier, init_ranks
 from fewstep.train.forward_process import computing_in, predicted
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import CPU, MicroBatch, Plan, Precision, mixed_seed
+from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Objective
 from fewstep.weights.load import load_parts
@@ -34,6 +35,7 @@ CHUNK, BATCH = 256, 32
 CAPTIONS = "captions"
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class TrajectorySettings:
     """How the teacher walks: `steps` of DDIM, evenly from the last time step, at `guidance`; `count` walks in all.
@@ -43,15 +45,15 @@ class TrajectorySettings:
     """
 
     count: int = 8192
-    batch: int = BATCH
+    batch_size: int = BATCH
     steps: int = 8
-    guidance: float = 3.5
-    kept: tuple[int, ...] = (249, 499, 749, 999)
+    guidance_scale: float = 3.5
+    stored_timesteps: tuple[int, ...] = (249, 499, 749, 999)
 
     def times(self, train_steps: int) -> list[int]:
         """The walk's time steps, falling. Raises InputError where it does not come by those that are kept."""
         times = [train_steps * (self.steps - i) // self.steps - 1 for i in range(self.steps)]
-        if missed := [t for t in self.kept if t not in times]:
+        if missed := [t for t in self.stored_timesteps if t not in times]:
             raise InputError(f"a walk of {self.steps} steps does not come by {missed}; it comes by {times}")
         return times
 
@@ -74,6 +76,7 @@ class TrajectoryDataset:
         )
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class RegressionTask:
     """Teach a student to be in one step, from each point of its teacher's walks, where the walk ended.
@@ -85,7 +88,7 @@ class RegressionTask:
 
     model: str | Path
     data: Source
-    walks: Path
+    trajectories: Path
     settings: TrajectorySettings
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
@@ -94,13 +97,16 @@ class RegressionTask:
         """See `fewstep.train.stages.Task`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         norms_in_half(parts.unet, plan.precision)
-        making = NoisyLatents(parts, self.data, text_drop=0.0)
+        making = NoisyLatents(parts, self.data, caption_dropout=0.0)
         empty = conditioning_of(parts, making.engine, CaptionedBatch(captions=[""]))
         teacher = Teacher(parts.unet, making.process, empty)
         writer = TrajectoryWriter(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
-        source, student = Prefetcher(TrajectoryDataset(folder=self.walks)), parts.unet.train().requires_grad_(True)
-        batch = NoisyLatents(parts, source, text_drop=0.0)
-        times = torch.tensor(self.settings.kept, device=batch.engine.device)
+        source, student = (
+            Prefetcher(TrajectoryDataset(folder=self.trajectories)),
+            parts.unet.train().requires_grad_(True),
+        )
+        batch = NoisyLatents(parts, source, caption_dropout=0.0)
+        times = torch.tensor(self.settings.stored_timesteps, device=batch.engine.device)
 
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             clean, micro_batch = batch.clean(micro_batch), micro_batch.on(times.device)
@@ -116,7 +122,7 @@ class RegressionTask:
         turbo = turbo_model(parts)
         return StageSetup(
             objectives={"student": Objective(network=student, loss=loss, kind=batch.kind)},
-            begin=lambda: writer.write(self.walks),
+            begin=lambda: writer.write(self.trajectories),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
             waited_seconds=lambda: source.waited_seconds,
@@ -133,12 +139,12 @@ def teacher_trajectory(
         assert t is not None
         points[t] = x
         now = torch.full((len(x),), t, device=x.device)
-        x0 = teacher.x0(x, now, conditioning, settings.guidance)
+        x0 = teacher.x0(x, now, conditioning, settings.guidance_scale)
         if after is not None:
             alpha_bar = process.alpha_bar(now)
             eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
             x = process.noised(x0, eps, torch.full_like(now, after))
-    return torch.stack([points[t] for t in settings.kept], dim=1), x0
+    return torch.stack([points[t] for t in settings.stored_timesteps], dim=1), x0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +168,7 @@ class TrajectoryWriter:
 
     def _write_chunk(self, path: Path, number: int) -> None:
         captions, rows = list[str](), list[dict[str, Tensor]]()
-        count = self.settings.batch
+        count = self.settings.batch_size
         for step in range(CHUNK // count):
             micro_batch = MicroBatch(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
             clean, micro_batch = self.batch.clean(micro_batch), micro_batch.on(self.batch.engine.device)

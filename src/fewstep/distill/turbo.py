@@ -20,11 +20,13 @@ from fewstep.train.diffusion import NoisyLatents, conditioning_of, sample_sheet,
 from fewstep.train.forward_process import ForwardProcess
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
+from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class TurboTask:
     """Distil `model` into a student that draws in one to four steps without guidance.
@@ -33,7 +35,7 @@ class TurboTask:
     real by: "teacher" is the teacher's own features of noisy latents (arXiv:2403.12015); the folder of a DINOv2, as
     published, or "block-clip", our own network for block pictures, are features of decoded pictures, and the distance
     to the teacher is then one of pictures too. `augment` moves and cuts pictures before the discriminator sees them.
-    `discriminator_rate` is relative to the plan's.
+    `discriminator_lr_multiplier` is relative to the plan's.
     """
 
     model: str | Path
@@ -42,7 +44,7 @@ class TurboTask:
     settings: AddSettings = field(default_factory=AddSettings)
     features: str | Path = "teacher"
     augment: bool = False
-    discriminator_rate: float = 1.0
+    discriminator_lr_multiplier: float = 1.0
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
@@ -51,15 +53,15 @@ class TurboTask:
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
         turbo = replace(turbo_model(parts), unet=student)
-        if plan.checkpointing:
+        if plan.activation_checkpointing:
             checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
         norms_in_half(parts.unet, plan.precision)
         source = Prefetcher(self.data)
-        noisy = NoisyLatents(parts, source, text_drop=0.0)
+        noisy = NoisyLatents(parts, source, caption_dropout=0.0)
         add = self.distillation(parts, student, noisy)
         kind = noisy.kind if self.features == "teacher" else None  # decoders look for overflow, which waits for a card
         return StageSetup(
-            objectives=add.objectives(discriminator_rate=self.discriminator_rate, kind=kind),
+            objectives=add.objectives(discriminator_lr_multiplier=self.discriminator_lr_multiplier, kind=kind),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
             waited_seconds=lambda: source.waited_seconds,
@@ -74,7 +76,7 @@ class TurboTask:
 
     def _features(self, parts: Parts, process: ForwardProcess) -> FeatureExtractor:
         if self.features == "teacher":
-            return NoisyLatentFeatures(parts.unet, process, self.settings.judged)
+            return NoisyLatentFeatures(parts.unet, process, self.settings.discriminator_timesteps)
         network = pixel_network(self.features, choose_device(self.device))
         return PixelFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 

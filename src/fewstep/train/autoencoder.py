@@ -1,4 +1,4 @@
-"""Autoencoder training: pictures through latents and back, judged by eye and by an adversary (arXiv:2112.10752)."""
+"""Autoencoder training: reconstruction, perceptual, KL and adversarial losses (arXiv:2112.10752)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
 from fewstep.train.plan import MicroBatch, Plan, to_device
+from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.load import load_parts
@@ -27,19 +28,20 @@ from fewstep.weights.save import save_parts
 SHOWN = 8
 """Pictures on a sample sheet."""
 MEASURED = 8
-"""Steps whose pictures tell the latents' deviation."""
+"""Steps whose pictures give the latents' standard deviation."""
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTask:
     """Train, or go on training, the autoencoder of `model` (a catalogue name, a folder, a file) on pictures.
 
     The loss is the L1 distance plus `perceptual_weight` times the perceptual one, both summed over a picture's
-    numbers, plus `kl` times the summed divergence of its latents from N(0, 1), plus the adversarial loss. That one
+    numbers, plus `kl_weight` times the summed divergence of its latents from N(0, 1), plus the adversarial loss. That one
     weighs `discriminator_weight` times `adaptive_weight`, and is there from step `discriminator_start` on; 0 leaves
     the discriminator, with `discriminator_width` channels, out. The defaults are the published ones.
 
-    `fresh`: begin from random weights. `perceptual`: see `PerceptualDistance`; without a file the loss has no such term.
+    `fresh`: begin from random weights. `perceptual`: file of a `PerceptualDistance`; None leaves the term out.
     `decoder_only`: leave the latents as they are, so that a UNet made for them stays right. `rescale`: set the scaling
     factor to one over the latents' deviation when all is done.
     """
@@ -49,7 +51,7 @@ class AutoencoderTask:
     fresh: bool = False
     perceptual: Path | None = None
     perceptual_weight: float = 1.0
-    kl: float = 1e-6
+    kl_weight: float = 1e-6
     discriminator_weight: float = 0.5
     discriminator_start: int = 50_001
     discriminator_width: int = 64
@@ -79,7 +81,7 @@ class AutoencoderTask:
 
 
 class Reconstruction:
-    """The losses of the autoencoder and of the discriminator, which judges what the step has decoded anyway."""
+    """The losses of the autoencoder and of the discriminator; both read the same decoded pictures."""
 
     def __init__(self, model: AutoencoderKL, source: Source, task: AutoencoderTask) -> None:
         self.model, self.source, self.task = model, source, task
@@ -93,7 +95,7 @@ class Reconstruction:
         self._decoded: dict[MicroBatch, tuple[Tensor, Tensor]] = {}
 
     def objectives(self) -> dict[str, Objective]:
-        """What a `Trainer` trains: the model, then, if it is weighted, the discriminator."""
+        """The model's objective, then the discriminator's unless its weight is 0."""
         objectives = {"model": Objective(network=self.model, loss=self.model_loss)}
         if self.task.discriminator_weight:
             objectives["discriminator"] = Objective(
@@ -106,30 +108,30 @@ class Reconstruction:
         image = to_device(pictures_of(self.source, micro_batch), self.device)
         moments = self._moments(image)
         decoded = self.model.decode(sampled_posterior(moments, micro_batch)).float()
-        said = self._distances(decoded, image)
-        loss = error = said.pop("error")
+        terms = self._distances(decoded, image)
+        loss = error = terms.pop("error")
         if not self.task.decoder_only:
-            said["kl"] = divergence(moments)
-            loss = loss + self.task.kl * said["kl"]
-        if self._judges(micro_batch):
+            terms["kl"] = divergence(moments)
+            loss = loss + self.task.kl_weight * terms["kl"]
+        if self._is_adversarial(micro_batch):
             self._decoded[micro_batch] = image, decoded.detach()
             generator_loss = -self.discriminator(decoded).float().mean()
             weight = adaptive_weight(error, generator_loss, self.model.decoder.conv_out.weight)
             loss = loss + self.task.discriminator_weight * weight * generator_loss
-            said |= {"fooled": generator_loss, "weight": weight}
-        return {"loss": loss, **said}
+            terms |= {"generator_loss": generator_loss, "weight": weight}
+        return {"loss": loss, **terms}
 
     def discriminator_loss(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         """The hinge loss of real and decoded pictures; before it judges, a zero that leaves all weights alone."""
-        if not self._judges(
+        if not self._is_adversarial(
             micro_batch
         ):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
             return {"loss": 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()}
         image, decoded = self._decoded.pop(micro_batch)
-        real, drawn = self.discriminator(image).float(), self.discriminator(decoded).float()
-        return {"loss": hinge_loss(real, drawn), "real": real.mean(), "drawn": drawn.mean()}
+        real, generated = self.discriminator(image).float(), self.discriminator(decoded).float()
+        return {"loss": hinge_loss(real, generated), "real": real.mean(), "drawn": generated.mean()}
 
-    def _judges(self, micro_batch: MicroBatch) -> bool:
+    def _is_adversarial(self, micro_batch: MicroBatch) -> bool:
         return self.task.discriminator_weight > 0 and micro_batch.step >= self.task.discriminator_start
 
     def _moments(self, image: Tensor) -> Tensor:
@@ -137,13 +139,13 @@ class Reconstruction:
             return self.model.encode(image).float()
 
     def _distances(self, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
-        """Term by term, and all together as an "error" that is summed over a picture's numbers."""
-        said = {"l1": (decoded - image).abs().mean()}
-        error = said["l1"]
+        """The distances by name, and their weighted sum "error", summed over a picture's numbers."""
+        terms = {"l1": (decoded - image).abs().mean()}
+        error = terms["l1"]
         if self.perceptual is not None:
-            said["perceptual"] = self.perceptual(decoded, image)
-            error = error + self.task.perceptual_weight * said["perceptual"]
-        return said | {"error": error * image[0].numel()}
+            terms["perceptual"] = self.perceptual(decoded, image)
+            error = error + self.task.perceptual_weight * terms["perceptual"]
+        return terms | {"error": error * image[0].numel()}
 
 
 class PerceptualDistance:
@@ -193,7 +195,7 @@ def sampled_posterior(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 def pictures_of(source: Source, micro_batch: MicroBatch) -> Tensor:
-    """The pictures (B, 3, H, W) of a part; `InputError` for a source that has latents only."""
+    """The pictures (B, 3, H, W) of a micro-batch; `InputError` for a source that has latents only."""
     pictures = source.batch(micro_batch).pictures
     if pictures is None:
         raise InputError(f"{source} gives latents; an autoencoder is trained on pictures, so give their own folder")
@@ -243,7 +245,7 @@ def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(plan: Plan) -> None:
     """Raise `InputError` for what the adaptive weight, a comparison of whole gradients in mid-step, rules out."""
-    asked = {"precision=fp16": plan.precision == "fp16", "sharing=shard": plan.sharing == "shard"}
-    for setting, present in (asked | {"compiled=true": plan.compiled}).items():
+    asked = {"precision=fp16": plan.precision == "fp16", "sharing=shard": plan.parallelism == "shard"}
+    for setting, present in (asked | {"compiled=true": plan.compile}).items():
         if present:
             raise InputError(f"plan.{setting} cannot train an autoencoder; take fp32 or bf16, replicated, not compiled")

@@ -1,4 +1,4 @@
-"""Where training pictures come from; which ones a part of a step gets depends on its seed and step alone."""
+"""Sources of captioned pictures or latents: pure functions of a micro-batch's seed, step and rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewstep.train.plan import MicroBatch, mixed_seed
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedBatch:
-    """Captioned pictures (B, 3, H, W) in [-1, 1], or instead their scaled latents (B, 4, h, w).
+    """Captions with pictures (B, 3, H, W) in [-1, 1], or instead with scaled latents (B, 4, h, w).
 
     `sizes` (B, 6), for SDXL: original size, crop and target size, height first.
     """
@@ -36,9 +36,10 @@ class CaptionedBatch:
 
 
 class TrajectoryBatch(NamedTuple):
-    """What a teacher made of the captions: `points` (B, K, 4, h, w) on its way from noise, the noise itself last.
+    """A teacher's sampling trajectories for the captions.
 
-    They are latents with noise at the K time steps of the few-step student; `end` (B, 4, h, w) is where it came to.
+    `points` (B, K, 4, h, w): noised latents at the K time steps of the few-step student, pure noise last. `end`
+    (B, 4, h, w): the latents that the trajectory ends at.
     """
 
     points: Tensor
@@ -46,15 +47,15 @@ class TrajectoryBatch(NamedTuple):
 
 
 class Source(Protocol):
-    """Gives each part of a step its examples: a pure function of the part."""
+    """A data set: a pure function from a micro-batch to its captioned pictures or latents."""
 
     def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
-        """`part.count` of them."""
+        """The `micro_batch.count` rows of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blockworld:
-    """Scenes of blockworld, drawn as they are asked for and never twice; `single`: the share with one object."""
+    """Scenes of blockworld, rendered on the fly and never twice; `single`: the share with one object."""
 
     size: int = 64
     single: float = 0.35
@@ -67,14 +68,14 @@ class Blockworld:
             slice(micro_batch.first, micro_batch.first + micro_batch.count),
         )
         drawn = scenes(micro_batch.whole, seed=seed, single=self.single)
-        said = captions(drawn, seed=seed, style="varied" if self.varied else "canonical")
+        texts = captions(drawn, seed=seed, style="varied" if self.varied else "canonical")
         require_train(drawn)
-        return CaptionedBatch(pictures=render(drawn[rows], self.size), captions=said[rows])
+        return CaptionedBatch(pictures=render(drawn[rows], self.size), captions=texts[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDataset:
-    """The pictures of a folder that `fewstep data prepare` made, those that `rule` keeps; each once an epoch."""
+    """The pictures in a folder of `fewstep data prepare` that pass the filter `rule`; each once an epoch."""
 
     folder: Path
     rule: Filter | None = None
@@ -88,14 +89,14 @@ class ShardDataset:
         return _opened(self.folder)
 
     def indices(self, micro_batch: MicroBatch) -> Indices:
-        """Which pictures a part gets; all of one size."""
+        """The numbers of a micro-batch's pictures, all of one size."""
         batch = _planned(self.folder, self.rule, micro_batch.whole, micro_batch.seed).batch(micro_batch.step)
         return batch.indices[micro_batch.first : micro_batch.first + micro_batch.count]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedLatents:
-    """The same from a cache of the latents' moments: nothing is decoded or encoded again."""
+    """Latents sampled from cached moments of a `ShardDataset`: no picture is decoded or encoded."""
 
     data: ShardDataset
     cache: Cache
@@ -128,20 +129,20 @@ def _captioned_batch(samples: Sequence[Sample]) -> CaptionedBatch:
 
 
 class Prefetcher:
-    """A source that reads the next step's examples while this one's are computed with; `waited` in seconds."""
+    """A source that reads the next step's batch in a thread; `waited_seconds` is the time spent waiting for it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.waited_seconds = 0.0
         self.coming: dict[MicroBatch, Future[CaptionedBatch]] = {}
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="examples")
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `Source`. An error in reading is raised here; nothing is read under the caller's autocast."""
         started = time.monotonic()
-        found = (self.coming.pop(micro_batch, None) or self.reader.submit(self.source.batch, micro_batch)).result()
+        batch = (self.coming.pop(micro_batch, None) or self.reader.submit(self.source.batch, micro_batch)).result()
         self.waited_seconds += time.monotonic() - started
         following = replace(micro_batch, step=micro_batch.step + 1)
         if following not in self.coming:
             self.coming[following] = self.reader.submit(self.source.batch, following)
-        return found
+        return batch

@@ -25,6 +25,7 @@ from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source, Trajector
 from fewstep.train.forward_process import ForwardProcess, predicted
 from fewstep.train.losses import min_snr_weight, stratified_timesteps
 from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
@@ -38,12 +39,13 @@ LARGE = 100_000_000
 Weighting = Literal["uniform", "min_snr"]
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask:
     """Train, or go on training, the UNet of `model`: a catalogue name, a folder, a file.
 
-    `fresh`: begin from random weights of its shape. `text_drop`: share of captions left out, for classifier-free
-    guidance. `weighting`: of squared errors over noise levels, "min_snr" with `gamma` and `floor` (see
+    `fresh`: begin from random weights of its shape. `caption_dropout`: share of captions left out, for classifier-free
+    guidance. `weighting`: of squared errors over noise levels, "min_snr" with `snr_gamma` and `snr_floor` (see
     `min_snr_weight`). `offset_noise`: standard deviation of noise added to whole channels. `train_text`: train the
     text towers too. `lora_rank`: above 0, train a LoRA of that rank, beside the layers whose names end with
     `lora_targets`, instead of the weights. `device`: the best one here unless it is named.
@@ -52,10 +54,10 @@ class DiffusionTask:
     model: str | Path
     data: Source
     fresh: bool = False
-    text_drop: float = 0.1
+    caption_dropout: float = 0.1
     weighting: Weighting = "uniform"
-    gamma: float = 5.0
-    floor: float = 0.0
+    snr_gamma: float = 5.0
+    snr_floor: float = 0.0
     offset_noise: float = 0.0
     train_text: bool = False
     lora_rank: int = 0
@@ -71,7 +73,7 @@ class DiffusionTask:
         if self.fresh:
             parts = replace(parts, unet=UNet(parts.unet.config).to(device))
         source, trained = Prefetcher(self.data), trained_network(parts, self)
-        noisy = NoisyLatents(parts, source, text_drop=self.text_drop, offset_noise=self.offset_noise)
+        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout, offset_noise=self.offset_noise)
         return StageSetup(
             objectives={"model": Objective(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
             finish=lambda trainer: save_result(parts, trainer, trained),
@@ -110,9 +112,9 @@ class LatentBatch(NamedTuple):
 class NoisyLatents:
     """Makes the UNet's inputs and targets of a part: encodes, leaves captions out, adds noise."""
 
-    def __init__(self, parts: Parts, source: Source, *, text_drop: float, offset_noise: float = 0.0) -> None:
+    def __init__(self, parts: Parts, source: Source, *, caption_dropout: float, offset_noise: float = 0.0) -> None:
         self.parts, self.source = parts, source
-        self.text_drop, self.offset_noise = text_drop, offset_noise
+        self.caption_dropout, self.offset_noise = caption_dropout, offset_noise
         self.engine = EagerEngine(parts)
         self.process = ForwardProcess(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
 
@@ -142,7 +144,7 @@ class NoisyLatents:
     def _read(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """What the source gives, tokens of captions for captions, some of them left out."""
         batch = self.source.batch(micro_batch)
-        gone = (micro_batch.rand("drop") < self.text_drop).tolist()
+        gone = (micro_batch.rand("drop") < self.caption_dropout).tolist()
         said = ["" if drop else caption for drop, caption in zip(gone, batch.captions, strict=True)]
         found = tokenized_conditioning(self.parts, replace(batch, captions=said)).tensors()
         kept = {"latents": batch.latents, "pictures": batch.pictures}
@@ -173,7 +175,7 @@ def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Lo
         weight = error.new_ones(())
         if task.weighting == "min_snr":
             alpha_bar = noisy.process.alpha_bar(t)
-            weight = min_snr_weight(noisy.process.prediction, alpha_bar, task.gamma, floor=task.floor)
+            weight = min_snr_weight(noisy.process.prediction, alpha_bar, task.snr_gamma, floor=task.snr_floor)
         return {"loss": (weight * error).mean(), "error": error.mean()}
 
     return loss

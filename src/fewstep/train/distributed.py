@@ -1,4 +1,4 @@
-"""Training on several processes: each has a part of the batch, gradients are averaged; weights whole or shared out."""
+"""Data-parallel training: initialising and ending the process group, sharding weights (FSDP2), averaging gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def barrier() -> None:
 
 
 def shutdown_ranks() -> None:
-    """Wait for all ranks and part: a rank whose peer has gone without a word aborts."""
+    """Wait for all ranks and destroy the process group: a rank whose peer has ended without that aborts."""
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The forward process that UNets are trained on, and what they are told."""
+"""The forward (noising) process that UNets are trained on, and a UNet's call with its conditioning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def predicted(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    """What `unet` puts out for latents x (B, 4, h, w) at steps t (B,)."""
+    """The output of `unet` for latents x (B, 4, h, w) at steps t (B,)."""
     if conditioning.channels is not None:
         x = torch.cat([x, conditioning.channels], dim=1)
     output: Tensor = unet(x, t.float(), conditioning.context, conditioning.pooled, conditioning.sizes)
@@ -31,14 +31,14 @@ def predicted(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> T
 
 
 def conditioning_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The rows (B,) int64 of what a UNet is told: to shuffle them, or to repeat one."""
+    """The conditioning of rows (B,) int64 of another: to shuffle them, or to repeat one."""
     values = {name: value[rows] for name, value in vars(conditioning).items() if value is not None}
     return replace(conditioning, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardProcess:
-    """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and what the UNet puts out for it."""
+    """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and its parameterisation."""
 
     prediction: Prediction = "epsilon"
     schedule: NoiseSchedule = field(default_factory=noise_schedule)
@@ -58,11 +58,11 @@ class ForwardProcess:
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should put out."""
+        """The output that the UNet is trained towards."""
         return target(self.prediction, x0, eps, self.alpha_bar(t))
 
     def x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that an output means."""
+        """The clean latents that an output stands for."""
         alpha_bar = self.alpha_bar(t)
         if self.prediction == "sample":
             return output

@@ -1,8 +1,8 @@
-"""Steps of training recorded as CUDA graphs: a small network's thousand kernels are then launched as one.
+"""Forward and backward passes captured as CUDA graphs, which launch a small network's thousand kernels as one.
 
-What a loss draws and reads of the host goes through `MicroBatch.inputs`. A tape holds these tensors on the device, and fills
-them anew for each step; all else that the loss computes must depend on them alone, wait for nothing on the card, and be
-the same for all parts of one kind. Then a recorded step gives what a computed one does.
+All that a loss draws or reads on the host goes through `MicroBatch.inputs`. A tape holds these tensors on the device
+and refills them for each step; all else that the loss computes must depend on them alone, never synchronise with the
+card, and be the same for all micro-batches of one kind. Then a replayed step gives what a computed one does.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from fewstep.train.plan import CPU, MicroBatch, to_device
 
 WARMUPS = 2
-"""Passes before one is recorded: libraries choose their kernels, and gradients get their memory."""
+"""Passes before the capture: libraries choose their kernels, and gradients get their memory."""
 MOST = 8
-"""Recorded steps of a network: each holds its memory. Others, of pictures in many sizes, are computed."""
+"""Captured graphs of a network: each holds its memory. Steps of further shapes are computed."""
 
 Tensors = Mapping[str, Tensor]
 Backward = Callable[[MicroBatch], Tensors]
-"""Computes a part's loss, adds its gradients to those there are, and gives the loss's terms."""
+"""Computes a micro-batch's loss, adds its gradients to those there are, and returns the loss's terms."""
 
 
 class Tape:
-    """What a loss draws of a part, in its order: on `device` once, and filled anew for each step."""
+    """The host inputs of a loss in the order of reading: allocated on `device` once, refilled for each step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.place = device, 0
@@ -35,7 +35,7 @@ class Tape:
         self.held: list[Tensors] = []
 
     def read(self, micro_batch: MicroBatch, make: Callable[[MicroBatch], Tensors]) -> Tensors:
-        """See `Inputs`: the next of what is held; the first time round it is made."""
+        """See `Inputs`: the next tensors of the tape; in the first pass they are made and recorded."""
         if self.place == len(self.held):
             host = replace(micro_batch, device=CPU, tape=None)
             self.makes.append((host, make))
@@ -44,11 +44,11 @@ class Tape:
         return self.held[self.place - 1]
 
     def made(self, step: int) -> Sequence[Tensors]:
-        """All that a step needs of the CPU; may be called by another thread."""
+        """The host inputs of step `step`, on the CPU; may be called by another thread."""
         return [make(replace(micro_batch, step=step)) for micro_batch, make in self.makes]
 
     def fill(self, made: Sequence[Tensors]) -> None:
-        """Put what `made` gave in the place of what is held."""
+        """Copy the result of `made` into the tape's tensors."""
         for values, held in zip(made, self.held, strict=True):
             for name, value in values.items():
                 on_card = self.device.type == "cuda"
@@ -56,7 +56,7 @@ class Tape:
 
 
 class RecordedStep:
-    """One kind of step. On a card it is a CUDA graph; elsewhere it is computed again from what the tape holds."""
+    """One kind of step: a CUDA graph on a card, elsewhere computed again from the tape's tensors."""
 
     def __init__(self, backward: Backward, micro_batch: MicroBatch, device: torch.device) -> None:
         self.tape = Tape(device)
@@ -65,7 +65,7 @@ class RecordedStep:
         self._terms = self._captured() if device.type == "cuda" else self._run()
 
     def play(self, made: Sequence[Tensors]) -> Tensors:
-        """The terms of the step that `made` belongs to; its gradients are added."""
+        """The loss's terms for host inputs `made`; the gradients are added to those there are."""
         self.tape.fill(made)
         if self._graph is None:
             return self._run()
@@ -96,9 +96,9 @@ class RecordedStep:
 
 
 class Replay:
-    """The recorded steps of one network, by their kind and the shapes of what they read of the host.
+    """The captured steps of one network, by their kind and the shapes of their host inputs.
 
-    What the next step needs is made while this one computes.
+    The host inputs of the next step are made while this one computes.
     """
 
     def __init__(self, backward: Backward, kind: Callable[[MicroBatch], Hashable], device: torch.device) -> None:
@@ -109,7 +109,7 @@ class Replay:
         self.maker = ThreadPoolExecutor(1, thread_name_prefix="inputs")
 
     def __call__(self, micro_batch: MicroBatch, gradients: Callable[[], list[Tensor]]) -> Tensors:
-        """The loss's terms; the part's gradients are added to `gradients()`."""
+        """The loss's terms; the micro-batch's gradients are added to `gradients()`."""
         made = self._made(micro_batch)
         key = self._key(micro_batch), None if made is None else _shapes(made)
         if made is None or (key not in self.recorded and len(self.recorded) < MOST):
@@ -125,7 +125,7 @@ class Replay:
         return terms
 
     def _record(self, micro_batch: MicroBatch, gradients: Callable[[], list[Tensor]]) -> RecordedStep:
-        """A kind of step; the gradients stay as they were."""
+        """Capture one kind of step; the gradients stay as they were."""
         before = {id(gradient): gradient.clone() for gradient in gradients()}
         recorded = RecordedStep(self.backward, micro_batch, self.device)
         for gradient in gradients():  # those that were there are the same tensors now
@@ -136,7 +136,7 @@ class Replay:
         return micro_batch.first, micro_batch.count, self.kind(micro_batch)
 
     def _made(self, micro_batch: MicroBatch) -> Sequence[Tensors] | None:
-        """What a step needs of the host; None where no step of its kind has been recorded."""
+        """The host inputs of a step; None where no step of its kind has been captured."""
         coming, tape = self.coming.pop(micro_batch, None), self.tapes.get(self._key(micro_batch))
         if coming is not None:
             return coming.result()

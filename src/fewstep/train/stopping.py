@@ -16,10 +16,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """Whether this process was asked to stop; `heard` listens. Of `ranks` processes each hears for itself."""
+    """Whether this process received a stop signal inside `listening`; each of `ranks` processes has its own."""
 
     def __init__(self, ranks: int = 1) -> None:
-        self.asked, self.ranks, self._since = False, ranks, 0.0
+        self.requested, self.ranks, self._since = False, ranks, 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -41,8 +41,8 @@ class StopSignal:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if not self.asked:
-            self.asked, self._since = True, time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
         elif self.ranks == 1 or time.monotonic() - self._since > ECHO_SECONDS:

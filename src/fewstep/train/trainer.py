@@ -45,14 +45,14 @@ Loss = Callable[[MicroBatch], Mapping[str, Tensor]]
 class Objective:
     """A network's turn in each step: what is trained and the loss that it is trained by.
 
-    Parameters of `network` without `requires_grad` stay as they are. `rate` is relative to the plan's, `betas` and
+    Parameters of `network` without `requires_grad` stay as they are. `lr_multiplier` is relative to the plan's rate, `betas` and
     `weight_decay` are the plan's unless they are given. `kind`: of what kind a part's step is, where steps of one kind
     may be recorded and replayed on a card: the loss then reads of the host through `MicroBatch.inputs` alone.
     """
 
     network: nn.Module
     loss: Loss
-    rate: float = 1.0
+    lr_multiplier: float = 1.0
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
     kind: Callable[[MicroBatch], Hashable] | None = None
@@ -66,19 +66,19 @@ class TrainState:
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.device = next(self.network.parameters()).device
         norms_in_half(self.network, plan.precision)
-        if plan.checkpointing:
+        if plan.activation_checkpointing:
             checkpoint_blocks(self.network)
-        if plan.sharing == "shard":
+        if plan.parallelism == "shard":
             shard(self.network)
             self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        if plan.compiled:
+        if plan.compile:
             self.network.compile()
-        self.ema = Ema(self.network, plan.ema)
+        self.ema = Ema(self.network, plan.ema_decay)
         self.scale, self.good = SCALE if plan.precision == "fp16" else 1.0, 0
         self.bad = 0  # steps without a finite gradient that no smaller scale would mend, less those after them
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=plan.rate,
+            lr=plan.learning_rate,
             betas=objective.betas or plan.betas,
             weight_decay=plan.weight_decay if objective.weight_decay is None else objective.weight_decay,
             **_adamw_kernels(self.device, plan),
@@ -105,7 +105,7 @@ class TrainState:
         self._rescale(finite)
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * self.objective.rate
+                group["lr"] = rate * self.objective.lr_multiplier
             self.optimizer.step()
             self.ema.update()
 
@@ -215,7 +215,7 @@ class Trainer:
         self.saved = self.step
         if self.rank == 0:
             checkpoint |= {"step": self.step, "clock": self.clock, "skipped": self.metrics.skipped}
-            save_checkpoint(self.plan.folder, self.step, checkpoint, keep=self.plan.keep)
+            save_checkpoint(self.plan.folder, self.step, checkpoint, keep=self.plan.keep_checkpoints)
 
     def dry_step(self) -> None:
         """Compute a step's losses and gradients and forget them: to see what it costs."""
@@ -229,7 +229,7 @@ class Trainer:
         """One step: each network's turn."""
         started = time.monotonic()
         torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for what does not draw from its part
-        rate = self.plan.rate_at(self.step, self.progress)
+        rate = self.plan.learning_rate_at(self.step, self.progress)
         numbers: dict[str, float] = {"rate": rate}
         for name, state in self.states.items():
             terms = self._turn(state, rate)
@@ -277,9 +277,9 @@ class Trainer:
     def _replay(self, state: TrainState) -> Replay | None:
         """What records a network's steps: on a card, where nothing in them changes but what its loss says."""
         plan, kind = self.plan, state.objective.kind
-        steady = plan.precision != "fp16" and plan.sharing == "replicate"
-        steady = steady and not plan.compiled and not plan.checkpointing
-        if kind is None or not plan.replayed or not steady or state.device.type != "cuda":
+        steady = plan.precision != "fp16" and plan.parallelism == "replicate"
+        steady = steady and not plan.compile and not plan.activation_checkpointing
+        if kind is None or not plan.cuda_graphs or not steady or state.device.type != "cuda":
             return None
         return Replay(lambda micro_batch: self._backward(state, micro_batch), kind, state.device)
 
@@ -295,18 +295,18 @@ class Trainer:
             terms = state.objective.loss(micro_batch)
         if "loss" not in terms:
             raise InputError(f"a loss gave {', '.join(terms) or 'nothing'}; one of its scalars must be called loss")
-        torch.autograd.backward(terms["loss"] * (state.scale / self.plan.accumulate))
+        torch.autograd.backward(terms["loss"] * (state.scale / self.plan.gradient_accumulation))
         return {name: term.detach() for name, term in terms.items()}
 
     def _sync_and_clip(self, state: TrainState) -> Tensor:
         """Average gradients and clock over the ranks, undo the loss's factor and clip; the norm before that."""
         gradients = state.gradients()
-        whole = gradients if self.plan.sharing == "replicate" else []  # FSDP has averaged its own
-        self.elapsed, stop = average(whole, (self.clock, float(self._stop.asked)))
+        whole = gradients if self.plan.parallelism == "replicate" else []  # FSDP has averaged its own
+        self.elapsed, stop = average(whole, (self.clock, float(self._stop.requested)))
         self.stopping = self.stopping or stop > 0
         if state.scale != 1.0:
             torch._foreach_mul_(gradients, 1 / state.scale)
-        norm = nn.utils.clip_grad_norm_(state.parameters, self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(state.parameters, self.plan.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _frozen_except(self, state: TrainState) -> _Frozen:
@@ -318,9 +318,7 @@ class Trainer:
         kept = "no checkpoint was written"
         if self.saved is not None:
             kept = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
-        return (
-            f"lower plan.rate (now {plan.rate:g}) or plan.clip (now {plan.clip:g}), or raise plan.warmup{fp16}; {kept}"
-        )
+        return f"lower plan.learning_rate (now {plan.learning_rate:g}) or plan.max_grad_norm (now {plan.max_grad_norm:g}), or raise plan.warmup_steps{fp16}; {kept}"
 
     def _restore(self) -> None:
         checkpoint = load_checkpoint(self.plan.folder)
@@ -334,7 +332,7 @@ class Trainer:
 
 def _adamw_kernels(device: torch.device, plan: Plan) -> dict[str, bool]:
     """How AdamW computes: all in one kernel on a card, where the weights are whole."""
-    return {"fused": True} if device.type == "cuda" and plan.sharing == "replicate" else {"foreach": True}
+    return {"fused": True} if device.type == "cuda" and plan.parallelism == "replicate" else {"foreach": True}
 
 
 class _Frozen:

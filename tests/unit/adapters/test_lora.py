@@ -268,7 +268,9 @@ def test_training_a_lora(model, tmp_path):
         return {"loss": value}
 
     objectives = {"lora": Objective(network=updates, loss=loss)}
-    trainer = Trainer(objectives, Plan(folder=tmp_path / "run", rate=2e-2, steps=6, warmup=1, ema=0.0))
+    trainer = Trainer(
+        objectives, Plan(folder=tmp_path / "run", learning_rate=2e-2, steps=6, warmup_steps=1, ema_decay=0.0)
+    )
     trainer.run()
     assert losses[-1] < 0.97 * losses[0]
     state = torch.load(next((tmp_path / "run").glob("*.pt")), weights_only=True)

@@ -65,14 +65,14 @@ def gradients(network: nn.Module) -> float:
 
 
 def test_the_adversarial_gradient_reaches_the_student_alone() -> None:
-    add = distillation(AddSettings(distill=0.0))
+    add = distillation(AddSettings(distillation_weight=0.0))
     add.student_loss(MICRO_BATCH)["loss"].backward()
     assert gradients(add.student) > 0
     assert gradients(add.teacher.unet) == 0
 
 
 def test_the_teachers_word_reaches_the_student_alone() -> None:
-    add = distillation(AddSettings(adversarial=0.0))
+    add = distillation(AddSettings(adversarial_weight=0.0))
     terms = add.student_loss(MICRO_BATCH)
     terms["loss"].backward()
     assert terms["distance"] > 0
@@ -82,7 +82,10 @@ def test_the_teachers_word_reaches_the_student_alone() -> None:
 
 def test_a_discriminator_step_leaves_the_student_and_a_student_step_the_discriminator(tmp_path: Path) -> None:
     add = distillation()
-    trainer = Trainer(add.objectives(), Plan(folder=tmp_path, rate=1e-3, steps=10, warmup=1, batch=8, weight_decay=0.0))
+    trainer = Trainer(
+        add.objectives(),
+        Plan(folder=tmp_path, learning_rate=1e-3, steps=10, warmup_steps=1, batch_size=8, weight_decay=0.0),
+    )
     inputs: list[list[bool]] = []
 
     def watched(loss: Callable[[MicroBatch], object], other: nn.Module) -> Callable[[MicroBatch], object]:
@@ -105,7 +108,7 @@ def test_a_discriminator_step_leaves_the_student_and_a_student_step_the_discrimi
 
 def test_the_last_time_step_starts_from_noise_alone_and_the_others_from_real_latents() -> None:
     for timesteps, leaks in (((249, 999), True), ((999,), False)):
-        settings = AddSettings(timesteps=timesteps, shares=(1.0,) * len(timesteps))
+        settings = AddSettings(timesteps=timesteps, timestep_probs=(1.0,) * len(timesteps))
         add = distillation(settings)
         real = real_batch(MICRO_BATCH)
         drawn = [add.drawn(clean, MICRO_BATCH) for clean in (real, real._replace(x0=real.x0 + 1))]
@@ -113,7 +116,7 @@ def test_the_last_time_step_starts_from_noise_alone_and_the_others_from_real_lat
 
 
 def test_an_anchored_student_draws_from_the_noise_of_its_teachers_walk_and_is_held_to_the_end() -> None:
-    add = distillation(AddSettings(timesteps=(249, 999), shares=(0.5, 0.5), anchor=1.0))
+    add = distillation(AddSettings(timesteps=(249, 999), timestep_probs=(0.5, 0.5), regression_weight=1.0))
     clean = walked_batch(MICRO_BATCH)
     assert clean.trajectories is not None
     other = clean._replace(trajectories=clean.trajectories._replace(points=clean.trajectories.points + 1))
@@ -125,7 +128,9 @@ def test_an_anchored_student_draws_from_the_noise_of_its_teachers_walk_and_is_he
 
 
 def test_a_walked_student_starts_from_the_points_of_its_time_steps_and_all_rows_are_anchored() -> None:
-    add = distillation(AddSettings(timesteps=(249, 999), shares=(0.5, 0.5), anchor=1.0, from_trajectories=True))
+    add = distillation(
+        AddSettings(timesteps=(249, 999), timestep_probs=(0.5, 0.5), regression_weight=1.0, from_trajectories=True)
+    )
     clean = walked_batch(MICRO_BATCH)
     assert clean.trajectories is not None
     drawn = add.drawn(clean, MICRO_BATCH)
@@ -138,8 +143,8 @@ def test_a_walked_student_starts_from_the_points_of_its_time_steps_and_all_rows_
 
 
 def test_an_anchor_without_walks_is_an_error() -> None:
-    with pytest.raises(InputError, match="Walks"):
-        distillation(AddSettings(anchor=1.0)).student_loss(MICRO_BATCH)
+    with pytest.raises(InputError, match="TrajectoryDataset"):
+        distillation(AddSettings(regression_weight=1.0)).student_loss(MICRO_BATCH)
 
 
 def test_r1_is_taken_at_the_features_and_trains_the_heads() -> None:
@@ -192,17 +197,17 @@ def test_guidance_changes_what_the_teacher_says() -> None:
     real, conditioning = real_batch(MICRO_BATCH)[:2]
     empty = Conditioning(context=torch.zeros(1, 3, 8))
     plain, guided = (
-        distillation(AddSettings(guidance=scale), empty=empty).distance(real, conditioning, MICRO_BATCH)
+        distillation(AddSettings(guidance_scale=scale), empty=empty).distance(real, conditioning, MICRO_BATCH)
         for scale in (1.0, 4.0)
     )
     assert plain != guided
 
 
 def test_a_student_learns_to_draw_in_one_step_what_its_teacher_means(tmp_path: Path) -> None:
-    add = distillation(AddSettings(timesteps=(999,), shares=(1.0,), adversarial=0.0))
+    add = distillation(AddSettings(timesteps=(999,), timestep_probs=(1.0,), adversarial_weight=0.0))
     wanted = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None, None].expand(8, 4, 8, 8)
     add.process = add.teacher.process = ForwardProcess(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *conditioning: wanted  # type: ignore[method-assign]
     before = (add.drawn(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean()
-    Trainer(add.objectives(), Plan(folder=tmp_path, rate=2e-3, steps=25, warmup=5, batch=8)).run()
+    Trainer(add.objectives(), Plan(folder=tmp_path, learning_rate=2e-3, steps=25, warmup_steps=5, batch_size=8)).run()
     assert (add.drawn(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean() < 0.5 * before

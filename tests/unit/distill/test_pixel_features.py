@@ -34,7 +34,7 @@ UNET = UNetConfig(
 )
 AUTOENCODER = AutoencoderConfig(channels=(8, 8, 8, 8), resnets=1, groups=4, scaling_factor=0.5)
 MICRO_BATCH = MicroBatch(seed=0, step=0, whole=8, first=0, count=8)
-ADVERSARIAL = AddSettings(distill=0.0)
+ADVERSARIAL = AddSettings(distillation_weight=0.0)
 
 
 @cache
@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_loss() -> None:
 
 
 def test_the_distance_is_taken_between_pictures() -> None:
-    add = distillation(AddSettings(adversarial=0.0, levels=(500, 500)))
+    add = distillation(AddSettings(adversarial_weight=0.0, teacher_timesteps=(500, 500)))
     add.process = add.teacher.process = ForwardProcess(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *conditioning: torch.ones_like(x)  # type: ignore[method-assign]
     conditioning = real_batch(MICRO_BATCH).conditioning
@@ -114,7 +114,7 @@ def test_pictures_are_those_of_the_scaled_latents_and_never_computed_in_float16(
 
 
 def test_the_judge_knows_the_real_picture_only_where_the_student_saw_something_of_it() -> None:
-    add = distillation(AddSettings(timesteps=(499, 999), shares=(0.5, 0.5)))
+    add = distillation(AddSettings(timesteps=(499, 999), timestep_probs=(0.5, 0.5)))
     clean = real_batch(MICRO_BATCH)
     real = clean.x0
     known = add.known(add.features.view(real), MICRO_BATCH)
@@ -127,7 +127,7 @@ def test_the_judge_knows_the_real_picture_only_where_the_student_saw_something_o
 
 def test_real_and_drawn_pictures_are_judged_by_the_same_picture_and_words() -> None:
     """Else the judge could tell them apart by what it is told."""
-    add = distillation(AddSettings(mismatched=0.5))
+    add = distillation(AddSettings(mismatched_caption_weight=0.5))
     conditions: list[Tensor] = []
     add.discriminator.register_forward_pre_hook(lambda module, inputs: conditions.append(inputs[0].condition))
     add.student_loss(MICRO_BATCH)
@@ -168,7 +168,10 @@ def test_a_step_trains_both_and_leaves_the_frozen_as_they_are(tmp_path: Path) ->
     add = distillation(augment=True)
     modules = [add.student, add.discriminator, *frozen(add)]
     before = copy.deepcopy([module.state_dict() for module in modules])
-    Trainer(add.objectives(), Plan(folder=tmp_path, rate=1e-3, steps=1, warmup=1, batch=8, accumulate=2)).run()
+    Trainer(
+        add.objectives(),
+        Plan(folder=tmp_path, learning_rate=1e-3, steps=1, warmup_steps=1, batch_size=8, gradient_accumulation=2),
+    ).run()
     after = [module.state_dict() for module in modules]
     changed = [any(not torch.equal(old[k], new[k]) for k in old) for old, new in zip(before, after, strict=True)]
     assert changed == [True, True, False, False, False]
@@ -213,7 +216,7 @@ class _Latents:
 
 
 def test_the_task_chooses_its_features(tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path, steps=1, batch=2, checkpointing=True)
+    plan = Plan(folder=tmp_path, steps=1, batch_size=2, activation_checkpointing=True)
     task = TurboTask(model="blocks-base", data=_Latents(), features="block-clip", device="cpu")
     objectives = task.prepare(plan).objectives
     terms = objectives["student"].loss(MicroBatch(seed=0, step=0, whole=2, first=0, count=2))

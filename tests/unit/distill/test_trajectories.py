@@ -27,7 +27,7 @@ from fewstep.weights.load import load_parts
 
 MICRO_BATCH = MicroBatch(seed=0, step=0, whole=4, first=0, count=4)
 PROMPTS = ("a red cube on top of a blue sphere", "a small green cone")
-FEW = TrajectorySettings(count=300, steps=4, guidance=2.0)
+FEW = TrajectorySettings(count=300, steps=4, guidance_scale=2.0)
 
 
 def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
@@ -41,7 +41,7 @@ def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
     drawn = embedded.text_to_image(
         PROMPTS, seed=seeds, steps=4, guidance_scale=2.0, sampler="ddim", schedule="trailing", output="latent"
     )
-    noisy = NoisyLatents(embedded.parts, Blockworld(), text_drop=0.0)
+    noisy = NoisyLatents(embedded.parts, Blockworld(), caption_dropout=0.0)
     empty, conditioning = (
         conditioning_of(embedded.parts, noisy.engine, CaptionedBatch(captions=said)) for said in ([""], PROMPTS)
     )
@@ -61,7 +61,7 @@ def test_a_walk_that_does_not_come_by_a_step_of_the_student_is_refused() -> None
 
 def test_walks_are_kept_whole_and_made_once(tmp_path: Path) -> None:
     parts = load_parts("blocks-base", dtype=torch.float32)
-    batch = NoisyLatents(parts, Blockworld(), text_drop=0.0)
+    batch = NoisyLatents(parts, Blockworld(), caption_dropout=0.0)
     calls = []
 
     class Constant(Teacher):
@@ -85,11 +85,19 @@ def test_a_student_learns_the_end_of_its_teachers_walks(tmp_path: Path) -> None:
     task = RegressionTask(
         model="blocks-base",
         data=Blockworld(),
-        walks=tmp_path / "walks",
+        trajectories=tmp_path / "walks",
         settings=TrajectorySettings(count=1, steps=4),
         device="cpu",
     )
-    plan = Plan(folder=tmp_path / "run", steps=12, batch=16, rate=3e-4, warmup=2, log_steps=1, decay=0.0)
+    plan = Plan(
+        folder=tmp_path / "run",
+        steps=12,
+        batch_size=16,
+        learning_rate=3e-4,
+        warmup_steps=2,
+        log_steps=1,
+        lr_decay_fraction=0.0,
+    )
     setup = task.prepare(plan)
     assert setup.begin is not None
     setup.begin()

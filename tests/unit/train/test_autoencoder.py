@@ -60,7 +60,12 @@ def lesson(**options: Any) -> Reconstruction:
 
 
 def trainer_of(folder: Path, made: Reconstruction, **options: Any) -> Trainer:
-    plan = Plan(**({"folder": folder, "steps": 6, "batch": 4, "rate": 1e-3, "warmup": 0, "log_steps": 1} | options))
+    plan = Plan(
+        **(
+            {"folder": folder, "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "log_steps": 1}
+            | options
+        )
+    )
     return Trainer(made.objectives(), plan)
 
 
@@ -189,11 +194,11 @@ def test_before_its_start_the_discriminator_neither_learns_nor_pulls(tmp_path: P
     trainer = trainer_of(tmp_path, made)
     before = [p.clone() for p in made.discriminator.parameters()]
     trainer.advance()
-    assert "fooled" not in made.model_loss(micro_batch_of())
+    assert "generator_loss" not in made.model_loss(micro_batch_of())
     assert all(torch.equal(a, b) for a, b in zip(before, made.discriminator.parameters(), strict=True))
     trainer.advance()
     assert not all(torch.equal(a, b) for a, b in zip(before, made.discriminator.parameters(), strict=True))
-    assert "model.fooled" in (tmp_path / "log.jsonl").read_text().splitlines()[1]
+    assert "model.generator_loss" in (tmp_path / "log.jsonl").read_text().splitlines()[1]
 
 
 def test_a_part_of_a_batch_has_its_share_of_the_loss() -> None:
@@ -217,7 +222,16 @@ def test_latents_and_their_divergence() -> None:
 
 def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "vae"
-    plan = Plan(folder=out, steps=40, batch=4, rate=5e-3, warmup=0, ema=0.9, log_steps=40, sample_steps=20)
+    plan = Plan(
+        folder=out,
+        steps=40,
+        batch_size=4,
+        learning_rate=5e-3,
+        warmup_steps=0,
+        ema_decay=0.9,
+        log_steps=40,
+        sample_steps=20,
+    )
     setup = task(folder, fresh=True, rescale=True, discriminator_start=38)
     before = setup.prepare(plan).objectives["model"].loss(micro_batch_of())["l1"]
     run_stage(RecipeStage(task=setup, plan=plan))
@@ -232,7 +246,7 @@ def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_
 
 
 def test_the_decoder_alone_learns_where_latents_must_stay(folder: Path, tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path / "decoder", steps=2, batch=4, rate=1e-2, warmup=0, ema=0.0)
+    plan = Plan(folder=tmp_path / "decoder", steps=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, ema_decay=0.0)
     run_stage(RecipeStage(task=task(folder, decoder_only=True), plan=plan))
     before, after = (load_parts(path, dtype=torch.float32) for path in (folder, tmp_path / "decoder" / "model"))
     changed = {
@@ -275,7 +289,7 @@ def test_what_is_no_perceptual_network_is_named(tmp_path: Path) -> None:
         PerceptualDistance(tmp_path / "flat.pt", CPU).maps(torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"sharing": "shard"}, {"compiled": True}])
+@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"parallelism": "shard"}, {"compile": True}])
 def test_plans_that_cannot_be_followed_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"plan.{next(iter(setting))}="):
         task().prepare(Plan(folder=tmp_path, steps=1, **setting))

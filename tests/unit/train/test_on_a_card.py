@@ -102,7 +102,7 @@ def losses(setup: StageSetup, plan: Plan) -> None:
 
 
 def settings(folder: Path, **options: object) -> Plan:
-    return Plan(folder=folder, steps=5, batch=4, warmup=1, log_steps=1, **options)  # type: ignore[arg-type]
+    return Plan(folder=folder, steps=5, batch_size=4, warmup_steps=1, log_steps=1, **options)  # type: ignore[arg-type]
 
 
 TASKS: dict[str, Callable[[Path], Any]] = {
@@ -110,18 +110,21 @@ TASKS: dict[str, Callable[[Path], Any]] = {
     "lora": lambda folder: DiffusionTask(model="blocks-base", data=Latents(), lora_rank=2, device="meta"),
     "text": lambda folder: DiffusionTask(model="blocks-base", data=Latents(), train_text=True, device="meta"),
     "pictures": lambda folder: DiffusionTask(model="blocks-base", data=Blockworld(size=64), device="meta"),
-    "small": lambda folder: PrunedStudentTask(model="blocks-base", data=Latents(), features=0.1, device="meta"),
+    "small": lambda folder: PrunedStudentTask(model="blocks-base", data=Latents(), feature_weight=0.1, device="meta"),
     "walks": lambda folder: RegressionTask(
-        model="blocks-base", data=Latents(), walks=folder, settings=TrajectorySettings(count=4), device="meta"
+        model="blocks-base", data=Latents(), trajectories=folder, settings=TrajectorySettings(count=4), device="meta"
     ),
     "turbo": lambda folder: TurboTask(
         model="blocks-base",
         data=Latents(),
-        settings=AddSettings(guidance=2.0, mismatched=0.5, anchor=1.0),
+        settings=AddSettings(guidance_scale=2.0, mismatched_caption_weight=0.5, regression_weight=1.0),
         device="meta",
     ),
     "turbo from walks": lambda folder: TurboTask(
-        model="blocks-base", data=Latents(), settings=AddSettings(anchor=1.0, from_trajectories=True), device="meta"
+        model="blocks-base",
+        data=Latents(),
+        settings=AddSettings(regression_weight=1.0, from_trajectories=True),
+        device="meta",
     ),
 }
 
@@ -170,7 +173,7 @@ def test_the_recipes_steps_leave_nothing_on_the_cpu(
         "autoencoder": recipes.Autoencoder(start=base, sizes=(64,), device=device),
         "decoder": recipes.Autoencoder(start=base, sizes=(64,), decoder=True, device=device),
         "diffusion": recipes.Diffusion(
-            start=base, autoencoder=base, objectives=(128,), varied=0.7, blank=0.2, device=device
+            start=base, autoencoder=base, size_cycle=(128,), varied=0.7, blank=0.2, device=device
         ),
         "sizes": recipes.Diffusion(start=base, autoencoder=base, sizes={128: 0.5, 64: 0.5}, device=device),
         "tiny": blocks_tiny.Tiny(data=Cached(folder=tmp_path), start="blocks-tiny", device=device),
@@ -234,7 +237,7 @@ def stepped(folder: Path, *, replayed: bool, **options: object) -> Trainer:
     """A trainer after six steps, each network's recorded ones replayed if so told, without a card."""
     model, loss = noisy_line(3)
     objective = Objective(network=model, loss=loss, kind=lambda micro_batch: micro_batch.step % 2)
-    plan = Plan(folder=folder, steps=6, batch=8, warmup=1, rate=0.1, log_steps=1, **options)  # type: ignore[arg-type]
+    plan = Plan(folder=folder, steps=6, batch_size=8, warmup_steps=1, learning_rate=0.1, log_steps=1, **options)  # type: ignore[arg-type]
     trainer = Trainer({"model": objective}, plan)
     if replayed:
         state = trainer.states["model"]
@@ -245,8 +248,8 @@ def stepped(folder: Path, *, replayed: bool, **options: object) -> Trainer:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_steps_are_the_computed_ones(accumulate: int, tmp_path: Path) -> None:
-    plain = stepped(tmp_path / "plain", replayed=False, accumulate=accumulate)
-    again = stepped(tmp_path / "again", replayed=True, accumulate=accumulate)
+    plain = stepped(tmp_path / "plain", cuda_graphs=False, gradient_accumulation=accumulate)
+    again = stepped(tmp_path / "again", cuda_graphs=True, gradient_accumulation=accumulate)
     for ours, theirs in zip(plain.states["model"].parameters, again.states["model"].parameters, strict=True):
         assert torch.equal(ours, theirs)
     assert (tmp_path / "plain" / "log.jsonl").read_text().count("\n") == 6
@@ -298,7 +301,7 @@ def test_scenes_are_drawn_where_they_are() -> None:
 
 
 def card_plan(folder: Path, steps: int, precision: str) -> Plan:
-    return Plan(folder=folder, steps=steps, batch=8, warmup=1, log_steps=1, precision=precision)  # type: ignore[arg-type]
+    return Plan(folder=folder, steps=steps, batch_size=8, warmup_steps=1, log_steps=1, precision=precision)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
@@ -324,7 +327,7 @@ def test_five_steps_on_a_card_and_on_again(what: str, precision: str, tmp_path: 
 def test_a_recorded_step_on_a_card_is_the_computed_one(tmp_path: Path) -> None:
     def trained(replayed: bool) -> list[Tensor]:
         task = replace(TASKS["diffusion"](tmp_path), device="cuda")
-        plan = replace(card_plan(tmp_path / str(replayed), 5, "fp32"), replayed=replayed)
+        plan = replace(card_plan(tmp_path / str(replayed), 5, "fp32"), cuda_graphs=replayed)
         trainer = Trainer(task.prepare(plan).objectives, plan)
         trainer.run()
         return trainer.states["model"].parameters

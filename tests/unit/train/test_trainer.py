@@ -60,7 +60,14 @@ def line_loss(model: nn.Module) -> Loss:
 def line_trainer(folder: Path, **options: object) -> Trainer:
     torch.manual_seed(1)
     model = nn.Linear(3, 1)
-    chosen = {"folder": folder, "rate": 0.1, "steps": 40, "warmup": 2, "log_steps": 5, "batch": 8} | options
+    chosen = {
+        "folder": folder,
+        "learning_rate": 0.1,
+        "steps": 40,
+        "warmup_steps": 2,
+        "log_steps": 5,
+        "batch_size": 8,
+    } | options
     plan = Plan(**chosen)  # type: ignore[arg-type]
     return Trainer({"model": Objective(network=model, loss=line_loss(model))}, plan)
 
@@ -84,7 +91,7 @@ def spoilt(trainer: Trainer, factor: float) -> Trainer:
 
 
 def test_run_falls_and_logs(tmp_path: Path) -> None:
-    trainer = line_trainer(tmp_path, steps=100, ema=0.9)
+    trainer = line_trainer(tmp_path, steps=100, ema_decay=0.9)
     trainer.run()
     averaged = trainer.averaged("model")
     x = torch.randn(64, 3)
@@ -105,9 +112,7 @@ def test_resume_is_bit_equal(tmp_path: Path, precision: str) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = advanced(line_trainer(tmp_path / "whole"), 30)
-    process = torch.multiprocessing.get_context("spawn").Process(
-        target=train_until_killed, args=(tmp_path / "killed",)
-    )
+    process = torch.multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(tmp_path / "killed",))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -128,14 +133,14 @@ def train_until_killed(folder: Path) -> None:
 
 def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
     one = advanced(line_trainer(tmp_path / "one"), 10)
-    four = advanced(line_trainer(tmp_path / "four", accumulate=4), 10)
+    four = advanced(line_trainer(tmp_path / "four", gradient_accumulation=4), 10)
     for a, b in zip(weights(one), weights(four), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nearest that can are 6 and 9"):
-        line_trainer(tmp_path, accumulate=3)
+        line_trainer(tmp_path, gradient_accumulation=3)
 
 
 def test_sigterm_saves_and_a_rerun_goes_on(tmp_path: Path) -> None:
@@ -185,10 +190,11 @@ def test_only_one_network_learns_at_a_time(tmp_path: Path) -> None:
 
     objectives = {
         "first": Objective(network=first, loss=loss),
-        "second": Objective(network=second, loss=loss, rate=0.0),
+        "second": Objective(network=second, loss=loss, lr_multiplier=0.0),
     }
     trainer = Trainer(
-        objectives, Plan(folder=tmp_path, rate=0.1, steps=9, warmup=0, batch=4, log_steps=1, weight_decay=0.0)
+        objectives,
+        Plan(folder=tmp_path, learning_rate=0.1, steps=9, warmup_steps=0, batch_size=4, log_steps=1, weight_decay=0.0),
     )
     before = second.weight.clone()
     trainer.advance()
@@ -197,12 +203,12 @@ def test_only_one_network_learns_at_a_time(tmp_path: Path) -> None:
 
 
 def test_random_numbers_are_those_of_the_batch_however_it_is_shared_out() -> None:
-    plan = Plan(folder=Path(), steps=1, batch=12)
+    plan = Plan(folder=Path(), steps=1, batch_size=12)
     whole = plan.micro_batches(3, 0, 1)[0].randn("noise", 2)
     shared = [
         micro_batch.randn("noise", 2)
         for rank in range(3)
-        for micro_batch in replace(plan, accumulate=2).micro_batches(3, rank, 3)
+        for micro_batch in replace(plan, gradient_accumulation=2).micro_batches(3, rank, 3)
     ]
     assert torch.equal(whole, torch.cat(shared))
     assert not torch.equal(whole, plan.micro_batches(3, 0, 1)[0].randn("other", 2))
@@ -239,12 +245,14 @@ def test_attention_in_bfloat16_is_attention() -> None:
 
 def test_a_plan_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="steps or seconds"):
-        Plan(folder=tmp_path, rate=0.1)
+        Plan(folder=tmp_path, learning_rate=0.1)
 
 
 def test_rate_rises_stays_and_falls(tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path, rate=1.0, steps=100, warmup=10, decay=0.2, floor=0.01)
-    rates = [plan.rate_at(step, plan.progress(step, 0.0)) for step in range(101)]
+    plan = Plan(
+        folder=tmp_path, learning_rate=1.0, steps=100, warmup_steps=10, lr_decay_fraction=0.2, min_lr_ratio=0.01
+    )
+    rates = [plan.learning_rate_at(step, plan.progress(step, 0.0)) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:81] == pytest.approx([1.0] * 72)
     assert rates[90] == pytest.approx(0.505)
@@ -253,7 +261,7 @@ def test_rate_rises_stays_and_falls(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_by_whichever_comes_first(tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path, rate=1.0, steps=100, seconds=10.0)
+    plan = Plan(folder=tmp_path, learning_rate=1.0, steps=100, seconds=10.0)
     assert plan.progress(50, 1.0) == 0.5
     assert plan.progress(1, 9.0) == 0.9
 
@@ -369,7 +377,7 @@ def test_a_tiny_unet_learns_its_velocity(tmp_path: Path) -> None:
     micro_batch = MicroBatch(seed=0, step=0, whole=16, first=0, count=16)
     before = loss(micro_batch)["loss"].item()
     objectives = {"model": Objective(network=model, loss=loss)}
-    Trainer(objectives, Plan(folder=tmp_path, rate=5e-3, steps=60, warmup=5, batch=16)).run()
+    Trainer(objectives, Plan(folder=tmp_path, learning_rate=5e-3, steps=60, warmup_steps=5, batch_size=16)).run()
     assert loss(micro_batch)["loss"].item() < 0.6 * before
 
 
@@ -389,7 +397,7 @@ def train_rank(rank: int, ranks: int, port: int, folder: Path, sharing: str) -> 
         output = predicted(model, process.noised(x0, eps, t), t, Conditioning(context=context))
         return {"loss": (output - process.target(x0, eps, t)).square().mean()}
 
-    plan = Plan(folder=folder, rate=1e-3, steps=8, warmup=1, batch=8, sharing=sharing)  # type: ignore[arg-type]
+    plan = Plan(folder=folder, learning_rate=1e-3, steps=8, warmup_steps=1, batch_size=8, parallelism=sharing)  # type: ignore[arg-type]
     trainer = Trainer({"model": Objective(network=model, loss=loss)}, plan)
     trainer.run()
     averaged = trainer.averaged("model")
