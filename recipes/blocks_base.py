@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from fewstep.blockworld import Scenes, render, require_train, scenes
 from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
-from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
 from fewstep.train.forward_process import ForwardProcess
-from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps
+from fewstep.train.losses import AutoencoderLoss, min_snr_weight, stratified_timesteps
 from fewstep.train.normalize_latents import normalize_latents
 from fewstep.train.plan import MicroBatch, Plan, mixed_seed
 from fewstep.train.stages import RecipeStage, StageSetup
@@ -145,7 +145,7 @@ class Autoencoder:
             micro_batch = smaller(micro_batch, SMALL / size).on(device)
             image = permuted_pictures(micro_batch, size)
             moments = model.encode(image).float()
-            latents = noisy_means(moments.detach(), micro_batch) if self.decoder else sampled_latents(moments)
+            latents = noisy_means(moments.detach(), micro_batch) if self.decoder else sampled(Posterior.of(moments))
             output = model.decode(latents).float()
             terms = {"psnr": psnr(output, image)}
             if self.decoder:
@@ -201,7 +201,7 @@ class Diffusion:
     """Text tower and UNet together: the weighted error of the velocity, and the slots'.
 
     `start`: the stage, or the model, to go on from; a UNet with fewer residual blocks is grown. `sizes`: the share of
-    the batch that is of each picture size; or `size_cycle`: the sizes of whole batches, one step after another. `varied`:
+    the batch that is of each picture size; or `size_cycle`: the sizes of whole batches, step after step. `varied`:
     the share of varied captions after the first seventh of the run. `blank`: see `blank_words`. `chunks` of latents are
     encoded first where they are not there: so many at 64 pixels, or `small_chunks`, and of larger pictures more.
     """
@@ -294,6 +294,11 @@ def smaller(micro_batch: MicroBatch, share: float) -> MicroBatch:
     """A part of a batch of `share` of the size, shared out alike."""
     counts = [round(share * number) for number in (micro_batch.whole, micro_batch.first, micro_batch.count)]
     return replace(micro_batch, whole=counts[0], first=counts[1], count=counts[2])
+
+
+def sampled(posterior: Posterior) -> Tensor:
+    """Latents (B, C, h, w) drawn with the global random numbers, which a trainer seeds for each step."""
+    return posterior.sample(torch.randn_like(posterior.mean))
 
 
 def noisy_means(moments: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -148,11 +148,11 @@ class AdversarialDistillation:
                 1 + self.settings.mismatched_caption_weight
             )
         loss = hinge(of_real, 1.0) + false + self.settings.r1_weight * penalty
-        said = {"real": _mean(of_real), "drawn": _mean(of_generated), "r1": penalty}
-        return {"loss": loss, **said}
+        terms = {"real": _mean(of_real), "drawn": _mean(of_generated), "r1": penalty}
+        return {"loss": loss, **terms}
 
     def generated(self, clean: LatentBatch, micro_batch: MicroBatch) -> Tensor:
-        """The student's x0 (B, 4, h, w) in one step from noised real latents, or from noise alone at the last time step.
+        """The student's x0 (B, 4, h, w) in one step from noised real latents, or from noise alone at the last step.
 
         That noise is the one that the teacher's trajectory began with, where there is one.
         """

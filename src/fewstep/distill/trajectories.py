@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fewstep.diffusion.singlestep import ddim
 from fewstep.distill.teacher import Teacher
 from fewstep.distill.turbo import turbo_model
 from fewstep.engines.device import choose_device
@@ -132,19 +133,20 @@ class RegressionTask:
 def teacher_trajectory(
     teacher: Teacher, noise: Tensor, conditioning: Conditioning, settings: TrajectorySettings
 ) -> tuple[Tensor, Tensor]:
-    """DDIM from noise (B, C, h, w): the points at the steps kept (B, K, C, h, w), and the end (B, C, h, w)."""
-    process, x, points = teacher.process, noise, dict[int, Tensor]()
-    x0 = noise
-    for t, after in pairwise([*settings.times(process.steps), None]):
-        assert t is not None
-        points[t] = x
-        now = torch.full((len(x),), t, device=x.device)
-        x0 = teacher.x0(x, now, conditioning, settings.guidance_scale)
-        if after is not None:
-            alpha_bar = process.alpha_bar(now)
-            eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-            x = process.noised(x0, eps, torch.full_like(now, after))
-    return torch.stack([points[t] for t in settings.stored_timesteps], dim=1), x0
+    """DDIM from noise (B, C, h, w): the points at the stored steps (B, K, C, h, w), and the end (B, C, h, w)."""
+    process, times = teacher.process, settings.times(teacher.process.steps)
+    sigmas = [process.schedule.sigmas[t] for t in times]
+    t_of = dict(zip(sigmas, times, strict=True))
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        t = torch.full((len(x),), t_of[sigma], device=x.device)
+        return teacher.x0(x / sqrt(1 + sigma**2), t, conditioning, settings.guidance_scale)
+
+    start = noise * sqrt(1 + sigmas[0] ** 2)
+    steps = ddim(denoise, start, [*sigmas, 0.0], noise=lambda: torch.zeros_like(noise))
+    latents = [noise, *(step.x / sqrt(1 + step.sigma**2) for step in steps)]
+    points = dict(zip(times, latents, strict=False))  # the last of the latents is the end
+    return torch.stack([points[t] for t in settings.stored_timesteps], dim=1), latents[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from fewstep.finite import FiniteChecks, require_finite
 from fewstep.images import pil_of_uint8, to_numpy, to_uint8
 from fewstep.pipeline.conditioning import Conditions, prompt_inputs, with_channels
 from fewstep.pipeline.denoising import Model, model_denoiser, sampled
-from fewstep.pipeline.init_image import Canvas, drawn_latents, keeping, latent_mask, masked_channels, rows_of
+from fewstep.pipeline.init_image import Canvas, keeping, latent_mask, masked_channels, rows_of, sample_posterior
 from fewstep.pipeline.recorded import Drawn, launch_recorded
 from fewstep.pipeline.request import Job, Progress, strength_steps
 from fewstep.pipeline.result import Result
@@ -200,7 +200,7 @@ class Run:
         count, engine = len(self.job.seeds), self.model.engine
         if canvas.is_latent:
             return rows_of(canvas.image, count).to(engine.device)
-        known = drawn_latents(engine, canvas.image, count, self.noise)
+        known = sample_posterior(engine, canvas.image, count, self.noise)
         self._finite.check("the encoder", known)
         return known
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
-from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
 from fewstep.train.plan import MicroBatch, Plan, to_device
@@ -37,7 +37,7 @@ class AutoencoderTask:
     """Train, or go on training, the autoencoder of `model` (a catalogue name, a folder, a file) on pictures.
 
     The loss is the L1 distance plus `perceptual_weight` times the perceptual one, both summed over a picture's
-    numbers, plus `kl_weight` times the summed divergence of its latents from N(0, 1), plus the adversarial loss. That one
+    numbers, plus `kl_weight` times its latents' summed divergence from N(0, 1), plus the adversarial loss. That one
     weighs `discriminator_weight` times `adaptive_weight`, and is there from step `discriminator_start` on; 0 leaves
     the discriminator, with `discriminator_width` channels, out. The defaults are the published ones.
 
@@ -107,7 +107,7 @@ class Reconstruction:
         """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
         image = to_device(pictures_of(self.source, micro_batch), self.device)
         moments = self._moments(image)
-        decoded = self.model.decode(sampled_posterior(moments, micro_batch)).float()
+        decoded = self.model.decode(sample_posterior(moments, micro_batch)).float()
         terms = self._distances(decoded, image)
         loss = error = terms.pop("error")
         if not self.task.decoder_only:
@@ -184,14 +184,13 @@ class PerceptualDistance:
 
 def divergence(moments: Tensor) -> Tensor:
     """From N(0, 1), of latents with moments (B, 2C, h, w): summed over each picture's, mean over the pictures."""
-    mean, log_variance = _mean_and_log_variance(moments)
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+    return Posterior.of(moments).kl().sum((1, 2, 3)).mean()
 
 
-def sampled_posterior(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
+def sample_posterior(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
     """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
-    mean, log_variance = _mean_and_log_variance(moments)
-    return mean + (0.5 * log_variance).exp() * micro_batch.on(mean.device).randn("latents", *mean.shape[1:])
+    posterior = Posterior.of(moments)
+    return posterior.sample(micro_batch.on(moments.device).randn("latents", *posterior.mean.shape[1:]))
 
 
 def pictures_of(source: Source, micro_batch: MicroBatch) -> Tensor:
@@ -206,14 +205,14 @@ def pictures_of(source: Source, micro_batch: MicroBatch) -> Tensor:
 def latent_deviation(model: AutoencoderKL, source: Source, trainer: Trainer) -> float:
     """The standard deviation of the unscaled latents of some of the run's pictures."""
     device = next(model.parameters()).device
-    parts = [
+    micro_batches = [
         micro_batch
         for step in range(MEASURED)
         for micro_batch in trainer.plan.micro_batches(step, trainer.rank, trainer.ranks)
     ]
     latents = [
-        sampled_posterior(model.encode(pictures_of(source, micro_batch).to(device)), micro_batch).flatten()
-        for micro_batch in parts
+        sample_posterior(model.encode(pictures_of(source, micro_batch).to(device)), micro_batch).flatten()
+        for micro_batch in micro_batches
     ]
     return float(torch.cat(latents).std())
 
@@ -223,7 +222,7 @@ def reconstruction_sheet(model: AutoencoderKL, source: Source, trainer: Trainer)
     """The same pictures each time, and below them what is decoded of their latents' means."""
     micro_batch = trainer.plan.micro_batches(0, trainer.rank, trainer.ranks)[0]
     image = pictures_of(source, micro_batch)[:SHOWN].to(next(model.parameters()).device)
-    decoded = model.decode(model.encode(image).chunk(2, dim=1)[0])
+    decoded = model.decode(Posterior.of(model.encode(image)).mean)
     return contact_sheet(to_pil(torch.cat([image, decoded])), len(image))
 
 
@@ -238,14 +237,9 @@ def save_autoencoder(parts: Parts, trainer: Trainer, source: Source | None = Non
     save_parts(replace(parts, name=folder.name), folder / "model")
 
 
-def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    mean, log_variance = moments.chunk(2, dim=1)
-    return mean, log_variance.clamp(-30, 20)
-
-
 def _check(plan: Plan) -> None:
     """Raise `InputError` for what the adaptive weight, a comparison of whole gradients in mid-step, rules out."""
-    asked = {"precision=fp16": plan.precision == "fp16", "sharing=shard": plan.parallelism == "shard"}
-    for setting, present in (asked | {"compiled=true": plan.compile}).items():
+    asked = {"precision=fp16": plan.precision == "fp16", "parallelism=shard": plan.parallelism == "shard"}
+    for setting, present in (asked | {"compile=true": plan.compile}).items():
         if present:
             raise InputError(f"plan.{setting} cannot train an autoencoder; take fp32 or bf16, replicated, not compiled")

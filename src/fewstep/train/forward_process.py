@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.denoiser import Prediction, training_target, x0_from_training_output
 from fewstep.diffusion.schedule import NoiseSchedule, noise_schedule
 from fewstep.engines.engine import Conditioning
 from fewstep.models.unet import UNet
-from fewstep.train.losses import target
 from fewstep.train.plan import Precision
 
 
@@ -59,16 +58,11 @@ class ForwardProcess:
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The output that the UNet is trained towards."""
-        return target(self.prediction, x0, eps, self.alpha_bar(t))
+        return training_target(x0, eps, self.alpha_bar(t), self.prediction)
 
     def x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The clean latents that an output stands for."""
-        alpha_bar = self.alpha_bar(t)
-        if self.prediction == "sample":
-            return output
-        if self.prediction == "v_prediction":
-            return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * output
-        return (x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+        return x0_from_training_output(output, x, self.alpha_bar(t), self.prediction)
 
 
 @lru_cache(maxsize=16)

@@ -123,11 +123,12 @@ class Plan:
 
     def micro_batches(self, step: int, rank: int, ranks: int) -> list[MicroBatch]:
         """The micro-batches that `rank` of `ranks` computes in step `step`, in order."""
-        count, rest = divmod(self.batch_size, ranks * self.gradient_accumulation)
+        rows = ranks * self.gradient_accumulation
+        count, rest = divmod(self.batch_size, rows)
         if rest:
             raise InputError(
-                f"a batch of {self.batch_size} cannot be shared out over {ranks} ranks x {self.gradient_accumulation} micro-batches; "
-                f"the nearest that can are {self.batch_size - rest} and {self.batch_size - rest + ranks * self.gradient_accumulation}"
+                f"a batch of {self.batch_size} cannot be shared out over {ranks} ranks x {self.gradient_accumulation} "
+                f"micro-batches; the nearest that can are {self.batch_size - rest} and {self.batch_size - rest + rows}"
             )
         first = rank * self.gradient_accumulation * count
         return [
@@ -154,14 +155,14 @@ class MicroBatch:
     tape: Inputs | None = field(default=None, compare=False, repr=False)
 
     def on(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its random numbers and inputs on `device`; they are drawn on the CPU all the same."""
+        """The same micro-batch, its random numbers and inputs moved to `device` after they are drawn on the CPU."""
         return self if self.device == device else replace(self, device=device)
 
     def inputs(self, make: Callable[[MicroBatch], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What `make` reads and draws on the CPU for a micro-batch, on this one's device.
 
-        `make` must be a function of the micro-batch alone. A step that is replayed (`fewstep.train.replay`) calls it anew for
-        each step, and nothing else of the loss.
+        `make` must be a function of the micro-batch alone. A step that is replayed
+        (`fewstep.train.replay`) calls it anew for each step, and nothing else of the loss.
         """
         if self.tape is not None:
             return self.tape.read(self, make)

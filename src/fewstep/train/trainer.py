@@ -1,4 +1,4 @@
-"""The training loop: one for all networks, resumable after any kill."""
+"""The training loop: any number of networks, each with its objective; resumable after a kill."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ from fewstep.train.state_dicts import (
 from fewstep.train.stopping import StopSignal
 
 MAX_BAD_STEPS = 5
-"""Steps without a finite gradient that end a run; each with one makes up for one without."""
+"""Steps without a finite gradient that end a run, less those with one."""
 SCALE, LEAST_SCALE, SCALE_STEPS = 2.0**14, 2.0, 1000
 """The first and the smallest factor of an fp16 loss, and after how many good steps it doubles."""
 
 Loss = Callable[[MicroBatch], Mapping[str, Tensor]]
-"""Named scalars, means over the part; the one called "loss" is made small, the others are only written down."""
+"""Named scalars, means over the micro-batch; the one called "loss" is minimised, the others are only logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A network's turn in each step: what is trained and the loss that it is trained by.
+    """A network to train and the loss to train it by.
 
-    Parameters of `network` without `requires_grad` stay as they are. `lr_multiplier` is relative to the plan's rate, `betas` and
-    `weight_decay` are the plan's unless they are given. `kind`: of what kind a part's step is, where steps of one kind
-    may be recorded and replayed on a card: the loss then reads of the host through `MicroBatch.inputs` alone.
+    Parameters of `network` without `requires_grad` stay as they are. `lr_multiplier` times the plan's learning rate is
+    the network's; `betas` and `weight_decay` are the plan's unless they are given. `kind`: micro-batches with equal
+    kinds have the same computation, which may then be captured as a CUDA graph on a card; the loss then reads from the
+    host through `MicroBatch.inputs` alone. None: never captured.
     """
 
     network: nn.Module
@@ -59,7 +60,7 @@ class Objective:
 
 
 class TrainState:
-    """A network in training, with its optimizer and its moving average."""
+    """A network in training, with its optimizer, its moving average and its loss scale."""
 
     def __init__(self, objective: Objective, plan: Plan) -> None:
         self.objective, self.network = objective, objective.network
@@ -86,18 +87,18 @@ class TrainState:
         self.replay: Replay | None = None
 
     def gradients(self) -> list[Tensor]:
-        """Of the last backward pass."""
+        """The gradients of the last backward pass."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def forget(self) -> None:
-        """Begin a step without gradients; a recorded one writes to where they are."""
+    def zero_grad(self) -> None:
+        """Clear the gradients; a captured step writes to their memory, so there they are set to zero."""
         if self.replay is None:
             self.optimizer.zero_grad()
         elif gradients := self.gradients():
             torch._foreach_zero_(gradients)
 
     def advance(self, rate: float, *, finite: bool) -> None:
-        """Take a step with the present gradients, or leave it out where they are not finite."""
+        """Take an optimizer step with the present gradients, or skip it where they are not finite."""
         if finite:
             self.bad = max(0, self.bad - 1)
         elif self.scale <= LEAST_SCALE:
@@ -129,7 +130,7 @@ class TrainState:
         self.ema.updates, self.scale, self.good = state["numbers"]
 
     def _rescale(self, finite: bool) -> None:
-        """Keep the factor of an fp16 loss as large as its gradients stay finite."""
+        """Adapt the fp16 loss scale: halve it after a non-finite step, double it after `SCALE_STEPS` finite ones."""
         if self.scale == 1.0:
             return
         self.good = self.good + 1 if finite else 0
@@ -140,7 +141,7 @@ class TrainState:
 
 
 class Trainer:
-    """Networks in training by turns, and the clock; `run` trains, and goes on where the last run stopped.
+    """Trains networks by their objectives, one after another in each step; `run` resumes where the last run stopped.
 
     Under `torchrun` every rank has one; rank 0 writes. Everything random is a function of the plan's seed and the
     step, as long as losses draw from their `MicroBatch`: N steps are N/2, a kill and N/2 again, to the bit on a CPU.
@@ -188,7 +189,7 @@ class Trainer:
 
     @property
     def _sound(self) -> bool:
-        """Whether gradients are finite now; weights that give none are not saved."""
+        """Whether the last gradients were finite; weights that give none are not saved."""
         return all(state.bad == 0 for state in self.states.values())
 
     @property
@@ -218,7 +219,7 @@ class Trainer:
             save_checkpoint(self.plan.folder, self.step, checkpoint, keep=self.plan.keep_checkpoints)
 
     def dry_step(self) -> None:
-        """Compute a step's losses and gradients and forget them: to see what it costs."""
+        """Compute a step's losses and gradients and discard them: to measure its time and memory."""
         for state in self.states.values():
             with self._frozen_except(state):
                 for micro_batch in self.plan.micro_batches(self.step, self.rank, self.ranks):
@@ -226,22 +227,22 @@ class Trainer:
             state.optimizer.zero_grad()
 
     def advance(self) -> None:
-        """One step: each network's turn."""
+        """One step of every network, in the order of the objectives."""
         started = time.monotonic()
         torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for what does not draw from its part
         rate = self.plan.learning_rate_at(self.step, self.progress)
         numbers: dict[str, float] = {"rate": rate}
         for name, state in self.states.items():
-            terms = self._turn(state, rate)
+            terms = self._train_step(state, rate)
             numbers |= {term if len(self.states) == 1 else f"{name}.{term}": value for term, value in terms.items()}
         self.step += 1
         self.clock = self.elapsed + time.monotonic() - started
         self.metrics.write(self.step, self.elapsed, numbers)
         if self.sample is not None and self.plan.sample_steps and self.step % self.plan.sample_steps == 0:
-            self._draw(self.sample)
+            self._save_sample(self.sample)
 
-    def _draw(self, sample: Callable[[Trainer], Image.Image]) -> None:
-        """Keep a sheet of what the averaged networks draw."""
+    def _save_sample(self, sample: Callable[[Trainer], Image.Image]) -> None:
+        """Save a sheet of samples of the averaged networks as `sample-<step>.png`."""
         with ExitStack() as stack:
             for state in self.states.values():
                 stack.enter_context(state.ema.in_place())
@@ -251,11 +252,11 @@ class Trainer:
             with partial_path(self.plan.folder / f"sample-{self.step:08d}.png") as partial:
                 sheet.save(partial, format="PNG")
 
-    def _turn(self, state: TrainState, rate: float) -> dict[str, float]:
-        """One network's part of a step, all others frozen; what its loss said."""
-        state.forget()
+    def _train_step(self, state: TrainState, rate: float) -> dict[str, float]:
+        """One network's step, all others frozen; the means of its loss terms where this step is logged."""
+        state.zero_grad()
         with self._frozen_except(state):
-            said = [
+            losses = [
                 self._computed(state, micro_batch)
                 for micro_batch in self.plan.micro_batches(self.step, self.rank, self.ranks)
             ]
@@ -264,18 +265,18 @@ class Trainer:
         self.metrics.skipped += not finite
         state.advance(rate, finite=finite)
         if state.bad >= MAX_BAD_STEPS:
-            loss = float(said[0]["loss"])
+            loss = float(losses[0]["loss"])
             raise NotFiniteError(
                 f"step {self.step + 1}: the loss is {loss:.4g} and the norm of its gradients {float(norm):.4g}; of the "
                 f"last steps {MAX_BAD_STEPS} more had no finite gradient than had one: {self._advice()}"
             )
         if not self.metrics.wants(self.step + 1):
             return {}
-        means = {term: sum(float(terms[term]) for terms in said) / len(said) for term in said[0]}
+        means = {term: sum(float(terms[term]) for terms in losses) / len(losses) for term in losses[0]}
         return means | {"norm": float(norm)}
 
     def _replay(self, state: TrainState) -> Replay | None:
-        """What records a network's steps: on a card, where nothing in them changes but what its loss says."""
+        """The CUDA graphs of a network's steps; None where its plan, objective or device does not allow them."""
         plan, kind = self.plan, state.objective.kind
         steady = plan.precision != "fp16" and plan.parallelism == "replicate"
         steady = steady and not plan.compile and not plan.activation_checkpointing
@@ -284,13 +285,13 @@ class Trainer:
         return Replay(lambda micro_batch: self._backward(state, micro_batch), kind, state.device)
 
     def _computed(self, state: TrainState, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
-        """The loss of a part, its gradients added to those there are; recorded before, or computed."""
+        """The loss terms of a micro-batch, replayed or computed; its gradients are added."""
         return (
             self._backward(state, micro_batch) if state.replay is None else state.replay(micro_batch, state.gradients)
         )
 
     def _backward(self, state: TrainState, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """The loss of a part, its gradients added to those there are."""
+        """The loss terms of a micro-batch; its gradients are added to those there are."""
         with computing_in(self.plan.precision, state.device):
             terms = state.objective.loss(micro_batch)
         if "loss" not in terms:
@@ -299,7 +300,7 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}
 
     def _sync_and_clip(self, state: TrainState) -> Tensor:
-        """Average gradients and clock over the ranks, undo the loss's factor and clip; the norm before that."""
+        """Average gradients and clock over the ranks, undo the loss scale and clip; the norm before clipping."""
         gradients = state.gradients()
         whole = gradients if self.plan.parallelism == "replicate" else []  # FSDP has averaged its own
         self.elapsed, stop = average(whole, (self.clock, float(self._stop.requested)))
@@ -313,12 +314,15 @@ class Trainer:
         return _Frozen([p for other in self.states.values() if other is not state for p in other.parameters])
 
     def _advice(self) -> str:
-        """What to do where training has run away."""
+        """What to change after divergence, and which checkpoint remains."""
         plan, fp16 = self.plan, "; fp16 may be too coarse: try plan.precision=bf16" * (self.plan.precision == "fp16")
-        kept = "no checkpoint was written"
+        checkpoint = "no checkpoint was written"
         if self.saved is not None:
-            kept = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
-        return f"lower plan.learning_rate (now {plan.learning_rate:g}) or plan.max_grad_norm (now {plan.max_grad_norm:g}), or raise plan.warmup_steps{fp16}; {kept}"
+            checkpoint = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
+        return (
+            f"lower plan.learning_rate (now {plan.learning_rate:g}) or "
+            f"plan.max_grad_norm (now {plan.max_grad_norm:g}), or raise plan.warmup_steps{fp16}; {checkpoint}"
+        )
 
     def _restore(self) -> None:
         checkpoint = load_checkpoint(self.plan.folder)
@@ -331,12 +335,12 @@ class Trainer:
 
 
 def _adamw_kernels(device: torch.device, plan: Plan) -> dict[str, bool]:
-    """How AdamW computes: all in one kernel on a card, where the weights are whole."""
+    """AdamW's implementation: fused on a card where the weights are replicated, else by lists of tensors."""
     return {"fused": True} if device.type == "cuda" and plan.parallelism == "replicate" else {"foreach": True}
 
 
 class _Frozen:
-    """Parameters that gradients pass by, until the context ends."""
+    """A context in which `parameters` do not require gradients."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters

@@ -111,7 +111,7 @@ def test_the_last_time_step_starts_from_noise_alone_and_the_others_from_real_lat
         settings = AddSettings(timesteps=timesteps, timestep_probs=(1.0,) * len(timesteps))
         add = distillation(settings)
         real = real_batch(MICRO_BATCH)
-        drawn = [add.drawn(clean, MICRO_BATCH) for clean in (real, real._replace(x0=real.x0 + 1))]
+        drawn = [add.generated(clean, MICRO_BATCH) for clean in (real, real._replace(x0=real.x0 + 1))]
         assert torch.equal(*drawn) is not leaks
 
 
@@ -120,7 +120,7 @@ def test_an_anchored_student_draws_from_the_noise_of_its_teachers_walk_and_is_he
     clean = walked_batch(MICRO_BATCH)
     assert clean.trajectories is not None
     other = clean._replace(trajectories=clean.trajectories._replace(points=clean.trajectories.points + 1))
-    changed = (add.drawn(clean, MICRO_BATCH) != add.drawn(other, MICRO_BATCH)).flatten(1).any(1)
+    changed = (add.generated(clean, MICRO_BATCH) != add.generated(other, MICRO_BATCH)).flatten(1).any(1)
     assert changed.sum() == 4, "half of the batch begins with noise alone"
     there = torch.where(changed[:, None, None, None], clean.trajectories.end, torch.full_like(clean.x0, 9.0))
     assert add.regression_loss(there, clean, MICRO_BATCH) == 0
@@ -133,12 +133,16 @@ def test_a_walked_student_starts_from_the_points_of_its_time_steps_and_all_rows_
     )
     clean = walked_batch(MICRO_BATCH)
     assert clean.trajectories is not None
-    drawn = add.drawn(clean, MICRO_BATCH)
-    assert torch.equal(drawn, add.drawn(clean._replace(x0=clean.x0 + 1), MICRO_BATCH)), "nothing of the real latents"
+    drawn = add.generated(clean, MICRO_BATCH)
+    assert torch.equal(drawn, add.generated(clean._replace(x0=clean.x0 + 1), MICRO_BATCH)), (
+        "nothing of the real latents"
+    )
     points = clean.trajectories.points.clone()
     points[:, 0] += 1
     to_device = clean._replace(trajectories=clean.trajectories._replace(points=points))
-    assert (drawn != add.drawn(to_device, MICRO_BATCH)).flatten(1).any(1).sum() == 4, "half of the batch starts at 249"
+    assert (drawn != add.generated(to_device, MICRO_BATCH)).flatten(1).any(1).sum() == 4, (
+        "half of the batch starts at 249"
+    )
     assert add.regression_loss(clean.trajectories.end + 1, clean, MICRO_BATCH) == pytest.approx(1)
 
 
@@ -208,6 +212,6 @@ def test_a_student_learns_to_draw_in_one_step_what_its_teacher_means(tmp_path: P
     wanted = torch.tensor([1.0, -1.0, 0.5, 0.0])[:, None, None].expand(8, 4, 8, 8)
     add.process = add.teacher.process = ForwardProcess(prediction="sample")
     add.teacher.unet.forward = lambda x, t, *conditioning: wanted  # type: ignore[method-assign]
-    before = (add.drawn(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean()
+    before = (add.generated(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean()
     Trainer(add.objectives(), Plan(folder=tmp_path, learning_rate=2e-3, steps=25, warmup_steps=5, batch_size=8)).run()
-    assert (add.drawn(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean() < 0.5 * before
+    assert (add.generated(real_batch(MICRO_BATCH), MICRO_BATCH) - wanted).square().mean() < 0.5 * before

@@ -117,11 +117,11 @@ def test_the_judge_knows_the_real_picture_only_where_the_student_saw_something_o
     add = distillation(AddSettings(timesteps=(499, 999), timestep_probs=(0.5, 0.5)))
     clean = real_batch(MICRO_BATCH)
     real = clean.x0
-    known = add.known(add.features.view(real), MICRO_BATCH)
+    known = add.real_embeddings(add.features.view(real), MICRO_BATCH)
     blind = known.abs().sum(1) == 0
     assert blind.sum() == 4
     torch.testing.assert_close(known[~blind], add.features.embedded(add.features.view(real))[~blind])
-    drawn = [add.drawn(one, MICRO_BATCH) for one in (clean, clean._replace(x0=clean.x0 + 1))]
+    drawn = [add.generated(one, MICRO_BATCH) for one in (clean, clean._replace(x0=clean.x0 + 1))]
     assert torch.equal((drawn[0] == drawn[1]).all(dim=(1, 2, 3)), blind), "blind is who began from noise alone"
 
 

@@ -16,7 +16,7 @@ from fewstep.errors import CheckpointError, InputError, MissingExtraError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.train.autoencoder import AutoencoderTask, PerceptualDistance, Reconstruction, divergence, sampled_posterior
+from fewstep.train.autoencoder import AutoencoderTask, PerceptualDistance, Reconstruction, divergence, sample_posterior
 from fewstep.train.datasets import CaptionedBatch
 from fewstep.train.overrides import overridden
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
@@ -212,7 +212,7 @@ def test_latents_and_their_divergence() -> None:
     assert divergence(torch.zeros(2, 8, 3, 3)) == 0
     mean, log_variance = (torch.full((1, 4, 32, 32), value) for value in (2.0, 2 * math.log(0.5)))
     moments = torch.cat([mean, log_variance], 1)
-    latents = sampled_posterior(moments, micro_batch_of(1, whole=1))
+    latents = sample_posterior(moments, micro_batch_of(1, whole=1))
     assert latents.mean() == pytest.approx(2.0, abs=0.05)
     assert latents.std() == pytest.approx(0.5, abs=0.05)
     normal = torch.distributions.Normal(2.0, 0.5)
@@ -239,7 +239,7 @@ def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_
     pictures = Halves().batch(micro_batch_of(16, step=77, whole=16)).pictures
     assert pictures is not None
     with torch.no_grad():
-        latents = sampled_posterior(trained.encode(pictures), micro_batch_of(16, whole=16))
+        latents = sample_posterior(trained.encode(pictures), micro_batch_of(16, whole=16))
         assert (trained.decode(latents) - pictures).abs().mean() < 0.75 * before
     assert (trained.config.scaling_factor * latents).std().item() == pytest.approx(1, abs=0.2)
     assert (out / "sample-00000040.png").is_file()

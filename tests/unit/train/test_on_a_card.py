@@ -248,8 +248,8 @@ def stepped(folder: Path, *, replayed: bool, **options: object) -> Trainer:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_steps_are_the_computed_ones(accumulate: int, tmp_path: Path) -> None:
-    plain = stepped(tmp_path / "plain", cuda_graphs=False, gradient_accumulation=accumulate)
-    again = stepped(tmp_path / "again", cuda_graphs=True, gradient_accumulation=accumulate)
+    plain = stepped(tmp_path / "plain", replayed=False, gradient_accumulation=accumulate)
+    again = stepped(tmp_path / "again", replayed=True, gradient_accumulation=accumulate)
     for ours, theirs in zip(plain.states["model"].parameters, again.states["model"].parameters, strict=True):
         assert torch.equal(ours, theirs)
     assert (tmp_path / "plain" / "log.jsonl").read_text().count("\n") == 6

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.diffusion.denoiser import training_target, x0_from_training_output
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
-from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
 from fewstep.nn.attention import attended
@@ -30,9 +31,7 @@ from fewstep.train.forward_process import ForwardProcess, predicted
 from fewstep.train.losses import (
     AutoencoderLoss,
     min_snr_weight,
-    sampled_latents,
     stratified_timesteps,
-    target,
 )
 from fewstep.train.normalize_latents import normalize_latents
 from fewstep.train.plan import MicroBatch, Plan
@@ -309,10 +308,13 @@ def test_ema_warms_up_then_decays() -> None:
 def test_velocity_target_and_x0_agree() -> None:
     x0, eps, alpha_bar = torch.randn(4), torch.randn(4), torch.tensor([0.9, 0.5, 0.1, 0.01])
     x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-    v = target("v_prediction", x0, eps, alpha_bar)
+    v = training_target(x0, eps, alpha_bar, "v_prediction")
     torch.testing.assert_close(alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v, x0)
-    assert target("epsilon", x0, eps, alpha_bar) is eps
-    assert target("sample", x0, eps, alpha_bar) is x0
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        output = training_target(x0, eps, alpha_bar, prediction)  # type: ignore[arg-type]
+        torch.testing.assert_close(x0_from_training_output(output, x, alpha_bar, prediction), x0)  # type: ignore[arg-type]
+    assert training_target(x0, eps, alpha_bar, "epsilon") is eps
+    assert training_target(x0, eps, alpha_bar, "sample") is x0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -344,7 +346,8 @@ def test_autoencoder_loss_is_zero_for_a_perfect_picture_and_weighs_colour() -> N
 
 def test_sampled_latents_have_the_moments() -> None:
     moments = torch.cat([torch.full((1, 4, 64, 64), 2.0), torch.full((1, 4, 64, 64), 2 * math.log(0.5))], 1)
-    latents = sampled_latents(moments)
+    posterior = Posterior.of(moments)
+    latents = posterior.sample(torch.randn_like(posterior.mean))
     assert latents.mean() == pytest.approx(2.0, abs=0.02)
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
