@@ -1,4 +1,4 @@
-"""Telling drawn latents from real ones by a frozen network's features: the other side of adversarial distillation."""
+"""The discriminator of adversarial distillation: heads on a frozen network's features, and its losses."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ HEAD_WIDTH = 64
 
 
 class DiscriminatorInput(NamedTuple):
-    """What a feature network makes of its view: maps (B, C_k, h_k, w_k), and a condition (B, D) to judge them by."""
+    """Feature maps (B, C_k, h_k, w_k) and the condition (B, D) that the heads judge them by."""
 
     maps: list[Tensor]
     condition: Tensor
 
 
 class FeatureExtractor(Protocol):
-    """A frozen network; gradients pass through it to the latents.
+    """A frozen feature network; gradients pass through it to the latents.
 
-    `channels` of its maps; `condition` and `embedding`: the widths of what it says of words and of a view as a whole.
+    `channels`: of its maps. `condition`: width of the text condition. `embedding`: width of a view's embedding.
     """
 
     channels: tuple[int, ...]
@@ -37,19 +37,19 @@ class FeatureExtractor(Protocol):
     embedding: int
 
     def view(self, latents: Tensor) -> Tensor:
-        """What it looks at of clean latents (B, 4, h, w): themselves, or the pictures that they mean."""
+        """The network's input for clean latents (B, 4, h, w): the latents themselves, or the decoded pictures."""
 
     def embedded(self, view: Tensor) -> Tensor:
-        """What is in a view, (B, embedding)."""
+        """Embeddings (B, embedding) of a view."""
 
     def __call__(
         self, view: Tensor, conditioning: Conditioning, micro_batch: MicroBatch, purpose: str
     ) -> DiscriminatorInput:
-        """The maps of a view, and the words to judge it by; what is random about them is drawn from `part`."""
+        """The maps of a view and the text condition; random numbers come from `micro_batch` under `purpose`."""
 
 
 class NoisyLatentFeatures:
-    """Features of the way down and the middle of a frozen UNet, on latents with noise added to them.
+    """Features of the down blocks and the mid block of a frozen UNet, on latents with noise added.
 
     As in latent adversarial distillation (arXiv:2403.12015): no decoding, the text is in the features by cross-
     attention, and the noise level chooses between texture (low) and layout (high). t is uniform in `levels`.
@@ -83,16 +83,16 @@ class NoisyLatentFeatures:
 
 
 def encoder_maps(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
-    """The outputs of the transformers of a UNet's way down and of its middle, for x (B, C, h, w) and t (B,)."""
+    """The outputs of the transformers in a UNet's down blocks and of its mid block, for x (B, C, h, w) and t (B,)."""
     emb = unet.embedding(t, x.dtype, conditioning.pooled, conditioning.sizes)
     x = unet.conv_in(x)
     maps: list[Tensor] = []
     for block in unet.down_blocks:
         skips: list[Tensor] = []
         x = block(x, emb, conditioning.context, skips)
-        attended = block.attentions
-        assert isinstance(attended, nn.ModuleList)
-        maps += skips[: len(attended)]
+        attentions = block.attentions
+        assert isinstance(attentions, nn.ModuleList)
+        maps += skips[: len(attentions)]
     return [*maps, unet.mid_block(x, emb, conditioning.context)]
 
 
@@ -120,8 +120,8 @@ class Head(nn.Module):
     def _logits(self, maps: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.first(self.norm(maps)), 0.2)
         h = h + F.leaky_relu(self.second(h), 0.2)
-        asked = self.project(condition)[:, :, None, None]
-        logits: Tensor = self.out(h)[:, 0] + (h * asked).sum(1) / sqrt(h.shape[1])
+        projected = self.project(condition)[:, :, None, None]
+        logits: Tensor = self.out(h)[:, 0] + (h * projected).sum(1) / sqrt(h.shape[1])
         return logits
 
 
@@ -142,7 +142,7 @@ def generator_loss(logits: Sequence[Tensor]) -> Tensor:
 
 
 def hinge(logits: Sequence[Tensor], sign: float) -> Tensor:
-    """The discriminator's loss: 0 where `sign` times the logit is at least 1; sign 1 for real latents, -1 for drawn."""
+    """The discriminator's loss: 0 where `sign` times the logit is at least 1; 1 for real latents, -1 for generated."""
     return torch.stack([F.relu(1 - sign * logit).mean() for logit in logits]).mean()
 
 

@@ -24,8 +24,8 @@ LARGEST_SIDE = 224
 """Pixels of the pictures that a DINOv2 sees; the published ones were trained at 224 before they were at 518."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of DINOv2's training pictures, from 0 to 1."""
-MOVED, CUT = 1 / 8, 1 / 2
-"""How far augmented pictures are moved, and how large a square of them is blank, as shares of their side."""
+TRANSLATION, CUTOUT = 1 / 8, 1 / 2
+"""The largest translation of augmented pictures and the side of their cutout, as shares of the picture's side."""
 
 
 class PixelNetwork(Protocol):
@@ -39,15 +39,14 @@ class PixelNetwork(Protocol):
         """Feature maps (B, channels[k], h_k, w_k)."""
 
     def embedded(self, pictures: Tensor) -> Tensor:
-        """What is in the pictures, (B, embedding)."""
+        """Embeddings (B, embedding) of pictures."""
 
 
 class PixelFeatures:
-    """Features of the pictures that a frozen autoencoder makes of latents.
+    """Features of the pictures that a frozen autoencoder decodes from latents.
 
-    Oblong pictures are squeezed into the network's square. `words`: the width of the text states, whose mean the heads
-    are told. `augment`: move pictures and blank out a square of each (arXiv:2006.10738) before the network sees them,
-    which is not published for this use.
+    Oblong pictures are resized to the network's square. `words`: width of the text states, whose mean is the heads'
+    condition. `augment`: translation and cutout (arXiv:2006.10738) before the network, not published for this use.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, network: PixelNetwork, *, words: int, augment: bool = False) -> None:
@@ -82,19 +81,19 @@ class PixelFeatures:
 
 
 def translate_and_cutout(pictures: Tensor, micro_batch: MicroBatch, purpose: str) -> Tensor:
-    """Square pictures moved by up to an eighth of their side, then without a square of half their side.
+    """Square pictures translated by up to an eighth of their side, then with a square of half their side cut out.
 
     Grey, 0, is what comes in and what the square is filled with; gradients pass to all else.
     """
     side, micro_batch = pictures.shape[-1], micro_batch.on(CPU)
-    reach = int(side * MOVED)
+    reach = int(side * TRANSLATION)
     corners = (micro_batch.rand(f"{purpose} moved", 2) * (2 * reach + 1)).long().tolist()
     wide = F.pad(pictures, [reach] * 4)
-    to_device = torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(wide, corners, strict=True)])
+    translated = torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(wide, corners, strict=True)])
     centres = side * micro_batch.rand(f"{purpose} cut", 2)[:, :, None]
-    rows, columns = ((torch.arange(side) - centres).abs() < side * CUT / 2).unbind(1)
-    kept = ~(rows[:, :, None] & columns[:, None, :])
-    return to_device * kept[:, None].to(to_device.device)
+    rows, columns = ((torch.arange(side) - centres).abs() < side * CUTOUT / 2).unbind(1)
+    mask = ~(rows[:, :, None] & columns[:, None, :])
+    return translated * mask[:, None].to(translated.device)
 
 
 def pixel_network(what: str | Path, device: torch.device) -> PixelNetwork:

@@ -1,4 +1,4 @@
-"""A student of one residual block per level, begun with its teacher's layers and taught by its outputs and features."""
+"""Pruned students: one residual block per level, copied from the teacher, distilled from its outputs and features."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _SECOND_ON_THE_WAY_UP = re.compile(r"up_blocks\.(\d+)\.(resnets|attentions)\.1\.
 
 @dataclass(frozen=True, kw_only=True)
 class WeightCopyReport:
-    """What a student has from its teacher; `str` of it is a report of one line.
+    """Which weights a student copied from its teacher; `str` of it is a report of one line.
 
-    `copied`: each of the student's tensors with the teacher's that it is a copy of. `dropped`: the teacher's tensors
+    `copied`: student's tensor name -> the teacher's that it is a copy of. `dropped`: the teacher's tensors
     without a place in the student. The parameters are those of all these tensors together.
     """
 
@@ -91,8 +91,8 @@ def pruned_student(teacher: UNet) -> tuple[UNet, WeightCopyReport]:
         shapes = tuple(ours[name].shape), tuple(theirs[source].shape)
         assert shapes[0] == shapes[1], f"{name} is {shapes[0]}, but the teacher's {source} {shapes[1]}"
     student.load_state_dict({name: theirs[source].clone() for name, source in copied.items()}, assign=True)
-    kept = set(copied.values())
-    dropped = tuple(name for name in theirs if name not in kept)
+    used = set(copied.values())
+    dropped = tuple(name for name in theirs if name not in used)
     return student, WeightCopyReport(
         copied=copied,
         dropped=dropped,
@@ -168,10 +168,11 @@ def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 @refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class PrunedStudentTask:
-    """Train a student of the small shape on what its teacher `model` puts out, and on the data.
+    """Train a pruned student of the teacher `model` on the teacher's outputs and on the data.
 
-    `student`: a model to go on from; without one it begins with the teacher's layers. `own`: weight of the training's
-    own loss; `output` and `features`: of the teacher's output and blocks (arXiv:2305.15798 has 1 for all three).
+    `student`: a model to go on from; without one it begins with the teacher's layers. `denoising_weight`:
+    of the loss on the data; `output_weight` and `feature_weight`: of the squared errors to the teacher's outputs and
+    block features (arXiv:2305.15798 has 1 for all three).
     """
 
     model: str | Path
@@ -189,29 +190,29 @@ class PrunedStudentTask:
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:
-            student, inherited = pruned_student(parts.unet)
+            student, report = pruned_student(parts.unet)
         else:
-            inherited = None
+            report = None
             student = load_parts(self.student, dtype=torch.float32, device=device).unet
         student.train().requires_grad_(True)
         norms_in_half(parts.unet, plan.precision)
-        source, small = Prefetcher(self.data), replace(parts, unet=student)
+        source, pruned = Prefetcher(self.data), replace(parts, unet=student)
         noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout)
         return StageSetup(
             objectives={
                 "model": Objective(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)
             },
-            finish=lambda trainer: self._keep(small, trainer, student, inherited),
-            sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
+            finish=lambda trainer: self._save(pruned, trainer, student, report),
+            sample=(lambda trainer: sample_sheet(pruned, self.sample_prompts)) if self.sample_prompts else None,
             waited_seconds=lambda: source.waited_seconds,
         )
 
-    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: WeightCopyReport | None) -> None:
-        """Write the student, and which of its weights were the teacher's."""
-        save_result(small, trainer, student)
-        if inherited is not None and trainer.rank == 0:
+    def _save(self, pruned: Parts, trainer: Trainer, student: UNet, report: WeightCopyReport | None) -> None:
+        """Write the student, and in `inherited.txt` which weights it copied from the teacher."""
+        save_result(pruned, trainer, student)
+        if report is not None and trainer.rank == 0:
             with atomic_write(trainer.plan.folder / "inherited.txt") as file:
-                file.write(f"{inherited}\n".encode())
+                file.write(f"{report}\n".encode())
 
     def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
         def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A teacher's whole walks from noise to latents, kept on the disk, and a student that takes them in one step."""
+"""A teacher's sampling trajectories, stored on the disk, and a student trained to reach their ends in one step."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ CAPTIONS = "captions"
 @refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class TrajectorySettings:
-    """How the teacher walks: `steps` of DDIM, evenly from the last time step, at `guidance`; `count` walks in all.
+    """How `count` trajectories are sampled: `steps` of DDIM, evenly from the last time step, at `guidance_scale`.
 
-    `kept`: the time steps whose latents are kept, the student's; each must be one that the walk comes by. `batch` of
-    them are made at a time, which divides the 256 of a file.
+    `stored_timesteps`: the student's time steps, whose latents are stored; each must be one of the trajectory's.
+    `batch_size`: trajectories sampled at a time, a divisor of the 256 of a file.
     """
 
     count: int = 8192
@@ -52,16 +52,16 @@ class TrajectorySettings:
     stored_timesteps: tuple[int, ...] = (249, 499, 749, 999)
 
     def times(self, train_steps: int) -> list[int]:
-        """The walk's time steps, falling. Raises InputError where it does not come by those that are kept."""
+        """The trajectory's time steps, falling. Raises `InputError` where a stored one is not among them."""
         times = [train_steps * (self.steps - i) // self.steps - 1 for i in range(self.steps)]
         if missed := [t for t in self.stored_timesteps if t not in times]:
-            raise InputError(f"a walk of {self.steps} steps does not come by {missed}; it comes by {times}")
+            raise InputError(f"a trajectory of {self.steps} steps does not come by {missed}; it comes by {times}")
         return times
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryDataset:
-    """The walks kept in `folder`, as a source: captions, real latents, and what the teacher made of the captions."""
+    """The trajectories stored in `folder`, as a source: captions, real latents, and the teacher's latents for them."""
 
     folder: Path
 
@@ -80,11 +80,11 @@ class TrajectoryDataset:
 @refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class RegressionTask:
-    """Teach a student to be in one step, from each point of its teacher's walks, where the walk ended.
+    """Train a student to predict in one step, from each stored point of its teacher's trajectories, their ends.
 
-    That keeps a picture for each noise, as many as the teacher has, but blurs what one step cannot tell
-    (arXiv:2101.02388; a first stage for adversarial distillation). The walks are made first where they are not in
-    `walks` yet, from the captions of `data`, each rank its share.
+    That keeps the teacher's diversity, one picture for each noise, but blurs what one step cannot predict
+    (arXiv:2101.02388; a first stage for adversarial distillation). The trajectories are sampled first where they are
+    not in the folder `trajectories` yet, from the captions of `data`, each rank its share.
     """
 
     model: str | Path
@@ -98,10 +98,10 @@ class RegressionTask:
         """See `fewstep.train.stages.Task`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         norms_in_half(parts.unet, plan.precision)
-        making = NoisyLatents(parts, self.data, caption_dropout=0.0)
-        empty = conditioning_of(parts, making.engine, CaptionedBatch(captions=[""]))
-        teacher = Teacher(parts.unet, making.process, empty)
-        writer = TrajectoryWriter(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
+        sampling = NoisyLatents(parts, self.data, caption_dropout=0.0)
+        empty = conditioning_of(parts, sampling.engine, CaptionedBatch(captions=[""]))
+        teacher = Teacher(parts.unet, sampling.process, empty)
+        writer = TrajectoryWriter(teacher=teacher, latents=sampling, settings=self.settings, precision=plan.precision)
         source, student = (
             Prefetcher(TrajectoryDataset(folder=self.trajectories)),
             parts.unet.train().requires_grad_(True),
@@ -151,15 +151,15 @@ def teacher_trajectory(
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryWriter:
-    """Makes the walks: each a function of its chunk's number and its place in it."""
+    """Samples trajectories into files: each is a function of its chunk's number and its place in it."""
 
     teacher: Teacher
-    batch: NoisyLatents
+    latents: NoisyLatents
     settings: TrajectorySettings
     precision: Precision = "fp32"
 
     def write(self, folder: Path) -> None:
-        """Keep all walks in chunks; each rank makes its share, and those that are there stay."""
+        """Write all trajectories in chunks; each rank samples its share, and files that are there stay."""
         folder.mkdir(parents=True, exist_ok=True)
         rank, ranks = init_ranks()
         for number in range(rank, -(-self.settings.count // CHUNK), ranks):
@@ -173,12 +173,12 @@ class TrajectoryWriter:
         count = self.settings.batch_size
         for step in range(CHUNK // count):
             micro_batch = MicroBatch(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
-            clean, micro_batch = self.batch.clean(micro_batch), micro_batch.on(self.batch.engine.device)
+            clean, micro_batch = self.latents.clean(micro_batch), micro_batch.on(self.latents.engine.device)
             noise = micro_batch.randn("walk", *clean.x0.shape[1:])
             with computing_in(self.precision, noise.device):
                 points, end = teacher_trajectory(self.teacher, noise, clean.conditioning, self.settings)
             rows.append({"latents": clean.x0, "points": points, "end": end})
-            captions += self.batch.source.batch(micro_batch.on(CPU)).captions
+            captions += self.latents.source.batch(micro_batch.on(CPU)).captions
         tensors = {name: torch.cat([row[name] for row in rows]).half().cpu().contiguous() for name in rows[0]}
         with atomic_write(path) as file:
             file.write(save(tensors, metadata={CAPTIONS: json.dumps(captions)}))
@@ -193,5 +193,5 @@ def _read(folder: Path) -> tuple[Sequence[str], dict[str, Tensor]]:
             captions += json.loads(file.metadata()[CAPTIONS])
             chunks.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     if not chunks:
-        raise InputError(f"{folder} holds no walks; a WalkTask writes them")
+        raise InputError(f"{folder} holds no trajectories; a RegressionTask writes them")
     return captions, {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

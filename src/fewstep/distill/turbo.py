@@ -1,4 +1,4 @@
-"""Adversarial diffusion distillation as a training task: from a model to its turbo edition."""
+"""Adversarial diffusion distillation as a training task: from a model to its few-step student."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fewstep.weights.parts import Parts
 @refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class TurboTask:
-    """Distil `model` into a student that draws in one to four steps without guidance.
+    """Distil `model` into a student that samples in one to four steps without guidance.
 
-    `student`: a model to begin from instead of the teacher itself. `features`: what the discriminator tells drawn from
-    real by: "teacher" is the teacher's own features of noisy latents (arXiv:2403.12015); the folder of a DINOv2, as
-    published, or "block-clip", our own network for block pictures, are features of decoded pictures, and the distance
-    to the teacher is then one of pictures too. `augment` moves and cuts pictures before the discriminator sees them.
-    `discriminator_lr_multiplier` is relative to the plan's.
+    `student`: a model to begin from instead of the teacher itself. `features`: what the
+    discriminator reads. "teacher": the teacher's own features of noisy latents (arXiv:2403.12015). The folder of a
+    DINOv2, as published, or "block-clip", our own network for block pictures: features of decoded pictures, and the
+    distillation loss is then one of pictures too. `augment`: translation and cutout before the discriminator.
+    `discriminator_lr_multiplier` is relative to the plan's learning rate.
     """
 
     model: str | Path

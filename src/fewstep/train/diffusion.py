@@ -33,9 +33,9 @@ from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 
 AESTHETIC = 6.0
-"""The score that SDXL's refiner is told of every picture."""
+"""The aesthetic score in the size conditioning of SDXL's refiner."""
 LARGE = 100_000_000
-"""Parameters of a UNet whose kernels are long enough for the host to keep up."""
+"""Parameters of a UNet whose kernels take longer than their launch, so that CUDA graphs save nothing."""
 Weighting = Literal["uniform", "min_snr"]
 
 
@@ -93,7 +93,7 @@ def trained_network(parts: Parts, task: DiffusionTask) -> nn.Module:
 
 
 class NoisyBatch(NamedTuple):
-    """Latents x (B, 4, h, w) at steps t (B,), what the UNet is told of them and what it should put out."""
+    """Noised latents x (B, 4, h, w) at steps t (B,), their conditioning and the target of the UNet's output."""
 
     x: Tensor
     t: Tensor
@@ -102,7 +102,7 @@ class NoisyBatch(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """Latents x0 (B, 4, h, w) without noise, what the UNet is told of them, and what their source knew besides."""
+    """Clean latents x0 (B, 4, h, w), their conditioning, and the teacher's trajectories where the source has them."""
 
     x0: Tensor
     conditioning: Conditioning
@@ -110,7 +110,7 @@ class LatentBatch(NamedTuple):
 
 
 class NoisyLatents:
-    """Makes the UNet's inputs and targets of a part: encodes, leaves captions out, adds noise."""
+    """The UNet's inputs and targets of a micro-batch: encodes pictures and captions, drops captions, adds noise."""
 
     def __init__(self, parts: Parts, source: Source, *, caption_dropout: float, offset_noise: float = 0.0) -> None:
         self.parts, self.source = parts, source
@@ -127,29 +127,29 @@ class NoisyLatents:
         return NoisyBatch(self.process.noised(x0, eps, t), t, conditioning, self.process.target(x0, eps, t))
 
     def clean(self, micro_batch: MicroBatch, *, train_text: bool = False) -> LatentBatch:
-        """The part's latents without noise, and what is told of them."""
+        """The micro-batch's clean latents and their conditioning."""
         micro_batch = micro_batch.on(self.engine.device)
         read = micro_batch.inputs(self._read)
         trajectories = TrajectoryBatch(points=read["points"], end=read["end"]) if "end" in read else None
-        words = TokenizedConditioning.of(read)
-        conditioning = encoded_conditioning(self.parts, self.engine, words, grad=train_text)
+        tokens = TokenizedConditioning.of(read)
+        conditioning = encoded_conditioning(self.parts, self.engine, tokens, grad=train_text)
         return LatentBatch(self._latents(read, micro_batch), conditioning, trajectories)
 
     @property
     def kind(self) -> Callable[[MicroBatch], Hashable] | None:
-        """See `Objective.kind`: steps are alike; of large networks, which keep a card busy anyway, none is recorded."""
+        """See `Objective.kind`: one for all; None, so that nothing is captured, above 100 M parameters."""
         large = sum(parameter.numel() for parameter in self.parts.unet.parameters()) > LARGE
         return None if large else lambda micro_batch: None
 
     def _read(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """What the source gives, tokens of captions for captions, some of them left out."""
+        """The source's tensors, and tokens of its captions, a share of them dropped."""
         batch = self.source.batch(micro_batch)
-        gone = (micro_batch.rand("drop") < self.caption_dropout).tolist()
-        said = ["" if drop else caption for drop, caption in zip(gone, batch.captions, strict=True)]
-        found = tokenized_conditioning(self.parts, replace(batch, captions=said)).tensors()
-        kept = {"latents": batch.latents, "pictures": batch.pictures}
+        dropped = (micro_batch.rand("drop") < self.caption_dropout).tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        tokens = tokenized_conditioning(self.parts, replace(batch, captions=captions)).tensors()
+        optional = {"latents": batch.latents, "pictures": batch.pictures}
         trajectories = {} if batch.trajectories is None else batch.trajectories._asdict()
-        return found | trajectories | {name: value for name, value in kept.items() if value is not None}
+        return tokens | trajectories | {name: value for name, value in optional.items() if value is not None}
 
     @torch.no_grad()
     def _latents(self, read: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
@@ -167,7 +167,7 @@ class NoisyLatents:
 
 
 def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
-    """The weighted squared error of the UNet's output, mean over the part."""
+    """The weighted squared error of the UNet's output, mean over the micro-batch."""
 
     def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         x, t, conditioning, target = noisy(micro_batch, train_text=task.train_text)
@@ -182,57 +182,58 @@ def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Lo
 
 
 class TokenizedConditioning(NamedTuple):
-    """What a UNet is to be told, before its text towers have read it: on the CPU, or where they are.
+    """A UNet's conditioning before the text towers: token ids and sizes, on the CPU or the towers' device.
 
-    `ids`: of each tower (B, 1, window). `said` (B,) bool: where there is a caption, if that matters. `sizes`: SDXL's.
+    `ids`: of each tower (B, 1, window). `has_caption` (B,) bool: where the caption is not empty, for models
+    that take zeros for an empty one. `sizes`: SDXL's.
     """
 
     ids: tuple[Tensor, ...]
-    said: Tensor | None = None
+    has_caption: Tensor | None = None
     sizes: Tensor | None = None
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor]) -> TokenizedConditioning:
-        """From what `tensors` gave."""
+        """From the result of `tensors`."""
         ids = tuple(value for name, value in named.items() if name.startswith("ids"))
-        return cls(ids, named.get("said"), named.get("sizes"))
+        return cls(ids, named.get("has_caption"), named.get("sizes"))
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
-        others = {"said": self.said, "sizes": self.sizes}
+        others = {"has_caption": self.has_caption, "sizes": self.sizes}
         known = {name: value for name, value in others.items() if value is not None}
         return {f"ids_{i}": ids for i, ids in enumerate(self.ids)} | known
 
 
 def tokenized_conditioning(parts: Parts, batch: CaptionedBatch) -> TokenizedConditioning:
-    """The tokens of captions and what else is told of examples, on the CPU."""
+    """The token ids of a batch's captions and its size conditioning, on the CPU."""
     ids = tuple(tokenize(batch.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
     zeros = parts.force_zeros_for_empty_prompt
-    said = torch.tensor([bool(caption) for caption in batch.captions]) if zeros else None
-    return TokenizedConditioning(ids, said, size_numbers(parts, batch))
+    has_caption = torch.tensor([bool(caption) for caption in batch.captions]) if zeros else None
+    return TokenizedConditioning(ids, has_caption, size_numbers(parts, batch))
 
 
 def encoded_conditioning(
-    parts: Parts, engine: EagerEngine, words: TokenizedConditioning, *, grad: bool = False
+    parts: Parts, engine: EagerEngine, tokens: TokenizedConditioning, *, grad: bool = False
 ) -> Conditioning:
-    """What the text towers make of words; an empty caption of SDXL is all zeros where it was trained so."""
+    """The conditioning after the text towers; an empty caption of SDXL is all zeros where it was trained so."""
     with torch.set_grad_enabled(grad):
-        context, pooled = engine.encode_text(words.ids)
-    if words.said is not None:
-        said = words.said.to(context.device)
-        context = context * said[:, None, None]
-        pooled = None if pooled is None else pooled * said[:, None]
-    sizes = None if words.sizes is None else words.sizes.to(context.device)
+        context, pooled = engine.encode_text(tokens.ids)
+    if tokens.has_caption is not None:
+        has_caption = tokens.has_caption.to(context.device)
+        context = context * has_caption[:, None, None]
+        pooled = None if pooled is None else pooled * has_caption[:, None]
+    sizes = None if tokens.sizes is None else tokens.sizes.to(context.device)
     return Conditioning(context=context, pooled=pooled, sizes=sizes)
 
 
 def conditioning_of(parts: Parts, engine: EagerEngine, batch: CaptionedBatch, *, grad: bool = False) -> Conditioning:
-    """What the UNet is told of examples."""
+    """The conditioning of a batch's captions and sizes."""
     return encoded_conditioning(parts, engine, tokenized_conditioning(parts, batch), grad=grad)
 
 
 def size_numbers(parts: Parts, batch: CaptionedBatch) -> Tensor | None:
-    """The numbers (B, 6) that SDXL is told, or (B, 5) its refiner; a whole picture of the native size by default."""
+    """The size conditioning (B, 6) of SDXL, or (B, 5) of its refiner; by default of a whole picture in native size."""
     count, size = parts.unet.config.size_numbers, (parts.defaults.height, parts.defaults.width)
     if not count:
         return None
@@ -258,7 +259,7 @@ def sample_sheet(parts: Parts, prompts: Sequence[str]) -> Image.Image:
 def save_result(parts: Parts, trainer: Trainer, trained: nn.Module, name: str = "model") -> None:
     """The averaged weights as a model folder `model`, or the averaged LoRA as `lora.safetensors`, beside the log.
 
-    `trained`, which lies in `parts`, is what the pupil `name` trained.
+    `trained`, which lies in `parts`, is the network of the objective `name`.
     """
     folder = trainer.plan.folder
     averaged = trainer.averaged(name)  # of all ranks together; the first has the whole

@@ -68,7 +68,7 @@ def refuses_renamed(kind: type[T]) -> type[T]:
 
     @wraps(init)
     def checked(self: T, *args: Any, **settings: Any) -> None:
-        refuse_renamed(kind, settings, f"{kind.__name__}: ")
+        refuse_renamed(kind, settings, f"{kind.__name__}.")
         init(self, *args, **settings)
 
     kind.__init__ = checked  # type: ignore[method-assign, assignment]

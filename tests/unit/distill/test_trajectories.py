@@ -69,7 +69,7 @@ def test_walks_are_kept_whole_and_made_once(tmp_path: Path) -> None:
             calls.append(guidance)
             return torch.ones_like(x)
 
-    writer = TrajectoryWriter(teacher=Constant(parts.unet, ForwardProcess()), batch=batch, settings=FEW)
+    writer = TrajectoryWriter(teacher=Constant(parts.unet, ForwardProcess()), latents=batch, settings=FEW)
     writer.write(tmp_path)
     made = len(calls)
     (tmp_path / "walks-00001.safetensors").unlink()

@@ -134,7 +134,7 @@ def test_the_adaptive_weight_makes_both_pull_alike_up_to_a_limit() -> None:
 def test_the_weighted_adversary_pulls_at_the_last_layer_as_hard_as_its_share_says() -> None:
     pulls = []
     for share in (0.5, 0.0):
-        made = lesson(kl=0.0, discriminator_weight=share)
+        made = lesson(kl_weight=0.0, discriminator_weight=share)
         loss = made.model_loss(micro_batch_of())["loss"]
         pulls.append(torch.autograd.grad(loss, made.model.decoder.conv_out.weight)[0])
     whole, error = pulls

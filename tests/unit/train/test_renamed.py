@@ -46,7 +46,7 @@ def test_every_new_name_is_a_field_and_no_old_one_is() -> None:
 
 @pytest.mark.parametrize(("kind", "old", "new"), OLD)
 def test_an_old_keyword_is_refused_with_the_new_one(kind: Any, old: str, new: str) -> None:
-    with pytest.raises(InputError, match=f"{kind.__name__}: {old} is called {kind.__name__}: {new}"):
+    with pytest.raises(InputError, match=rf"{kind.__name__}\.{old} is called {kind.__name__}\.{new}"):
         kind(**{old: 1})
 
 
