@@ -195,7 +195,7 @@ TOKENIZER = block_tokenizer()
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnToMatch:
+class ContrastiveTask:
     """The task: from `pictures` renders; `scored` fresh ones of each kind are matched at the end."""
 
     pictures: int = 12_288
@@ -229,4 +229,4 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         weight_decay=1e-3,
         ema_decay=0.998,
     )
-    return [RecipeStage(task=LearnToMatch(), plan=plan)]
+    return [RecipeStage(task=ContrastiveTask(), plan=plan)]

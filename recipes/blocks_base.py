@@ -120,7 +120,7 @@ class Autoencoder:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         model = AutoencoderKL(AUTOENCODER).to(memory_format=layout_on(device))
@@ -175,7 +175,7 @@ class Text:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         drawn = scenes(self.captions, seed=mixed_seed("captions"), single=0.35)
         require_train(drawn)
@@ -218,7 +218,7 @@ class Diffusion:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         device = choose_device(self.device)
         model = self._model().to(device)
         autoencoder = AutoencoderKL(AUTOENCODER).eval().to(device, memory_format=layout_on(device))

@@ -39,7 +39,7 @@ from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.train.plan import Plan
-from fewstep.train.stages import RecipeStage, Task
+from fewstep.train.stages import RecipeStage, TrainingTask
 from fewstep.weights.fetch import ASSETS
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_parts, save_tiny, write_tensors
@@ -124,7 +124,7 @@ def _turbo(out: Path, start: str, name: str, settings: AddSettings, seconds: flo
     return _run(out, name, task, seconds, learning_rate=2e-4, lr_decay_fraction=0.4, weight_decay=0.0, **_TURBO)
 
 
-def _run(out: Path, name: str, task: Task, seconds: float, **options: object) -> RecipeStage:
+def _run(out: Path, name: str, task: TrainingTask, seconds: float, **options: object) -> RecipeStage:
     plan = Plan(folder=out / name, seconds=seconds, **{"batch_size": 256, **SHARED, **options})  # type: ignore[arg-type]
     return RecipeStage(task=task, plan=plan)
 

@@ -61,7 +61,7 @@ class Tiny:
     device: str | None = None
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         large = load_parts(self.model, dtype=torch.float32, device=device).autoencoder

@@ -30,6 +30,33 @@ RATE = 4.5e-6  # for each picture of a step
 
 def stages(out: Path) -> Sequence[RecipeStage]:
     """The autoencoder from nothing, then its decoder alone."""
+    published, tuned = _plans(out)
+    return [
+        RecipeStage(
+            plan=published,
+            task=AutoencoderTask(
+                model=Path("start"),
+                data=ShardDataset(folder=Path("data/openimages-256")),
+                fresh=True,
+                rescale=True,
+                device="cuda",
+            ),
+        ),
+        RecipeStage(
+            plan=tuned,
+            task=AutoencoderTask(
+                model=out / "kl-f8" / "model",
+                data=ShardDataset(folder=Path("data/laion-256")),
+                discriminator_start=0,
+                decoder_only=True,
+                device="cuda",
+            ),
+        ),
+    ]
+
+
+def _plans(out: Path) -> tuple[Plan, Plan]:
+    """Of the two stages."""
     published = Plan(
         folder=out / "kl-f8",
         steps=246_803,
@@ -53,25 +80,4 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         learning_rate=RATE * 12 * 16,
         ema_decay=0.9999,
     )
-    return [
-        RecipeStage(
-            plan=published,
-            task=AutoencoderTask(
-                model=Path("start"),
-                data=ShardDataset(folder=Path("data/openimages-256")),
-                fresh=True,
-                rescale=True,
-                device="cuda",
-            ),
-        ),
-        RecipeStage(
-            plan=tuned,
-            task=AutoencoderTask(
-                model=out / "kl-f8" / "model",
-                data=ShardDataset(folder=Path("data/laion-256")),
-                discriminator_start=0,
-                decoder_only=True,
-                device="cuda",
-            ),
-        ),
-    ]
+    return published, tuned

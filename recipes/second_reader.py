@@ -40,7 +40,7 @@ AROUND, SHARPEN = 0.1, 1400  # weight of the cells around a middle, and from whi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class LabelledPictures:
     """Pictures (N, 3, 64, 64) uint8 and the objects in them, at most 3, -100 for none or not known.
 
     `objects` (N, 3, 6): row and column on the grid, colour, shape, size, part.
@@ -50,25 +50,25 @@ class Pictures:
     objects: Tensor
 
     @classmethod
-    def joined(cls, parts: list[Pictures]) -> Pictures:
+    def joined(cls, parts: list[LabelledPictures]) -> LabelledPictures:
         """All of them."""
         return cls(pixels=torch.cat([p.pixels for p in parts]), objects=torch.cat([p.objects for p in parts]))
 
 
-def drawn(count: int, seed: int) -> Pictures:
+def drawn(count: int, seed: int) -> LabelledPictures:
     """Fresh pictures: of all splits, and a share of them crowded or empty."""
     parts = []
     for i, (split, share) in enumerate(SPLITS.items()):
         plain = scenes(round(count * share * (1 - CROWDED - EMPTY)), seed=SEED + seed * 8 + i, split=split, single=0.35)
-        parts.append(Pictures(pixels=bytes_of(render(plain, SIDE)), objects=objects_of(plain)))
+        parts.append(LabelledPictures(pixels=bytes_of(render(plain, SIDE)), objects=objects_of(plain)))
     parts.append(crowded(round(count * CROWDED), SEED + seed * 8 + 5))
     bare = scenes(round(count * EMPTY), seed=SEED + seed * 8 + 6)
     bare = replace(bare, count=torch.zeros_like(bare.count))
-    parts.append(Pictures(pixels=bytes_of(render(bare, SIDE)), objects=objects_of(bare)))
-    return Pictures.joined(parts)
+    parts.append(LabelledPictures(pixels=bytes_of(render(bare, SIDE)), objects=objects_of(bare)))
+    return LabelledPictures.joined(parts)
 
 
-def crowded(count: int, seed: int) -> Pictures:
+def crowded(count: int, seed: int) -> LabelledPictures:
     """Scenes with one more object somewhere, which hides little of the others."""
     torch.manual_seed(seed)
     base = scenes(count, seed=seed, single=0.5)
@@ -92,7 +92,7 @@ def crowded(count: int, seed: int) -> Pictures:
     objects[:, :, 5] = -100
     alone = (base.count == 1) & far_apart(base, extra)
     objects[alone, :, 5] = 0
-    return Pictures(pixels=bytes_of(both * 2 - 1)[kept], objects=objects[kept])
+    return LabelledPictures(pixels=bytes_of(both * 2 - 1)[kept], objects=objects[kept])
 
 
 def body(picture: Tensor, bare: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def far_apart(one: Scenes, other: Scenes) -> Tensor:
 
 
 def objects_of(batch: Scenes) -> Tensor:
-    """(B, 3, 6) as in `Pictures`, the first object of the relation as read first."""
+    """(B, 3, 6) as in `LabelledPictures`, the first object of the relation as read first."""
     objects = torch.full((len(batch), OBJECTS, 6), -100)
     rise = batch.position[..., 2] + HEIGHTS[batch.shape] * RADII[batch.size] / 2
     column = (batch.position[..., 0] + 1) / 2 * GRID
@@ -189,7 +189,7 @@ def blocky(pictures: Tensor) -> Tensor:
     return (basis.T @ rounded @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
-def finding_loss(model: FindingNetwork, pool: Pictures) -> Loss:
+def finding_loss(model: FindingNetwork, pool: LabelledPictures) -> Loss:
     """Whether there is a middle in each cell, and of those there are, colour, shape, size and part.
 
     The eight cells around a middle may say either at first; in the last third they count a little, so that the middle
@@ -241,7 +241,7 @@ def score(reader: SecondReader, count: int, spoil: Callable[[Tensor], Tensor]) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnToRead:
+class DetectorTask:
     """The task: from `pictures` renders; `scored` fresh ones of each kind are read at the end."""
 
     pictures: int = 8192
@@ -275,4 +275,4 @@ def stages(out: Path) -> Sequence[RecipeStage]:
         weight_decay=1e-3,
         ema_decay=0.998,
     )
-    return [RecipeStage(task=LearnToRead(), plan=plan)]
+    return [RecipeStage(task=DetectorTask(), plan=plan)]

@@ -117,13 +117,6 @@ def block_features(unet: UNet) -> Iterator[BlockFeatures]:
             handle.remove()
 
 
-@torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
-def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, BlockFeatures]:
-    """Output and block features of `teacher` for a UNet's inputs, without gradients; the teacher stays as it is."""
-    with block_features(teacher) as features:
-        return teacher(*inputs), features
-
-
 def distillation_loss(
     student_out: Tensor,
     teacher_out: Tensor,
@@ -186,7 +179,7 @@ class PrunedStudentTask:
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:

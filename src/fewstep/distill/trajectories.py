@@ -95,7 +95,7 @@ class RegressionTask:
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         norms_in_half(parts.unet, plan.precision)
         sampling = NoisyLatents(parts, self.data, caption_dropout=0.0)

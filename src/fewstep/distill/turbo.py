@@ -49,7 +49,7 @@ class TurboTask:
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
         turbo = replace(turbo_model(parts), unet=student)

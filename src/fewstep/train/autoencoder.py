@@ -64,7 +64,7 @@ class AutoencoderTask:
             raise InputError("fresh and decoder_only would train a decoder of random latents; leave one of them out")
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `fewstep.train.stages.Task`. Raises `InputError` for a plan that this training cannot follow."""
+        """See `fewstep.train.stages.TrainingTask`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
         device = choose_device(self.device)

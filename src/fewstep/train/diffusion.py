@@ -66,7 +66,7 @@ class DiffusionTask:
     sample_prompts: tuple[str, ...] = ()
 
     def prepare(self, plan: Plan) -> StageSetup:
-        """See `Task`."""
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)

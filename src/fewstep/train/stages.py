@@ -38,7 +38,7 @@ class StageSetup:
     waited_seconds: Callable[[], float] = lambda: 0.0
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What is trained on which data: a frozen dataclass of settings."""
 
     def prepare(self, plan: Plan) -> StageSetup:
@@ -49,7 +49,7 @@ class Task(Protocol):
 class RecipeStage:
     """One stage of a recipe: what is trained, and how."""
 
-    task: Task
+    task: TrainingTask
     plan: Plan
 
     @property

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fewstep.distill import pruning as small
 from fewstep.distill.pruning import (
+    BlockFeatures,
     WeightCopyReport,
     block_features,
     distillation_loss,
     pruned_config,
     pruned_student,
-    teacher_signals,
 )
 from fewstep.models.config import Stage, UNetConfig
 from fewstep.models.unet import UNet
@@ -30,6 +30,12 @@ FULL_SIZE = {  # the published numbers of parameters, and those of the students
     "sdxl-base": (2_567_463_684, None),
     "sdxl-refiner": (2_259_526_660, None),
 }
+
+
+@torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
+def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, BlockFeatures]:
+    with block_features(teacher) as features:
+        return teacher(*inputs), features
 
 
 def config(*levels: tuple[int, int, int], resnets: int = 2, **options: Any) -> UNetConfig:
