@@ -145,7 +145,7 @@ class Autoencoder:
             micro_batch = smaller(micro_batch, SMALL / size).on(device)
             image = permuted_pictures(micro_batch, size)
             moments = model.encode(image).float()
-            latents = noisy_means(moments.detach(), micro_batch) if self.decoder else sampled(Posterior.of(moments))
+            latents = noisy_mean(moments.detach(), micro_batch) if self.decoder else sampled(Posterior.of(moments))
             output = model.decode(latents).float()
             terms = {"psnr": psnr(output, image)}
             if self.decoder:
@@ -189,8 +189,10 @@ class Text:
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             ids, slots = (value.to(device) for value in cache.words(micro_batch, varied=0.8)[1:])
             logits = model.slots(model.text(ids).last)
-            told = [0, 1, 3, 4, 6]  # a size is not always said
-            right = torch.stack([(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in told]).all(0)
+            always_in_caption = [0, 1, 3, 4, 6]  # a size is not always said
+            right = torch.stack(
+                [(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in always_in_caption]
+            ).all(0)
             return {"loss": slot_loss(logits, slots), "right": right.float().mean()}
 
         return StageSetup(objectives={"model": Objective(network=model, loss=loss)}, finish=saved(model))
@@ -301,10 +303,10 @@ def sampled(posterior: Posterior) -> Tensor:
     return posterior.sample(torch.randn_like(posterior.mean))
 
 
-def noisy_means(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
+def noisy_mean(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The means of moments (B, 2C, h, w) with up to 0.15 of noise."""
-    means = moments.chunk(2, dim=1)[0]
-    return means + 0.15 * micro_batch.rand("amount", 1, 1, 1) * micro_batch.randn("noise", *means.shape[1:])
+    mean = moments.chunk(2, dim=1)[0]
+    return mean + 0.15 * micro_batch.rand("amount", 1, 1, 1) * micro_batch.randn("noise", *mean.shape[1:])
 
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
@@ -318,8 +320,8 @@ def fold(model: AutoencoderKL) -> None:
     """Give the latents mean 0 and variance 1, channel by channel."""
     device, drawn = next(model.parameters()).device, scenes(4096, seed=mixed_seed("fold"))
     drawn = Scenes(**{name: value.to(device) for name, value in drawn.tensors().items()})
-    means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
-    normalize_latents(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+    mean = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
+    normalize_latents(model, mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
 
 
 def autoencoder_weights(start: Path | str) -> dict[str, Tensor]:

@@ -132,26 +132,26 @@ def _run(out: Path, name: str, task: TrainingTask, seconds: float, **options: ob
 def pack(out: Path, folder: Path) -> None:
     """Write what the stages in `out` have left as files in `folder`: vae, base, small, turbo and tiny."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, networks in _left(out).items():
+    for name, networks in _trained_networks(out).items():
         named = {f"{part}.{key}": value for part, net in networks.items() for key, value in net.state_dict().items()}
         write_tensors(named, folder / f"{name}.safetensors", torch.float16)
 
 
-def _left(out: Path) -> dict[str, dict[str, nn.Module]]:
+def _trained_networks(out: Path) -> dict[str, dict[str, nn.Module]]:
     """The networks of each model that is there: of turbo those of its last stage that has ended."""
-    found: dict[str, dict[str, nn.Module]] = {}
+    networks: dict[str, dict[str, nn.Module]] = {}
     if (out / "decoder" / WEIGHTS).is_file():
         vae = AutoencoderKL(AUTOENCODER)
         vae.load_state_dict(autoencoder_weights(out / "decoder"))
-        found["vae"] = {"vae": vae}
+        networks["vae"] = {"vae": vae}
     for name, stages in {"base": [BASE], "small": ["blocks-small"], "turbo": TURBO_STAGES}.items():
         for stage in stages:
             if (out / stage / "model" / "model_index.json").is_file():
                 parts = load_parts(out / stage / "model", dtype=torch.float32)
-                found[name] = {"unet": parts.unet} | ({"text": parts.text_encoders[0]} if name == "base" else {})
+                networks[name] = {"unet": parts.unet} | ({"text": parts.text_encoders[0]} if name == "base" else {})
     if (out / "blocks-tiny" / "tiny" / "config.json").is_file():
-        found["tiny"] = {"tiny": load_tiny(out / "blocks-tiny" / "tiny", dtype=torch.float32)}
-    return found
+        networks["tiny"] = {"tiny": load_tiny(out / "blocks-tiny" / "tiny", dtype=torch.float32)}
+    return networks
 
 
 def ship(folder: Path, assets: Path = ASSETS) -> None:
@@ -187,5 +187,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pack", "ship"))
     parser.add_argument("folders", type=Path, nargs="+")
-    asked = parser.parse_args()
-    {"pack": pack, "ship": ship}[asked.what](*asked.folders)
+    arguments = parser.parse_args()
+    {"pack": pack, "ship": ship}[arguments.what](*arguments.folders)

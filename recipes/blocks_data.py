@@ -87,9 +87,9 @@ def blank_words(ids: Tensor, slots: Tensor, chances: Tensor, share: float) -> No
 
 def caption_ids(drawn: Scenes, seed: int, tokenizer: Tokenizer) -> Tensor:
     """(B, 1 + VARIED, 24) uint8: the canonical caption, then varied ones."""
-    said = [captions(drawn, seed=seed, style="canonical")]
-    said += [captions(drawn, seed=seed * 64 + i, style="varied") for i in range(1, VARIED + 1)]
-    return torch.stack([tokenize(texts, tokenizer).ids[:, 0] for texts in said], dim=1).byte()
+    styles = [captions(drawn, seed=seed, style="canonical")]
+    styles += [captions(drawn, seed=seed * 64 + i, style="varied") for i in range(1, VARIED + 1)]
+    return torch.stack([tokenize(texts, tokenizer).ids[:, 0] for texts in styles], dim=1).byte()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +126,13 @@ class Cached:
         """See `fewstep.train.datasets.Source`."""
         cached = read_once(self.folder)
         index, ids, _ = cached.words(micro_batch, self.varied)
-        return CaptionedBatch(captions=[said(row) for row in ids.tolist()], latents=cached.latents[index])
+        return CaptionedBatch(captions=[caption_of(row) for row in ids.tolist()], latents=cached.latents[index])
 
 
 read_once = cache(LatentCache.read)
 
 
-def said(ids: Sequence[int]) -> str:
+def caption_of(ids: Sequence[int]) -> str:
     """The words of a caption's ids."""
     known = vocabulary()
     return " ".join(known[i - FIRST_WORD] for i in ids if i >= FIRST_WORD)
@@ -152,8 +152,8 @@ def write_latents(model: AutoencoderKL, folder: Path, chunks: int, size: int) ->
     cores = min(os.cpu_count() or 1, len(missing))
     crew = nullcontext() if alone else ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,))
     with crew as pool:
-        said = _captions(missing, count, pool)
-        for (number, path), (ids, slots) in zip(missing.items(), said, strict=True):
+        encoded = _captions(missing, count, pool)
+        for (number, path), (ids, slots) in zip(missing.items(), encoded, strict=True):
             torch_save({"latents": _encoded(model, number, count, size), "ids": ids, "slots": slots}, path)
     barrier()
 
@@ -180,8 +180,8 @@ def _encoded(model: AutoencoderKL, number: int, count: int, size: int) -> Tensor
     device = next(model.parameters()).device
     drawn = Scenes(**{name: value.to(device) for name, value in _chunk_scenes(number, count).tensors().items()})
     step = ENCODED if device.type == "cpu" else CARD_ENCODED
-    means = [model.encode(render(drawn[i : i + step], size)).chunk(2, dim=1)[0] for i in range(0, count, step)]
-    return torch.cat(means).contiguous().cpu()
+    mean = [model.encode(render(drawn[i : i + step], size)).chunk(2, dim=1)[0] for i in range(0, count, step)]
+    return torch.cat(mean).contiguous().cpu()
 
 
 def torch_save(values: Mapping[str, Tensor], path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blocks_base import noisy_means, psnr
+from blocks_base import noisy_mean, psnr
 from blocks_data import Cached, read_once
 from torch import Tensor
 
@@ -81,11 +81,11 @@ class Tiny:
             micro_batch = micro_batch.on(device)
             latents = micro_batch.inputs(read)["latents"]
             with torch.no_grad():
-                noisy = noisy_means(torch.cat([latents, latents], dim=1), micro_batch)
-                wanted = large.decode(noisy).float()
+                noisy = noisy_mean(torch.cat([latents, latents], dim=1), micro_batch)
+                target = large.decode(noisy).float()
             output = tiny.decode(noisy)
-            error = (tiny.encode(wanted) - noisy).square().mean()
-            return {"loss": weigh.picture(output, wanted) + error, "latents": error, "psnr": psnr(output, wanted)}
+            error = (tiny.encode(target) - noisy).square().mean()
+            return {"loss": weigh.picture(output, target) + error, "latents": error, "psnr": psnr(output, target)}
 
         def finish(trainer: Trainer) -> None:
             averaged = trainer.averaged("model")
@@ -105,7 +105,7 @@ def ship(model: Path, folder: Path) -> None:
     tiny, large = load_tiny(folder, dtype=torch.float32), load_parts("blocks-base", dtype=torch.float32).autoencoder
     latents = read_once(LATENTS).latents[:500]
     both = [(tiny.decode(some), large.decode(some)) for some in latents.split(50)]
-    loss = torch.stack([psnr(ours, theirs.clamp(-1, 1)) for ours, theirs in both]).mean()
+    loss = torch.stack([psnr(tiny_images, large_images.clamp(-1, 1)) for tiny_images, large_images in both]).mean()
     print(f"{folder}: {loss:.1f} dB from the large decoder's pictures")
 
 

@@ -87,12 +87,12 @@ def crowded(count: int, seed: int) -> LabelledPictures:
     here, there = (body(picture, bare) for picture in (first, second))
     clash = (here & there).sum((1, 2)) / torch.minimum(here.sum((1, 2)), there.sum((1, 2))).clamp(min=1)
     both = torch.where(there[:, None], second, first * (second / bare.clamp(min=1e-3)).clamp(max=1))
-    kept = clash < 0.08
+    valid = clash < 0.08
     objects = torch.cat([objects_of(base)[:, :2], objects_of(extra)[:, :1]], 1)
     objects[:, :, 5] = -100
     alone = (base.count == 1) & far_apart(base, extra)
     objects[alone, :, 5] = 0
-    return LabelledPictures(pixels=bytes_of(both * 2 - 1)[kept], objects=objects[kept])
+    return LabelledPictures(pixels=bytes_of(both * 2 - 1)[valid], objects=objects[valid])
 
 
 def body(picture: Tensor, bare: Tensor) -> Tensor:
@@ -200,15 +200,15 @@ def finding_loss(model: FindingNetwork, pool: LabelledPictures) -> Loss:
         index = micro_batch.randint("index", len(pool.pixels))
         present, *logits = model(worn(pool.pixels[index].float() / 127.5 - 1))
         owner, there = known(pool.objects[index])
-        said = cells(len(index), owner, there, AROUND if micro_batch.step >= SHARPEN else 0.0)
-        found = F.binary_cross_entropy_with_logits(present[:, 0], *said, reduction="sum")
+        targets = cells(len(index), owner, there, AROUND if micro_batch.step >= SHARPEN else 0.0)
+        presence = F.binary_cross_entropy_with_logits(present[:, 0], *targets, reduction="sum")
         row, column = (there[:, i] + torch.randint(-1, 2, (len(there),)) for i in (0, 1))
-        told = [values[owner, :, row, column] for values in logits]
-        wrong = [F.cross_entropy(told[i], there[:, 2 + i], ignore_index=-100) for i in range(len(told))]
-        right = [(told[i].argmax(1) == there[:, 2 + i]).float().mean() for i in range(3)]
+        outputs = [values[owner, :, row, column] for values in logits]
+        wrong = [F.cross_entropy(outputs[i], there[:, 2 + i], ignore_index=-100) for i in range(len(outputs))]
+        right = [(outputs[i].argmax(1) == there[:, 2 + i]).float().mean() for i in range(3)]
         names = ("colour", "shape", "size")
-        total = found / len(there) + torch.stack(wrong).sum()
-        return {"loss": total, "found": found / len(there), **dict(zip(names, right, strict=True))}
+        total = presence / len(there) + torch.stack(wrong).sum()
+        return {"loss": total, "found": presence / len(there), **dict(zip(names, right, strict=True))}
 
     return loss
 
@@ -221,23 +221,23 @@ def known(objects: Tensor) -> tuple[Tensor, Tensor]:
 
 def cells(count: int, owner: Tensor, there: Tensor, around: float) -> tuple[Tensor, Tensor]:
     """(B, 16, 16) twice: 1 where a middle is, and how much each cell counts, those `around` a middle less."""
-    wanted, weight = torch.zeros(count, GRID, GRID), torch.ones(count, GRID, GRID)
+    present, weight = torch.zeros(count, GRID, GRID), torch.ones(count, GRID, GRID)
     for down, right in [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]:
         weight[owner, there[:, 0] + down, there[:, 1] + right] = around
-    wanted[owner, there[:, 0], there[:, 1]] = weight[owner, there[:, 0], there[:, 1]] = 1
-    return wanted, weight
+    present[owner, there[:, 0], there[:, 1]] = weight[owner, there[:, 0], there[:, 1]] = 1
+    return present, weight
 
 
 def score(reader: SecondReader, count: int, spoil: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Shares of fresh renders that are read exactly, by split and number of objects; sizes where they are said."""
-    found = {}
+    presence = {}
     for i, split in enumerate(SPLITS):
         for single in (1.0, 0.0):
             batch = scenes(count, seed=SEED + 10**9 + i, split=split, single=single)
             prompts = captions(batch, seed=0, style="canonical")
             grades = grade(reader.read(spoil(render(batch, SIDE))), batch, prompts)
-            found[f"{split}, {'one object' if single else 'two objects'}"] = grades.exact
-    return found
+            presence[f"{split}, {'one object' if single else 'two objects'}"] = grades.exact
+    return presence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class _Views(NamedTuple):
 class AdversarialDistillation:
     """The student's and the discriminator's losses; the student generates once for both in a step.
 
-    `batch(part)` gives real latents (B, 4, h, w), their conditioning, and the teacher's trajectories if
+    `batch(micro_batch)` gives real latents (B, 4, h, w), their conditioning, and the teacher's trajectories if
     there are any. Student and teacher have the same parameterisation.
     Both losses read the features' view: latents, or pictures, which are then decoded once in a step.
     """
@@ -186,9 +186,9 @@ class AdversarialDistillation:
         eps = micro_batch.randn("teacher noise", *generated.shape[1:])
         with torch.no_grad():
             x0 = self.teacher.x0(self.process.noised(generated, eps, t), t, conditioning, self.settings.guidance_scale)
-            wanted = self.features.view(x0)
+            target = self.features.view(x0)
         weight = self.process.alpha_bar(t).sqrt()
-        return (weight * (view - wanted).square()).mean()
+        return (weight * (view - target).square()).mean()
 
     def _start(self, clean: LatentBatch, t: Tensor, alone: Tensor, micro_batch: MicroBatch) -> Tensor:
         """The noised latents that the student starts from."""

@@ -82,22 +82,22 @@ def pruned_student(teacher: UNet) -> tuple[UNet, WeightCopyReport]:
     It trains, and has the teacher's device and number format: train it in float32 (`student.float()`). The teacher
     may be any UNet of the family, and shares no memory with the student.
     """
-    theirs = teacher.state_dict()
+    teacher_tensors = teacher.state_dict()
     with torch.device("meta"):
         student = UNet(pruned_config(teacher.config))
-    ours = student.state_dict()
-    copied = {name: teacher_tensor(name, teacher.config) for name in ours}
+    student_tensors = student.state_dict()
+    copied = {name: teacher_tensor(name, teacher.config) for name in student_tensors}
     for name, source in copied.items():
-        shapes = tuple(ours[name].shape), tuple(theirs[source].shape)
+        shapes = tuple(student_tensors[name].shape), tuple(teacher_tensors[source].shape)
         assert shapes[0] == shapes[1], f"{name} is {shapes[0]}, but the teacher's {source} {shapes[1]}"
-    student.load_state_dict({name: theirs[source].clone() for name, source in copied.items()}, assign=True)
+    student.load_state_dict({name: teacher_tensors[source].clone() for name, source in copied.items()}, assign=True)
     used = set(copied.values())
-    dropped = tuple(name for name in theirs if name not in used)
+    dropped = tuple(name for name in teacher_tensors if name not in used)
     return student, WeightCopyReport(
         copied=copied,
         dropped=dropped,
-        copied_parameters=sum(tensor.numel() for tensor in ours.values()),
-        dropped_parameters=sum(theirs[name].numel() for name in dropped),
+        copied_parameters=sum(tensor.numel() for tensor in student_tensors.values()),
+        dropped_parameters=sum(teacher_tensors[name].numel() for name in dropped),
     )
 
 
@@ -210,14 +210,19 @@ class PrunedStudentTask:
     def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
         def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
             x, t, conditioning, target = noisy(micro_batch)
-            with torch.no_grad(), block_features(teacher) as wanted:
-                theirs = predicted(teacher, x, t, conditioning)
+            with torch.no_grad(), block_features(teacher) as teacher_features:
+                teacher_out = predicted(teacher, x, t, conditioning)
             with block_features(student) as features:
-                ours = predicted(student, x, t, conditioning)
+                student_out = predicted(student, x, t, conditioning)
             terms = distillation_loss(
-                ours, theirs, features, wanted, output_weight=self.output_weight, feature_weight=self.feature_weight
+                student_out,
+                teacher_out,
+                features,
+                teacher_features,
+                output_weight=self.output_weight,
+                feature_weight=self.feature_weight,
             )
-            own = F.mse_loss(ours.float(), target)
+            own = F.mse_loss(student_out.float(), target)
             return terms | {"loss": terms["loss"] + self.denoising_weight * own, "own": own}
 
         return loss

@@ -170,8 +170,8 @@ class PerceptualDistance:
     def __call__(self, decoded: Tensor, image: Tensor) -> Tensor:
         """Squared distances, summed over the channels and maps, mean over places and pictures; a scalar."""
         with torch.no_grad():
-            wanted = self.maps(image)
-        squares = [(a - b).square().sum(1).mean() for a, b in zip(self.maps(decoded), wanted, strict=True)]
+            targets = self.maps(image)
+        squares = [(a - b).square().sum(1).mean() for a, b in zip(self.maps(decoded), targets, strict=True)]
         return torch.stack(squares).sum()
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
@@ -239,7 +239,7 @@ def save_autoencoder(parts: Parts, trainer: Trainer, source: Source | None = Non
 
 def _check(plan: Plan) -> None:
     """Raise `InputError` for what the adaptive weight, a comparison of whole gradients in mid-step, rules out."""
-    asked = {"precision=fp16": plan.precision == "fp16", "parallelism=shard": plan.parallelism == "shard"}
-    for setting, present in (asked | {"compile=true": plan.compile}).items():
+    unsupported = {"precision=fp16": plan.precision == "fp16", "parallelism=shard": plan.parallelism == "shard"}
+    for setting, present in (unsupported | {"compile=true": plan.compile}).items():
         if present:
             raise InputError(f"plan.{setting} cannot train an autoencoder; take fp32 or bf16, replicated, not compiled")

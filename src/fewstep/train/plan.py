@@ -206,5 +206,5 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 def mixed_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) that has nothing in common with that of any other `parts`."""
-    digest = blake2b("/".join(str(micro_batch) for micro_batch in parts).encode(), digest_size=8).digest()
+    digest = blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -40,11 +40,14 @@ def check_fits(stage: RecipeStage, trainer: Trainer) -> None:
             f"{free / 1e9:.1f} GB are free. Train fewer parameters (LoRA), shard them over more "
             "ranks, or take a larger machine"
         )
-    there = next(folder for folder in (stage.plan.folder, *stage.plan.folder.absolute().parents) if folder.is_dir())
-    space, kept = shutil.disk_usage(there).free, trained * CHECKPOINT_BYTES * (stage.plan.keep_checkpoints + 1)
-    if kept > space:
+    existing = next(folder for folder in (stage.plan.folder, *stage.plan.folder.absolute().parents) if folder.is_dir())
+    space, checkpoint_bytes = (
+        shutil.disk_usage(existing).free,
+        trained * CHECKPOINT_BYTES * (stage.plan.keep_checkpoints + 1),
+    )
+    if checkpoint_bytes > space:
         raise InputError(
-            f"stage {stage.name} keeps {kept / 1e9:.1f} GB of checkpoints; "
+            f"stage {stage.name} keeps {checkpoint_bytes / 1e9:.1f} GB of checkpoints; "
             f"{space / 1e9:.1f} GB are free in {stage.plan.folder}"
         )
 

@@ -34,14 +34,14 @@ def recipe_stages(recipe: Path, out: Path) -> dict[str, RecipeStage]:
     if not recipe.is_file():
         raise InputError(f"there is no recipe {recipe}; give the path of a Python file such as recipes/sd_v1_4.py")
     stages = getattr(_imported(recipe), "stages", None)
-    wanted = "stages(out: Path) -> Sequence[RecipeStage]"
+    signature = "stages(out: Path) -> Sequence[RecipeStage]"
     if not callable(stages):
-        raise InputError(f"{recipe} has no function {wanted}, so it is not a recipe")
+        raise InputError(f"{recipe} has no function {signature}, so it is not a recipe")
     try:
         inspect.signature(stages).bind(out)
     except TypeError as error:
         raise InputError(
-            f"{recipe}: stages cannot be called with the output folder alone ({error}); {wanted}"
+            f"{recipe}: stages cannot be called with the output folder alone ({error}); {signature}"
         ) from None
     return _named(recipe, stages(out))
 

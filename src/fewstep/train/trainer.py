@@ -229,7 +229,7 @@ class Trainer:
     def advance(self) -> None:
         """One step of every network, in the order of the objectives."""
         started = time.monotonic()
-        torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for what does not draw from its part
+        torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for losses with global randomness
         rate = self.plan.learning_rate_at(self.step, self.progress)
         numbers: dict[str, float] = {"rate": rate}
         for name, state in self.states.items():
@@ -272,8 +272,8 @@ class Trainer:
             )
         if not self.metrics.wants(self.step + 1):
             return {}
-        means = {term: sum(float(terms[term]) for terms in losses) / len(losses) for term in losses[0]}
-        return means | {"norm": float(norm)}
+        averages = {term: sum(float(terms[term]) for terms in losses) / len(losses) for term in losses[0]}
+        return averages | {"norm": float(norm)}
 
     def _replay(self, state: TrainState) -> Replay | None:
         """The CUDA graphs of a network's steps; None where its plan, objective or device does not allow them."""

@@ -109,5 +109,5 @@ def test_a_student_learns_the_end_of_its_teachers_walks(tmp_path: Path) -> None:
 
 
 def test_no_walks_is_an_error_that_says_who_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="WalkTask"):
+    with pytest.raises(InputError, match="RegressionTask"):
         TrajectoryDataset(folder=tmp_path).batch(MICRO_BATCH)
