@@ -45,8 +45,14 @@ def stages(out: Path) -> Sequence[RecipeStage]:
     return [
         RecipeStage(
             task=plain,
-            plan=Plan(folder=out / "small-plain", seconds=4 * 60, learning_rate=5e-4, lr_decay_fraction=0.0, **shared),
-        ),  # type: ignore[arg-type]
+            plan=Plan(
+                folder=out / "small-plain",
+                seconds=4 * 60,
+                learning_rate=5e-4,
+                lr_decay_fraction=0.0,
+                **shared,  # type: ignore[arg-type]
+            ),
+        ),
         RecipeStage(
             task=taught,
             plan=Plan(
@@ -55,8 +61,8 @@ def stages(out: Path) -> Sequence[RecipeStage]:
                 learning_rate=5e-4,
                 lr_decay_fraction=0.4,
                 sample_steps=250,
-                **shared,
-            ),  # type: ignore[arg-type]
+                **shared,  # type: ignore[arg-type]
+            ),
         ),
     ]
 
