@@ -6,7 +6,7 @@ Both train the same 6.27 M parameters for pictures of 128 pixels, by turns in on
 and a moving average. Diffusers' step is that of its `train_text_to_image.py`, which encodes pictures and captions in
 each step, and once more from latents and text states that are there; each in float32 and bfloat16. Fewstep's is a
 `Trainer`'s with all that belongs to it, data included: files that `fewstep data` prepared and cached. How long it
-waited for them is told too. On a card ours is timed as it is recorded (`plan.replayed`) and as it is not, and a step
+waited for them is told too. On a card ours is timed as it is recorded (`plan.cuda_graphs`) and as it is not, and a step
 ends when the card has ended it; where diffusers is not installed, ours stand alone. Writes
 `results/training_<hardware>_<date>.md`.
 """
@@ -35,10 +35,10 @@ from benchmarks.commit import add_commit_option, commit_line
 from fewstep.data.cache import latent_key, open_cache
 from fewstep.data.shards import open_shards
 from fewstep.engines.device import choose_device
-from fewstep.train.datasets import CachedLatents, Prepared
+from fewstep.train.datasets import CachedLatents, ShardDataset
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.forward_process import computing_in
-from fewstep.train.plan import Part, Plan, Precision
+from fewstep.train.plan import MicroBatch, Plan, Precision
 from fewstep.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,7 @@ def prepared(folder: Path) -> CachedLatents:
         ["cache", str(shards), "--out", str(latents), "--store", "float32"],
     ):
         subprocess.run([sys.executable, "-m", "fewstep", "data", *arguments], check=True, stdout=subprocess.DEVNULL)
-    data, parts = Prepared(folder=shards), fewstep.load("blocks-base", device="cpu").parts
+    data, parts = ShardDataset(folder=shards), fewstep.load("blocks-base", device="cpu").parts
     key = latent_key(
         open_shards(shards), parts.autoencoder.state_dict(), parts.autoencoder.config.scaling_factor, torch.float32
     )
@@ -74,10 +74,20 @@ def our_steps(
     for precision in PRECISIONS:
         for replayed in (False, True) if device.type == "cuda" else (True,):
             what = f"{precision}{', recorded' * (replayed and device.type == 'cuda')}"
-            plan = Plan(folder=folder / what, steps=10**6, batch=batch, rate=RATE, clip=CLIP, precision=precision)
-            plan = replace(plan, replayed=replayed)
-            work = DiffusionTask(model="blocks-base", data=source, device=str(device)).prepare(plan)
-            found[f"fewstep, cached latents, {what}"] = (_advancing(Trainer(work.turns, plan)), work.waited)
+            plan = Plan(
+                folder=folder / what,
+                steps=10**6,
+                batch_size=batch,
+                learning_rate=RATE,
+                max_grad_norm=CLIP,
+                precision=precision,
+            )
+            plan = replace(plan, cuda_graphs=replayed)
+            setup = DiffusionTask(model="blocks-base", data=source, device=str(device)).prepare(plan)
+            found[f"fewstep, cached latents, {what}"] = (
+                _advancing(Trainer(setup.objectives, plan)),
+                setup.waited_seconds,
+            )
     return found
 
 
@@ -115,9 +125,9 @@ class TheirStep:
 
     def __call__(self, step: int) -> None:
         """One step: the example's, from pictures or from what is cached."""
-        part = Part(seed=0, step=step, whole=self.batch, first=0, count=self.batch)
+        micro_batch = MicroBatch(seed=0, step=step, whole=self.batch, first=0, count=self.batch)
         with computing_in(self.precision, self.device):
-            latents, states = self._encoded(part)
+            latents, states = self._encoded(micro_batch)
             noise = torch.randn_like(latents)
             t = torch.randint(0, 1000, (len(latents),), device=self.device)
             noisy = self.scheduler.add_noise(latents, noise, t)
@@ -131,12 +141,12 @@ class TheirStep:
         self.ema.step(self.unet.parameters())
 
     @torch.no_grad()
-    def _encoded(self, part: Part) -> tuple[Tensor, Tensor]:
-        examples = (self.source if self.cached else self.source.data).examples(part)
-        said = self.tokenizer(examples.captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
-        latents = examples.latents
+    def _encoded(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        batch = (self.source if self.cached else self.source.data).batch(micro_batch)
+        said = self.tokenizer(batch.captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
+        latents = batch.latents
         if latents is None:
-            pictures = examples.pictures.to(self.device)
+            pictures = batch.pictures.to(self.device)
             latents = self.vae.encode(pictures).latent_dist.sample() * self.vae.config.scaling_factor
         return latents.to(self.device), self.text(said.to(self.device)).last_hidden_state
 
@@ -155,7 +165,7 @@ def timed(steps: Mapping[str, Step], runs: int, device: torch.device) -> dict[st
     return seconds
 
 
-def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], options: argparse.Namespace) -> str:
+def report(seconds: Mapping[str, list[float]], waited_seconds: Mapping[str, float], options: argparse.Namespace) -> str:
     """The results file."""
     rates = {name: options.batch / median(values) for name, values in seconds.items()}
     theirs = [rate for name, rate in rates.items() if name.startswith("diffusers")]
@@ -173,7 +183,7 @@ def report(seconds: Mapping[str, list[float]], waited: Mapping[str, float], opti
     ]
     for name, values in seconds.items():
         low, high = options.batch / max(values), options.batch / min(values)
-        wait = f"{waited[name]:.1%}" if name in waited else ""
+        wait = f"{waited_seconds[name]:.1%}" if name in waited_seconds else ""
         lines.append(f"| {name} | {rates[name]:.1f} | {low:.1f} to {high:.1f} | {rates[name] / best:.2f} | {wait} |")
     command = (
         f"python -m benchmarks.training --hardware {options.hardware} --runs {options.runs} --batch {options.batch}"
@@ -213,9 +223,9 @@ def main() -> None:
         ours = our_steps(source, folder, options.batch, device)
         steps = their_steps(source, folder / "model", options.batch, device)
         seconds = timed(steps | {name: step for name, (step, _) in ours.items()}, options.runs, device)
-        waited = {name: wait() / sum(seconds[name]) for name, (_, wait) in ours.items()}
+        waited_seconds = {name: wait() / sum(seconds[name]) for name, (_, wait) in ours.items()}
         path = RESULTS / f"training_{options.hardware}_{datetime.date.today()}.md"
-        path.write_text(report(seconds, waited, options), encoding="utf-8")
+        path.write_text(report(seconds, waited_seconds, options), encoding="utf-8")
     print(path.read_text(encoding="utf-8"), path, sep="\n")
 
 

@@ -27,9 +27,9 @@ from fewstep.blockworld.clip import EMBEDDING, TEXT, ImageTower, block_tokenizer
 from fewstep.blockworld.scene import LEFT, RIGHT
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.text.prompt import tokenize
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.auxiliary import save_network
 
 SEED = 9_000_000_000  # no other recipe draws scenes from here on
@@ -37,7 +37,7 @@ SLOTS = (len(COLOURS), len(SHAPES), len(SIZES)) * 2 + (len(RELATIONS),)
 SPREAD = 2000  # pictures over which features are evened out
 WRONG = 3  # captions a picture that differ in one thing
 LONGEST = 16  # tokens of a caption, start and end among them
-TOLD = 0.3  # weight of what the towers say of the scene
+SLOT_WEIGHT = 0.3  # weight of what the towers say of the scene
 NEVER = -1e4
 
 
@@ -83,9 +83,9 @@ def drawn(count: int, seed: int) -> Pairs:
     )
 
 
-def ids_of(said: list[str]) -> Tensor:
+def ids_of(texts: list[str]) -> Tensor:
     """(B, 16): what comes after the end says nothing to a tower that looks back only."""
-    return tokenize(said, TOKENIZER).ids[:, 0, :LONGEST]
+    return tokenize(texts, TOKENIZER).ids[:, 0, :LONGEST]
 
 
 def mistaken(batch: Scenes, generator: torch.Generator) -> Scenes:
@@ -122,8 +122,8 @@ def slots_of(batch: Scenes) -> Tensor:
 
 def slot_loss(logits: Tensor, slots: Tensor) -> Tensor:
     """Mean cross-entropy of logits (B, sum(SLOTS))."""
-    parts = zip(logits.split(SLOTS, 1), slots.unbind(1), strict=True)
-    return torch.stack([F.cross_entropy(part, wanted, ignore_index=-100) for part, wanted in parts]).sum()
+    pairs = zip(logits.split(SLOTS, 1), slots.unbind(1), strict=True)
+    return torch.stack([F.cross_entropy(logit, target, ignore_index=-100) for logit, target in pairs]).sum()
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
@@ -134,24 +134,26 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 def towers_loss(model: Towers, pool: Pairs) -> Loss:
     """Which caption is the picture's and which picture the caption's, and what either says of the scene."""
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        index = part.randint("index", len(pool.pictures))
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        index = micro_batch.randint("index", len(pool.pictures))
         pictures = pool.pictures[index].float() / 127.5 - 1
-        pictures[: part.count // 4] = recoloured(soft(pictures[: part.count // 4])).clamp(-1, 1)
+        pictures[: micro_batch.count // 4] = recoloured(soft(pictures[: micro_batch.count // 4])).clamp(-1, 1)
         slots, others = pool.slots[index], pool.wrong_slots[index]
-        right, wrong = pool.right[index, part.randint("style", 2)], pool.wrong[index]
-        seen, said = model.image(pictures), model.text(torch.cat([right, wrong.flatten(0, 1)])).pooled
-        image, text = F.normalize(seen, dim=1), F.normalize(said, dim=1)
-        text, mistakes = text[: part.count], text[part.count :].unflatten(0, (part.count, WRONG))
-        scale, own = model.sharpness.clamp(max=4.6).exp(), torch.arange(part.count)
+        right, wrong = pool.right[index, micro_batch.randint("style", 2)], pool.wrong[index]
+        image_states, text_states = model.image(pictures), model.text(torch.cat([right, wrong.flatten(0, 1)])).pooled
+        image, text = F.normalize(image_states, dim=1), F.normalize(text_states, dim=1)
+        text, mistakes = text[: micro_batch.count], text[micro_batch.count :].unflatten(0, (micro_batch.count, WRONG))
+        scale, own = model.sharpness.clamp(max=4.6).exp(), torch.arange(micro_batch.count)
         twins = same(slots[:, None], slots[None]) & (own[:, None] != own)
         among = (scale * image @ text.T).masked_fill(twins, NEVER)
         against = (scale * torch.einsum("bd,bkd->bk", image, mistakes)).masked_fill(same(slots[:, None], others), NEVER)
         rows = torch.cat([among, against], 1)
         contrast = (F.cross_entropy(rows, own) + F.cross_entropy(among.T, own)) / 2
-        told = slot_loss(model.seen(seen), slots) + slot_loss(model.said(said[: part.count]), slots)
+        slots_loss = slot_loss(model.seen(image_states), slots) + slot_loss(
+            model.said(text_states[: micro_batch.count]), slots
+        )
         known = (rows.argmax(1) == own).float().mean()
-        return {"loss": contrast + TOLD * told, "contrast": contrast, "told": told, "right": known}
+        return {"loss": contrast + SLOT_WEIGHT * slots_loss, "contrast": contrast, "told": slots_loss, "right": known}
 
     return loss
 
@@ -165,7 +167,7 @@ def nearness(model: Towers, image: Tensor, batch: Scenes) -> Tensor:
 @torch.no_grad()
 def scores(model: Towers, count: int) -> dict[str, float]:
     """Shares of fresh pictures, by split, that are nearer to their caption than to any of 3 with one thing wrong."""
-    found = {}
+    scores = {}
     for i, split in enumerate(("train", "heldout", "unseen_atoms")):
         for single in (1.0, 0.0):
             batch = scenes(count, seed=SEED + 10**9 + i, split=split, single=single)
@@ -175,8 +177,8 @@ def scores(model: Towers, count: int) -> dict[str, float]:
             for _ in range(WRONG):
                 other = mistaken(batch, generator)
                 won &= (own > nearness(model, image, other)) | same(slots_of(batch), slots_of(other))
-            found[f"{split}, {'one object' if single else 'two objects'}"] = float(won.float().mean())
-    return found
+            scores[f"{split}, {'one object' if single else 'two objects'}"] = float(won.float().mean())
+    return scores
 
 
 @torch.no_grad()
@@ -185,7 +187,7 @@ def even_out(tower: ImageTower, pictures: Tensor) -> None:
 
     FID then is of the order of 1 a feature, and none of them drowns the others.
     """
-    spread = torch.cat([tower.features(part) for part in pictures.split(100)]).std(0)
+    spread = torch.cat([tower.features(some) for some in pictures.split(100)]).std(0)
     tower.widen.weight /= spread[:, None]
     tower.widen.bias /= spread
     tower.projection.weight *= spread
@@ -195,13 +197,13 @@ TOKENIZER = block_tokenizer()
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnToMatch:
+class ContrastiveTask:
     """The task: from `pictures` renders; `scored` fresh ones of each kind are matched at the end."""
 
     pictures: int = 12_288
     scored: int = 500
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """Draw the pictures."""
         torch.manual_seed(plan.seed)
         towers = Towers()
@@ -215,10 +217,18 @@ class LearnToMatch:
             for kind, share in scores(towers.eval(), self.scored).items():
                 print(f"{kind:28s} {share:.4f}", flush=True)
 
-        return Work(turns={"towers": Turn(network=towers, loss=loss)}, finish=finish)
+        return StageSetup(objectives={"towers": Objective(network=towers, loss=loss)}, finish=finish)
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The one stage."""
-    plan = Plan(folder=out / "block-clip", steps=1000, batch=96, rate=2e-3, decay=0.5, weight_decay=1e-3, ema=0.998)
-    return [Run(task=LearnToMatch(), plan=plan)]
+    plan = Plan(
+        folder=out / "block-clip",
+        steps=1000,
+        batch_size=96,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.5,
+        weight_decay=1e-3,
+        ema_decay=0.998,
+    )
+    return [RecipeStage(task=ContrastiveTask(), plan=plan)]

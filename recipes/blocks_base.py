@@ -44,15 +44,15 @@ from fewstep.blockworld import Scenes, render, require_train, scenes
 from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
 from fewstep.files import partial_path
-from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
-from fewstep.train.forward_process import Process
-from fewstep.train.losses import AutoencoderLoss, min_snr_weight, sampled_latents, stratified_timesteps
-from fewstep.train.normalize_latents import fold_statistics
-from fewstep.train.plan import Part, Plan, mixed_seed
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.forward_process import ForwardProcess
+from fewstep.train.losses import AutoencoderLoss, min_snr_weight, stratified_timesteps
+from fewstep.train.normalize_latents import normalize_latents
+from fewstep.train.plan import MicroBatch, Plan, mixed_seed
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
 from fewstep.weights.scheduler import SchedulerConfig
@@ -64,36 +64,43 @@ FLOOR, GAMMA = 1.0, 5.0  # limits of the weight of an error in x0
 WEIGHTS = "weights.safetensors"
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The stages in their order; each begins with what the one before left."""
 
-    def run(name: str, task: Autoencoder | Text | Diffusion, minutes: float, **options: object) -> Run:
-        return Run(task=task, plan=Plan(folder=out / name, seconds=60 * minutes, **options))  # type: ignore[arg-type]
+    def run(name: str, task: Autoencoder | Text | Diffusion, minutes: float, **options: object) -> RecipeStage:
+        return RecipeStage(task=task, plan=Plan(folder=out / name, seconds=60 * minutes, **options))  # type: ignore[arg-type]
 
-    pictures = {"weight_decay": 1e-4, "batch": 16}
-    latents = {"rate": 1e-3, "decay": 0.0, "batch": 64}
+    pictures = {"weight_decay": 1e-4, "batch_size": 16}
+    latents = {"learning_rate": 1e-3, "lr_decay_fraction": 0.0, "batch_size": 64}
     large = {SIZE: 0.8, SMALL: 0.2}
     return [
-        run("autoencoder", Autoencoder(), 18, rate=2e-3, decay=0.5, ema=0.998, **pictures),
-        run("text", Text(), 0.7, rate=1e-3, ema=0.99, batch=128),
-        run("decoder", Autoencoder(start=out / "autoencoder", decoder=True), 11, rate=1e-3, decay=0.6, **pictures),
+        run("autoencoder", Autoencoder(), 18, learning_rate=2e-3, lr_decay_fraction=0.5, ema_decay=0.998, **pictures),
+        run("text", Text(), 0.7, learning_rate=1e-3, ema_decay=0.99, batch_size=128),
+        run(
+            "decoder",
+            Autoencoder(start=out / "autoencoder", decoder=True),
+            11,
+            learning_rate=1e-3,
+            lr_decay_fraction=0.6,
+            **pictures,
+        ),
         run("small_unet", Diffusion(start=out / "text", autoencoder=out / "decoder", resnets=1), 11, **latents),
         run("unet", Diffusion(start=out / "small_unet", autoencoder=out / "decoder", varied=0.7), 27, **latents),
         run(
             "large_autoencoder",
             Autoencoder(start=out / "decoder", sizes=(SIZE, SMALL, SIZE)),
             13,
-            rate=7e-4,
-            decay=0.6,
+            learning_rate=7e-4,
+            lr_decay_fraction=0.6,
             **pictures,
         ),
         run(
             "large_unet",
             Diffusion(start=out / "unet", autoencoder=out / "large_autoencoder", sizes=large, varied=0.7, blank=BLANK),
             99,
-            rate=8e-4,
-            decay=0.4,
-            batch=40,
+            learning_rate=8e-4,
+            lr_decay_fraction=0.4,
+            batch_size=40,
         ),
     ]
 
@@ -113,8 +120,8 @@ class Autoencoder:
     edges: float = 0.5
     device: str | None = None
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         model = AutoencoderKL(AUTOENCODER).to(memory_format=layout_on(device))
@@ -124,22 +131,22 @@ class Autoencoder:
         if self.decoder:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
-        turn = Turn(network=model, loss=self._loss(model, device), kind=self._size)
-        return Work(turns={"model": turn}, finish=self._finish(model, plan.folder))
+        objective = Objective(network=model, loss=self._loss(model, device), kind=self._size)
+        return StageSetup(objectives={"model": objective}, finish=self._finish(model, plan.folder))
 
-    def _size(self, part: Part) -> int:
+    def _size(self, micro_batch: MicroBatch) -> int:
         """Of the pictures of a step."""
-        return self.sizes[part.step % len(self.sizes)]
+        return self.sizes[micro_batch.step % len(self.sizes)]
 
     def _loss(self, model: AutoencoderKL, device: torch.device) -> Loss:
         weigh = AutoencoderLoss(edges=self.edges)
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            size = self._size(part)
-            part = smaller(part, SMALL / size).on(device)
-            image = permuted_pictures(part, size)
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            size = self._size(micro_batch)
+            micro_batch = smaller(micro_batch, SMALL / size).on(device)
+            image = permuted_pictures(micro_batch, size)
             moments = model.encode(image).float()
-            latents = noisy_means(moments.detach(), part) if self.decoder else sampled_latents(moments)
+            latents = noisy_mean(moments.detach(), micro_batch) if self.decoder else sampled(Posterior.of(moments))
             output = model.decode(latents).float()
             terms = {"psnr": psnr(output, image)}
             if self.decoder:
@@ -168,8 +175,8 @@ class Text:
     captions: int = 12_000
     device: str | None = None
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         drawn = scenes(self.captions, seed=mixed_seed("captions"), single=0.35)
         require_train(drawn)
@@ -180,14 +187,16 @@ class Text:
         model = LatentDiffusion(resnets=1).to(device)
         model.unet.requires_grad_(False)
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            ids, slots = (value.to(device) for value in cache.words(part, varied=0.8)[1:])
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            ids, slots = (value.to(device) for value in cache.words(micro_batch, varied=0.8)[1:])
             logits = model.slots(model.text(ids).last)
-            told = [0, 1, 3, 4, 6]  # a size is not always said
-            right = torch.stack([(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in told]).all(0)
+            always_in_caption = [0, 1, 3, 4, 6]  # a size is not always said
+            right = torch.stack(
+                [(logits[i].argmax(1) == slots[:, i]) | (slots[:, i] < 0) for i in always_in_caption]
+            ).all(0)
             return {"loss": slot_loss(logits, slots), "right": right.float().mean()}
 
-        return Work(turns={"model": Turn(network=model, loss=loss)}, finish=saved(model))
+        return StageSetup(objectives={"model": Objective(network=model, loss=loss)}, finish=saved(model))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +204,7 @@ class Diffusion:
     """Text tower and UNet together: the weighted error of the velocity, and the slots'.
 
     `start`: the stage, or the model, to go on from; a UNet with fewer residual blocks is grown. `sizes`: the share of
-    the batch that is of each picture size; or `turns`: the sizes of whole batches, one step after another. `varied`:
+    the batch that is of each picture size; or `size_cycle`: the sizes of whole batches, step after step. `varied`:
     the share of varied captions after the first seventh of the run. `blank`: see `blank_words`. `chunks` of latents are
     encoded first where they are not there: so many at 64 pixels, or `small_chunks`, and of larger pictures more.
     """
@@ -204,26 +213,26 @@ class Diffusion:
     autoencoder: Path | str
     resnets: int = 2
     sizes: Mapping[int, float] | None = None
-    turns: tuple[int, ...] = ()
+    size_cycle: tuple[int, ...] = ()
     varied: float = 0.0
     blank: float = 0.0
     chunks: int = 10
     small_chunks: int | None = None
     device: str | None = None
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         device = choose_device(self.device)
         model = self._model().to(device)
         autoencoder = AutoencoderKL(AUTOENCODER).eval().to(device, memory_format=layout_on(device))
         autoencoder.load_state_dict(autoencoder_weights(self.autoencoder))
-        shares = self.sizes or dict.fromkeys(self.turns or (SMALL,), 1.0)
+        shares = self.sizes or dict.fromkeys(self.size_cycle or (SMALL,), 1.0)
         losses = {size: self._loss(model, self._cache(autoencoder, size, plan.folder.parent)) for size in shares}
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            if self.turns:
-                return losses[self._size(part)](part)
-            parts = [(share, losses[size](smaller(part, share))) for size, share in shares.items()]
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            if self.size_cycle:
+                return losses[self._size(micro_batch)](micro_batch)
+            parts = [(share, losses[size](smaller(micro_batch, share))) for size, share in shares.items()]
             return {name: torch.stack([share * terms[name] for share, terms in parts]).sum() for name in parts[0][1]}
 
         def finish(trainer: Trainer) -> None:
@@ -231,11 +240,11 @@ class Diffusion:
             if trainer.rank == 0:
                 save_parts(parts_of(model, autoencoder), plan.folder / "model", torch.float16)
 
-        return Work(turns={"model": Turn(network=model, loss=loss, kind=self._size)}, finish=finish)
+        return StageSetup(objectives={"model": Objective(network=model, loss=loss, kind=self._size)}, finish=finish)
 
-    def _size(self, part: Part) -> int:
+    def _size(self, micro_batch: MicroBatch) -> int:
         """Of the pictures of a step; 0 where each has pictures of all sizes."""
-        return self.turns[part.step % len(self.turns)] if self.turns else 0
+        return self.size_cycle[micro_batch.step % len(self.size_cycle)] if self.size_cycle else 0
 
     def _model(self) -> LatentDiffusion:
         """As the stage before left it; of a shipped model the slots, which are not shipped, are new."""
@@ -257,23 +266,23 @@ class Diffusion:
         return read_once(folder)
 
     def _loss(self, model: LatentDiffusion, cache: LatentCache) -> Loss:
-        process, empty = Process(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
+        process, empty = ForwardProcess(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
         device = model.unet.conv_in.weight.device
         latents = cache.latents.to(device)
 
-        def words(part: Part) -> Mapping[str, Tensor]:
-            index, ids, slots = cache.words(part, self.varied * min(1.0, part.step / 500))
-            dropped = part.rand("drop") < DROP
+        def words(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            index, ids, slots = cache.words(micro_batch, self.varied * min(1.0, micro_batch.step / 500))
+            dropped = micro_batch.rand("drop") < DROP
             ids[dropped], slots[dropped] = empty, -100
-            blank_words(ids, slots, part.rand("blank", 2), self.blank)
+            blank_words(ids, slots, micro_batch.rand("blank", 2), self.blank)
             return {"index": index, "ids": ids, "slots": slots}
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            part = part.on(device)
-            read = part.inputs(words)
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            micro_batch = micro_batch.on(device)
+            read = micro_batch.inputs(words)
             x0 = latents[read["index"]]
-            t = part.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
-            eps = part.randn("noise", *x0.shape[1:])
+            t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
+            eps = micro_batch.randn("noise", *x0.shape[1:])
             states = model.text(read["ids"]).last
             output = model.unet(process.noised(x0, eps, t), t.float(), states)
             weight = min_snr_weight(process.prediction, process.alpha_bar(t), GAMMA, floor=FLOOR)
@@ -284,16 +293,21 @@ class Diffusion:
         return loss
 
 
-def smaller(part: Part, share: float) -> Part:
+def smaller(micro_batch: MicroBatch, share: float) -> MicroBatch:
     """A part of a batch of `share` of the size, shared out alike."""
-    counts = [round(share * number) for number in (part.whole, part.first, part.count)]
-    return replace(part, whole=counts[0], first=counts[1], count=counts[2])
+    counts = [round(share * number) for number in (micro_batch.whole, micro_batch.first, micro_batch.count)]
+    return replace(micro_batch, whole=counts[0], first=counts[1], count=counts[2])
 
 
-def noisy_means(moments: Tensor, part: Part) -> Tensor:
+def sampled(posterior: Posterior) -> Tensor:
+    """Latents (B, C, h, w) drawn with the global random numbers, which a trainer seeds for each step."""
+    return posterior.sample(torch.randn_like(posterior.mean))
+
+
+def noisy_mean(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The means of moments (B, 2C, h, w) with up to 0.15 of noise."""
-    means = moments.chunk(2, dim=1)[0]
-    return means + 0.15 * part.rand("amount", 1, 1, 1) * part.randn("noise", *means.shape[1:])
+    mean = moments.chunk(2, dim=1)[0]
+    return mean + 0.15 * micro_batch.rand("amount", 1, 1, 1) * micro_batch.randn("noise", *mean.shape[1:])
 
 
 def psnr(output: Tensor, image: Tensor) -> Tensor:
@@ -307,8 +321,8 @@ def fold(model: AutoencoderKL) -> None:
     """Give the latents mean 0 and variance 1, channel by channel."""
     device, drawn = next(model.parameters()).device, scenes(4096, seed=mixed_seed("fold"))
     drawn = Scenes(**{name: value.to(device) for name, value in drawn.tensors().items()})
-    means = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
-    fold_statistics(model, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+    mean = torch.cat([model.encode(render(drawn[i : i + 64], SMALL))[:, :4] for i in range(0, 4096, 64)])
+    normalize_latents(model, mean.mean((0, 2, 3)), mean.std((0, 2, 3)))
 
 
 def autoencoder_weights(start: Path | str) -> dict[str, Tensor]:

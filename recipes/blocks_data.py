@@ -20,9 +20,9 @@ from fewstep.files import partial_path
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.text.prompt import tokenize
 from fewstep.text.tokenizer import Tokenizer, word_tokenizer
-from fewstep.train.datasets import Examples
-from fewstep.train.distributed import join_ranks, meet_ranks
-from fewstep.train.plan import Part, mixed_seed
+from fewstep.train.datasets import CaptionedBatch
+from fewstep.train.distributed import barrier, init_ranks
+from fewstep.train.plan import MicroBatch, mixed_seed
 
 SMALL, SIZE = 64, 128  # sides of the pictures of the first stages and of the last
 WINDOW = 24
@@ -37,17 +37,17 @@ def block_tokenizer() -> Tokenizer:
     return word_tokenizer(vocabulary(), WINDOW)
 
 
-def permuted_pictures(part: Part, size: int) -> Tensor:
+def permuted_pictures(micro_batch: MicroBatch, size: int) -> Tensor:
     """(count, 3, size, size) in [-1, 1] on the part's device, colour channels permuted in half of the batches.
 
     The permutation keeps unseen pairs of colour and shape within the autoencoder's reach. Scenes are drawn on the CPU
     and rendered where the part is.
     """
-    read = dict(part.inputs(_permuted_scenes))
+    read = dict(micro_batch.inputs(_permuted_scenes))
     channels = read.pop("channels")
-    with torch.no_grad(), torch.autocast(part.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(micro_batch.device.type, enabled=False):
         pictures = render(Scenes(**read), size).index_select(1, channels)
-    return pictures.contiguous(memory_format=layout_on(part.device))
+    return pictures.contiguous(memory_format=layout_on(micro_batch.device))
 
 
 def layout_on(device: torch.device) -> torch.memory_format:
@@ -55,14 +55,14 @@ def layout_on(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def _permuted_scenes(part: Part) -> Mapping[str, Tensor]:
+def _permuted_scenes(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
     """The part's scenes by their fields, and the "channels" (3,)."""
-    drawn = scenes(part.whole, seed=mixed_seed(part.seed, part.step, "scenes"), single=0.35)
+    drawn = scenes(micro_batch.whole, seed=mixed_seed(micro_batch.seed, micro_batch.step, "scenes"), single=0.35)
     require_train(drawn)
-    generator = part.generator("channels")
+    generator = micro_batch.generator("channels")
     permuted = torch.rand((), generator=generator) < 0.5
     channels = torch.randperm(3, generator=generator) if permuted else torch.arange(3)
-    return drawn[part.first : part.first + part.count].tensors() | {"channels": channels}
+    return drawn[micro_batch.first : micro_batch.first + micro_batch.count].tensors() | {"channels": channels}
 
 
 def scene_slots(drawn: Scenes) -> Tensor:
@@ -88,9 +88,9 @@ def blank_words(ids: Tensor, slots: Tensor, chances: Tensor, share: float) -> No
 
 def caption_ids(drawn: Scenes, seed: int, tokenizer: Tokenizer) -> Tensor:
     """(B, 1 + VARIED, 24) uint8: the canonical caption, then varied ones."""
-    said = [captions(drawn, seed=seed, style="canonical")]
-    said += [captions(drawn, seed=seed * 64 + i, style="varied") for i in range(1, VARIED + 1)]
-    return torch.stack([tokenize(texts, tokenizer).ids[:, 0] for texts in said], dim=1).byte()
+    styles = [captions(drawn, seed=seed, style="canonical")]
+    styles += [captions(drawn, seed=seed * 64 + i, style="varied") for i in range(1, VARIED + 1)]
+    return torch.stack([tokenize(texts, tokenizer).ids[:, 0] for texts in styles], dim=1).byte()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,10 @@ class LatentCache:
             raise InputError(f"{folder} holds no latents; a stage of blocks_base.py writes them")
         return cls(**{name: torch.cat([chunk[name] for chunk in chunks]) for name in ("latents", "ids", "slots")})
 
-    def words(self, part: Part, varied: float) -> tuple[Tensor, Tensor, Tensor]:
+    def words(self, micro_batch: MicroBatch, varied: float) -> tuple[Tensor, Tensor, Tensor]:
         """Indices of random scenes, their ids (count, 24) int64 and slots; a share `varied` of varied captions."""
-        index = part.randint("scene", len(self.latents))
-        which = (1 + part.randint("caption", VARIED)) * (part.rand("varied") < varied)
+        index = micro_batch.randint("scene", len(self.latents))
+        which = (1 + micro_batch.randint("caption", VARIED)) * (micro_batch.rand("varied") < varied)
         return index, self.ids[index, which].long(), self.slots[index]
 
 
@@ -123,17 +123,17 @@ class Cached:
     folder: Path
     varied: float = 0.7
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `fewstep.train.datasets.Source`."""
         cached = read_once(self.folder)
-        index, ids, _ = cached.words(part, self.varied)
-        return Examples(captions=[said(row) for row in ids.tolist()], latents=cached.latents[index])
+        index, ids, _ = cached.words(micro_batch, self.varied)
+        return CaptionedBatch(captions=[caption_of(row) for row in ids.tolist()], latents=cached.latents[index])
 
 
 read_once = cache(LatentCache.read)
 
 
-def said(ids: Sequence[int]) -> str:
+def caption_of(ids: Sequence[int]) -> str:
     """The words of a caption's ids."""
     known = vocabulary()
     return " ".join(known[i - FIRST_WORD] for i in ids if i >= FIRST_WORD)
@@ -145,7 +145,7 @@ def write_latents(model: AutoencoderKL, folder: Path, chunks: int, size: int) ->
     Beside a card, which encodes a chunk in a tenth of the time, the captions are made by a process for each core.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rank, ranks = join_ranks()
+    rank, ranks = init_ranks()
     paths = {number: folder / f"chunk-{number:03d}.pt" for number in range(rank, chunks, ranks)}
     missing = {number: path for number, path in paths.items() if not path.exists()}
     count = CHUNK * SMALL**2 // size**2
@@ -153,10 +153,10 @@ def write_latents(model: AutoencoderKL, folder: Path, chunks: int, size: int) ->
     cores = min(os.cpu_count() or 1, len(missing))
     crew = nullcontext() if alone else ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,))
     with crew as pool:
-        said = _captions(missing, count, pool)
-        for (number, path), (ids, slots) in zip(missing.items(), said, strict=True):
+        encoded = _captions(missing, count, pool)
+        for (number, path), (ids, slots) in zip(missing.items(), encoded, strict=True):
             torch_save({"latents": _encoded(model, number, count, size), "ids": ids, "slots": slots}, path)
-    meet_ranks()
+    barrier()
 
 
 def _captions(numbers: Iterable[int], count: int, pool: Executor | None) -> Iterable[tuple[Tensor, Tensor]]:
@@ -181,8 +181,8 @@ def _encoded(model: AutoencoderKL, number: int, count: int, size: int) -> Tensor
     device = next(model.parameters()).device
     drawn = Scenes(**{name: value.to(device) for name, value in _chunk_scenes(number, count).tensors().items()})
     step = ENCODED if device.type == "cpu" else CARD_ENCODED
-    means = [model.encode(render(drawn[i : i + step], size)).chunk(2, dim=1)[0] for i in range(0, count, step)]
-    return torch.cat(means).contiguous().cpu()
+    mean = [model.encode(render(drawn[i : i + step], size)).chunk(2, dim=1)[0] for i in range(0, count, step)]
+    return torch.cat(mean).contiguous().cpu()
 
 
 def torch_save(values: Mapping[str, Tensor], path: Path) -> None:

@@ -25,10 +25,10 @@ import fewstep
 from fewstep.adapters.inject import CONVOLUTIONS, TRANSFORMERS
 from fewstep.blockworld import captions, scenes
 from fewstep.images import contact_sheet
-from fewstep.train.datasets import Blockworld, Examples
+from fewstep.train.datasets import Blockworld, CaptionedBatch
 from fewstep.train.diffusion import DiffusionTask
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage
 
 PAPER, INK = (0.97, 0.93, 0.82), (0.22, 0.12, 0.10)
 SEED, COLUMNS, ROWS = 7, 6, 3  # of the sheets
@@ -58,35 +58,35 @@ class InkAndWash:
 
     data: Blockworld = field(default_factory=lambda: Blockworld(size=128))
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `fewstep.train.datasets.Source`."""
-        plain = self.data.examples(part)
+        plain = self.data.batch(micro_batch)
         assert plain.pictures is not None
         return replace(plain, pictures=ink_and_wash(plain.pictures))
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage of 200 steps of 8."""
     task = DiffusionTask(
         model="blocks-base",
         data=InkAndWash(),
         weighting="min_snr",
-        floor=1.0,
+        snr_floor=1.0,
         lora_rank=8,
         lora_targets=(*TRANSFORMERS, *CONVOLUTIONS),
     )
     plan = Plan(
         folder=out / "ink",
         steps=200,
-        batch=8,
-        rate=2e-3,
-        warmup=10,
-        decay=0.5,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=10,
+        lr_decay_fraction=0.5,
         weight_decay=0.0,
-        ema=0.95,
+        ema_decay=0.95,
         log_steps=10,
     )
-    return [Run(task=task, plan=plan)]
+    return [RecipeStage(task=task, plan=plan)]
 
 
 def draw_sheets(lora: Path, folder: Path) -> None:

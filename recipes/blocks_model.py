@@ -71,10 +71,10 @@ def grow(large: LatentDiffusion, small: Mapping[str, Tensor]) -> None:
 
     Each level's second block on the way down, and its middle one on the way up, starts as the identity.
     """
-    moved = {re.sub(r"(up_blocks\.\d\.\w+)\.1\.", r"\1.2.", name): value for name, value in small.items()}
+    to_device = {re.sub(r"(up_blocks\.\d\.\w+)\.1\.", r"\1.2.", name): value for name, value in small.items()}
     fresh = large.state_dict()
-    assert moved.keys() <= fresh.keys(), "every layer of the small model has a place in the large one"
-    large.load_state_dict(fresh | moved)
+    assert to_device.keys() <= fresh.keys(), "every layer of the small model has a place in the large one"
+    large.load_state_dict(fresh | to_device)
     for block in (*large.unet.down_blocks, *large.unet.up_blocks):
         nn.init.zeros_(block.attentions[1].proj_out.weight)
         nn.init.zeros_(block.attentions[1].proj_out.bias)

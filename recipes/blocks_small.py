@@ -23,26 +23,46 @@ import torch
 from blocks_data import Cached
 from blocks_turbo import PROMPTS
 
-from fewstep.distill.pruning import SmallTask
+from fewstep.distill.pruning import PrunedStudentTask
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """Plain, then distilled."""
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
-    plain = SmallTask(model="blocks-base", data=data, output=0.0, features=0.0)
-    taught = SmallTask(
-        model="blocks-base", data=data, student=out / "small-plain" / "model", features=0.1, sample_prompts=PROMPTS
+    plain = PrunedStudentTask(model="blocks-base", data=data, output_weight=0.0, feature_weight=0.0)
+    taught = PrunedStudentTask(
+        model="blocks-base",
+        data=data,
+        student=out / "small-plain" / "model",
+        feature_weight=0.1,
+        sample_prompts=PROMPTS,
     )
-    shared = {"batch": 40, "betas": (0.9, 0.99), "log_steps": 25}
+    shared = {"batch_size": 40, "betas": (0.9, 0.99), "log_steps": 25}
     return [
-        Run(task=plain, plan=Plan(folder=out / "small-plain", seconds=4 * 60, rate=5e-4, decay=0.0, **shared)),  # type: ignore[arg-type]
-        Run(
+        RecipeStage(
+            task=plain,
+            plan=Plan(
+                folder=out / "small-plain",
+                seconds=4 * 60,
+                learning_rate=5e-4,
+                lr_decay_fraction=0.0,
+                **shared,  # type: ignore[arg-type]
+            ),
+        ),
+        RecipeStage(
             task=taught,
-            plan=Plan(folder=out / "blocks-small", seconds=22 * 60, rate=5e-4, decay=0.4, sample_steps=250, **shared),  # type: ignore[arg-type]
+            plan=Plan(
+                folder=out / "blocks-small",
+                seconds=22 * 60,
+                learning_rate=5e-4,
+                lr_decay_fraction=0.4,
+                sample_steps=250,
+                **shared,  # type: ignore[arg-type]
+            ),
         ),
     ]
 

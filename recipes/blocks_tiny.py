@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from blocks_base import noisy_means, psnr
+from blocks_base import noisy_mean, psnr
 from blocks_data import Cached, read_once
 from torch import Tensor
 
@@ -27,9 +27,9 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.train.datasets import Source
 from fewstep.train.losses import AutoencoderLoss
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.load import load_parts, load_tiny
 from fewstep.weights.save import save_tiny
 
@@ -37,12 +37,18 @@ LATENTS = Path("runs/blocks-base/latents-large_autoencoder-128")
 WIDTH = 16
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage."""
     plan = Plan(
-        folder=out / "blocks-tiny", seconds=8 * 60, batch=16, rate=2e-3, decay=0.6, weight_decay=0.0, precision="bf16"
+        folder=out / "blocks-tiny",
+        seconds=8 * 60,
+        batch_size=16,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.6,
+        weight_decay=0.0,
+        precision="bf16",
     )
-    return [Run(task=Tiny(data=Cached(folder=LATENTS)), plan=plan)]
+    return [RecipeStage(task=Tiny(data=Cached(folder=LATENTS)), plan=plan)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,8 @@ class Tiny:
     start: str | Path | None = None
     device: str | None = None
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
         large = load_parts(self.model, dtype=torch.float32, device=device).autoencoder
@@ -66,20 +72,20 @@ class Tiny:
         norms_in_half(large, plan.precision)
         weigh = AutoencoderLoss()
 
-        def read(part: Part) -> Mapping[str, Tensor]:
-            latents = self.data.examples(part).latents
+        def read(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            latents = self.data.batch(micro_batch).latents
             assert latents is not None
             return {"latents": latents}
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            part = part.on(device)
-            latents = part.inputs(read)["latents"]
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            micro_batch = micro_batch.on(device)
+            latents = micro_batch.inputs(read)["latents"]
             with torch.no_grad():
-                noisy = noisy_means(torch.cat([latents, latents], dim=1), part)
-                wanted = large.decode(noisy).float()
+                noisy = noisy_mean(torch.cat([latents, latents], dim=1), micro_batch)
+                target = large.decode(noisy).float()
             output = tiny.decode(noisy)
-            error = (tiny.encode(wanted) - noisy).square().mean()
-            return {"loss": weigh.picture(output, wanted) + error, "latents": error, "psnr": psnr(output, wanted)}
+            error = (tiny.encode(target) - noisy).square().mean()
+            return {"loss": weigh.picture(output, target) + error, "latents": error, "psnr": psnr(output, target)}
 
         def finish(trainer: Trainer) -> None:
             averaged = trainer.averaged("model")
@@ -87,7 +93,9 @@ class Tiny:
                 tiny.load_state_dict(averaged)
                 save_tiny(tiny, plan.folder / "tiny")
 
-        return Work(turns={"model": Turn(network=tiny, loss=loss, kind=lambda part: None)}, finish=finish)
+        return StageSetup(
+            objectives={"model": Objective(network=tiny, loss=loss, kind=lambda micro_batch: None)}, finish=finish
+        )
 
 
 @torch.no_grad()
@@ -97,7 +105,7 @@ def ship(model: Path, folder: Path) -> None:
     tiny, large = load_tiny(folder, dtype=torch.float32), load_parts("blocks-base", dtype=torch.float32).autoencoder
     latents = read_once(LATENTS).latents[:500]
     both = [(tiny.decode(some), large.decode(some)) for some in latents.split(50)]
-    loss = torch.stack([psnr(ours, theirs.clamp(-1, 1)) for ours, theirs in both]).mean()
+    loss = torch.stack([psnr(tiny_images, large_images.clamp(-1, 1)) for tiny_images, large_images in both]).mean()
     print(f"{folder}: {loss:.1f} dB from the large decoder's pictures")
 
 

@@ -33,20 +33,32 @@ from safetensors.torch import save_file
 from fewstep.adapters.extract import extracted_lora
 from fewstep.adapters.save import save_lora
 from fewstep.distill.add import AddSettings
-from fewstep.distill.trajectories import Walks, WalkSettings, WalkTask
+from fewstep.distill.trajectories import RegressionTask, TrajectoryDataset, TrajectorySettings
 from fewstep.distill.turbo import TurboTask
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 from fewstep.weights.derived_model import FILE, VECTORS, vectors
 from fewstep.weights.load import load_parts
 
 RANK = 36
 COUNT = 8192
 BOTH = AddSettings(
-    shares=(1 / 6, 1 / 6, 1 / 6, 1 / 2), distill=1.0, guidance=2.0, mismatched=0.5, anchor=1.0, judged=(0, 300)
+    timestep_probs=(1 / 6, 1 / 6, 1 / 6, 1 / 2),
+    distillation_weight=1.0,
+    guidance_scale=2.0,
+    mismatched_caption_weight=0.5,
+    regression_weight=1.0,
+    discriminator_timesteps=(0, 300),
 )
-FINISH = replace(BOTH, distill=2.5, guidance=2.5, anchor=2.0, walked=True)
-SHARED = {"batch": 32, "betas": (0.5, 0.99), "ema": 0.998, "warmup": 50, "log_steps": 25, "precision": "bf16"}
+FINISH = replace(BOTH, distillation_weight=2.5, guidance_scale=2.5, regression_weight=2.0, from_trajectories=True)
+SHARED = {
+    "batch_size": 32,
+    "betas": (0.5, 0.99),
+    "ema_decay": 0.998,
+    "warmup_steps": 50,
+    "log_steps": 25,
+    "precision": "bf16",
+}
 PROMPTS = (
     "a red cube on top of a blue sphere",
     "a small green cone",
@@ -59,36 +71,45 @@ PROMPTS = (
 )
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The teacher's walks, learned by heart; then adversarial distillation; then what each half of its loss gives."""
     data = Cached(folder=Path("runs/blocks-base/latents-large_autoencoder-128"))
-    learned = WalkTask(model="blocks-base", data=data, walks=out / "walks", settings=WalkSettings(count=COUNT))
-    plan = Plan(folder=out / "turbo-walks", seconds=10 * 60, rate=3e-4, decay=0.5, **SHARED)  # type: ignore[arg-type]
-    alone = replace(BOTH, anchor=0.0)
+    learned = RegressionTask(
+        model="blocks-base", data=data, trajectories=out / "walks", settings=TrajectorySettings(count=COUNT)
+    )
+    plan = Plan(folder=out / "turbo-walks", seconds=10 * 60, learning_rate=3e-4, lr_decay_fraction=0.5, **SHARED)  # type: ignore[arg-type]
+    alone = replace(BOTH, regression_weight=0.0)
     ablation = {
         "ablation-both": alone,
-        "ablation-distilled": replace(alone, adversarial=0.0),
-        "ablation-adversarial": replace(alone, distill=0.0),
+        "ablation-distilled": replace(alone, adversarial_weight=0.0),
+        "ablation-adversarial": replace(alone, distillation_weight=0.0),
     }
     return [
-        Run(task=learned, plan=plan),
+        RecipeStage(task=learned, plan=plan),
         _run(out, "turbo-walks", "turbo-begun", BOTH, seconds=22 * 60),
         _run(out, "turbo-begun", "blocks-turbo", FINISH, seconds=16 * 60),
         *(_run(out, "turbo-walks", name, settings, steps=150) for name, settings in ablation.items()),
     ]
 
 
-def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int) -> Run:
-    shared = {**SHARED, "rate": 2e-4, "decay": 0.4, "weight_decay": 0.0, "sample_steps": 100, **length}
+def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int) -> RecipeStage:
+    shared = {
+        **SHARED,
+        "learning_rate": 2e-4,
+        "lr_decay_fraction": 0.4,
+        "weight_decay": 0.0,
+        "sample_steps": 100,
+        **length,
+    }
     task = TurboTask(
         model="blocks-base",
-        data=Walks(folder=out / "walks"),
+        data=TrajectoryDataset(folder=out / "walks"),
         student=out / start / "model",
         settings=settings,
-        discriminator_rate=10.0,
+        discriminator_lr_multiplier=10.0,
         sample_prompts=PROMPTS,
     )
-    return Run(task=task, plan=Plan(folder=out / name, **shared))  # type: ignore[arg-type]
+    return RecipeStage(task=task, plan=Plan(folder=out / name, **shared))  # type: ignore[arg-type]
 
 
 def extract(model: Path, folder: Path) -> None:

@@ -21,51 +21,63 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep.train.autoencoder import AutoencoderTask
-from fewstep.train.datasets import Prepared
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 RATE = 4.5e-6  # for each picture of a step
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The autoencoder from nothing, then its decoder alone."""
-    published = Plan(
-        folder=out / "kl-f8",
-        steps=246_803,
-        batch=12 * 2,
-        accumulate=2,
-        rate=RATE * 12 * 2,
-        warmup=0,
-        decay=0.0,
-        betas=(0.5, 0.9),
-        weight_decay=0.0,
-        clip=float("inf"),
-        ema=0.0,
-        save_seconds=1800,
-    )
-    tuned = replace(
-        published, folder=out / "ft-ema", steps=313_198, batch=12 * 16, accumulate=1, rate=RATE * 12 * 16, ema=0.9999
-    )
+    published, tuned = _plans(out)
     return [
-        Run(
+        RecipeStage(
             plan=published,
             task=AutoencoderTask(
                 model=Path("start"),
-                data=Prepared(folder=Path("data/openimages-256")),
+                data=ShardDataset(folder=Path("data/openimages-256")),
                 fresh=True,
                 rescale=True,
                 device="cuda",
             ),
         ),
-        Run(
+        RecipeStage(
             plan=tuned,
             task=AutoencoderTask(
                 model=out / "kl-f8" / "model",
-                data=Prepared(folder=Path("data/laion-256")),
+                data=ShardDataset(folder=Path("data/laion-256")),
                 discriminator_start=0,
                 decoder_only=True,
                 device="cuda",
             ),
         ),
     ]
+
+
+def _plans(out: Path) -> tuple[Plan, Plan]:
+    """Of the two stages."""
+    published = Plan(
+        folder=out / "kl-f8",
+        steps=246_803,
+        batch_size=12 * 2,
+        gradient_accumulation=2,
+        learning_rate=RATE * 12 * 2,
+        warmup_steps=0,
+        lr_decay_fraction=0.0,
+        betas=(0.5, 0.9),
+        weight_decay=0.0,
+        max_grad_norm=float("inf"),
+        ema_decay=0.0,
+        save_seconds=1800,
+    )
+    tuned = replace(
+        published,
+        folder=out / "ft-ema",
+        steps=313_198,
+        batch_size=12 * 16,
+        gradient_accumulation=1,
+        learning_rate=RATE * 12 * 16,
+        ema_decay=0.9999,
+    )
+    return published, tuned

@@ -18,39 +18,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.data.filters import Filter
-from fewstep.train.datasets import Prepared
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 NONE = Filter(min_size=None, min_aesthetic=None, max_watermark=None, max_unsafe=None, missing="keep")
 IMPROVED = Filter(min_size=512, min_aesthetic=5.0, max_watermark=0.5, max_unsafe=None)
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """v1-1 (two stages), v1-2 and v1-4; v1-3 was another branch from v1-2, 195,000 steps with the same settings."""
 
-    def run(name: str, start: str | Path, data: Prepared, steps: int, *, drop: float = 0.0, fresh: bool = False) -> Run:
+    def run(
+        name: str, start: str | Path, data: ShardDataset, steps: int, *, drop: float = 0.0, fresh: bool = False
+    ) -> RecipeStage:
         plan = Plan(
             folder=out / name,
             steps=steps,
-            batch=2048,
-            accumulate=2,
-            rate=1e-4,
-            warmup=10_000,
-            decay=0.0,
+            batch_size=2048,
+            gradient_accumulation=2,
+            learning_rate=1e-4,
+            warmup_steps=10_000,
+            lr_decay_fraction=0.0,
             betas=(0.9, 0.999),
-            clip=float("inf"),
-            ema=0.9999,
+            max_grad_norm=float("inf"),
+            ema_decay=0.9999,
             precision="fp16",
-            checkpointing=True,
+            activation_checkpointing=True,
             save_seconds=1800,
         )
-        task = DiffusionTask(model=start, data=data, text_drop=drop, fresh=fresh, device="cuda")
-        return Run(task=task, plan=plan)
+        task = DiffusionTask(model=start, data=data, caption_dropout=drop, fresh=fresh, device="cuda")
+        return RecipeStage(task=task, plan=plan)
 
     small, large, aesthetic = (
-        Prepared(folder=Path("data") / name, rule=rule)
+        ShardDataset(folder=Path("data") / name, rule=rule)
         for name, rule in (
             ("laion2b-en-256", NONE),
             ("laion-high-resolution-512", NONE),

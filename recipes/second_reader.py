@@ -26,9 +26,9 @@ from fewstep.blockworld.grading import grade
 from fewstep.blockworld.layout import COS
 from fewstep.blockworld.learned_detector import GRID, FindingNetwork, SecondReader, parts_of
 from fewstep.blockworld.scene import HALF_WIDTHS, HEIGHTS, LEFT, RADII, RIGHT
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Run, Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.stages import RecipeStage, StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.auxiliary import save_network
 
 SEED = 7_000_000_000  # no other recipe draws scenes from here on
@@ -40,7 +40,7 @@ AROUND, SHARPEN = 0.1, 1400  # weight of the cells around a middle, and from whi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class LabelledPictures:
     """Pictures (N, 3, 64, 64) uint8 and the objects in them, at most 3, -100 for none or not known.
 
     `objects` (N, 3, 6): row and column on the grid, colour, shape, size, part.
@@ -50,25 +50,25 @@ class Pictures:
     objects: Tensor
 
     @classmethod
-    def joined(cls, parts: list[Pictures]) -> Pictures:
+    def joined(cls, parts: list[LabelledPictures]) -> LabelledPictures:
         """All of them."""
         return cls(pixels=torch.cat([p.pixels for p in parts]), objects=torch.cat([p.objects for p in parts]))
 
 
-def drawn(count: int, seed: int) -> Pictures:
+def drawn(count: int, seed: int) -> LabelledPictures:
     """Fresh pictures: of all splits, and a share of them crowded or empty."""
     parts = []
     for i, (split, share) in enumerate(SPLITS.items()):
         plain = scenes(round(count * share * (1 - CROWDED - EMPTY)), seed=SEED + seed * 8 + i, split=split, single=0.35)
-        parts.append(Pictures(pixels=bytes_of(render(plain, SIDE)), objects=objects_of(plain)))
+        parts.append(LabelledPictures(pixels=bytes_of(render(plain, SIDE)), objects=objects_of(plain)))
     parts.append(crowded(round(count * CROWDED), SEED + seed * 8 + 5))
     bare = scenes(round(count * EMPTY), seed=SEED + seed * 8 + 6)
     bare = replace(bare, count=torch.zeros_like(bare.count))
-    parts.append(Pictures(pixels=bytes_of(render(bare, SIDE)), objects=objects_of(bare)))
-    return Pictures.joined(parts)
+    parts.append(LabelledPictures(pixels=bytes_of(render(bare, SIDE)), objects=objects_of(bare)))
+    return LabelledPictures.joined(parts)
 
 
-def crowded(count: int, seed: int) -> Pictures:
+def crowded(count: int, seed: int) -> LabelledPictures:
     """Scenes with one more object somewhere, which hides little of the others."""
     torch.manual_seed(seed)
     base = scenes(count, seed=seed, single=0.5)
@@ -87,12 +87,12 @@ def crowded(count: int, seed: int) -> Pictures:
     here, there = (body(picture, bare) for picture in (first, second))
     clash = (here & there).sum((1, 2)) / torch.minimum(here.sum((1, 2)), there.sum((1, 2))).clamp(min=1)
     both = torch.where(there[:, None], second, first * (second / bare.clamp(min=1e-3)).clamp(max=1))
-    kept = clash < 0.08
+    valid = clash < 0.08
     objects = torch.cat([objects_of(base)[:, :2], objects_of(extra)[:, :1]], 1)
     objects[:, :, 5] = -100
     alone = (base.count == 1) & far_apart(base, extra)
     objects[alone, :, 5] = 0
-    return Pictures(pixels=bytes_of(both * 2 - 1)[kept], objects=objects[kept])
+    return LabelledPictures(pixels=bytes_of(both * 2 - 1)[valid], objects=objects[valid])
 
 
 def body(picture: Tensor, bare: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def far_apart(one: Scenes, other: Scenes) -> Tensor:
 
 
 def objects_of(batch: Scenes) -> Tensor:
-    """(B, 3, 6) as in `Pictures`, the first object of the relation as read first."""
+    """(B, 3, 6) as in `LabelledPictures`, the first object of the relation as read first."""
     objects = torch.full((len(batch), OBJECTS, 6), -100)
     rise = batch.position[..., 2] + HEIGHTS[batch.shape] * RADII[batch.size] / 2
     column = (batch.position[..., 0] + 1) / 2 * GRID
@@ -189,26 +189,26 @@ def blocky(pictures: Tensor) -> Tensor:
     return (basis.T @ rounded @ basis).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
-def finding_loss(model: FindingNetwork, pool: Pictures) -> Loss:
+def finding_loss(model: FindingNetwork, pool: LabelledPictures) -> Loss:
     """Whether there is a middle in each cell, and of those there are, colour, shape, size and part.
 
     The eight cells around a middle may say either at first; in the last third they count a little, so that the middle
     stands out. Each is asked for the rest as often as the middle itself.
     """
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        index = part.randint("index", len(pool.pixels))
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        index = micro_batch.randint("index", len(pool.pixels))
         present, *logits = model(worn(pool.pixels[index].float() / 127.5 - 1))
         owner, there = known(pool.objects[index])
-        said = cells(len(index), owner, there, AROUND if part.step >= SHARPEN else 0.0)
-        found = F.binary_cross_entropy_with_logits(present[:, 0], *said, reduction="sum")
+        targets = cells(len(index), owner, there, AROUND if micro_batch.step >= SHARPEN else 0.0)
+        presence = F.binary_cross_entropy_with_logits(present[:, 0], *targets, reduction="sum")
         row, column = (there[:, i] + torch.randint(-1, 2, (len(there),)) for i in (0, 1))
-        told = [values[owner, :, row, column] for values in logits]
-        wrong = [F.cross_entropy(told[i], there[:, 2 + i], ignore_index=-100) for i in range(len(told))]
-        right = [(told[i].argmax(1) == there[:, 2 + i]).float().mean() for i in range(3)]
+        outputs = [values[owner, :, row, column] for values in logits]
+        wrong = [F.cross_entropy(outputs[i], there[:, 2 + i], ignore_index=-100) for i in range(len(outputs))]
+        right = [(outputs[i].argmax(1) == there[:, 2 + i]).float().mean() for i in range(3)]
         names = ("colour", "shape", "size")
-        total = found / len(there) + torch.stack(wrong).sum()
-        return {"loss": total, "found": found / len(there), **dict(zip(names, right, strict=True))}
+        total = presence / len(there) + torch.stack(wrong).sum()
+        return {"loss": total, "found": presence / len(there), **dict(zip(names, right, strict=True))}
 
     return loss
 
@@ -221,33 +221,33 @@ def known(objects: Tensor) -> tuple[Tensor, Tensor]:
 
 def cells(count: int, owner: Tensor, there: Tensor, around: float) -> tuple[Tensor, Tensor]:
     """(B, 16, 16) twice: 1 where a middle is, and how much each cell counts, those `around` a middle less."""
-    wanted, weight = torch.zeros(count, GRID, GRID), torch.ones(count, GRID, GRID)
+    present, weight = torch.zeros(count, GRID, GRID), torch.ones(count, GRID, GRID)
     for down, right in [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]:
         weight[owner, there[:, 0] + down, there[:, 1] + right] = around
-    wanted[owner, there[:, 0], there[:, 1]] = weight[owner, there[:, 0], there[:, 1]] = 1
-    return wanted, weight
+    present[owner, there[:, 0], there[:, 1]] = weight[owner, there[:, 0], there[:, 1]] = 1
+    return present, weight
 
 
 def score(reader: SecondReader, count: int, spoil: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Shares of fresh renders that are read exactly, by split and number of objects; sizes where they are said."""
-    found = {}
+    presence = {}
     for i, split in enumerate(SPLITS):
         for single in (1.0, 0.0):
             batch = scenes(count, seed=SEED + 10**9 + i, split=split, single=single)
             prompts = captions(batch, seed=0, style="canonical")
             grades = grade(reader.read(spoil(render(batch, SIDE))), batch, prompts)
-            found[f"{split}, {'one object' if single else 'two objects'}"] = grades.exact
-    return found
+            presence[f"{split}, {'one object' if single else 'two objects'}"] = grades.exact
+    return presence
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnToRead:
+class DetectorTask:
     """The task: from `pictures` renders; `scored` fresh ones of each kind are read at the end."""
 
     pictures: int = 8192
     scored: int = 500
 
-    def prepare(self, plan: Plan) -> Work:
+    def prepare(self, plan: Plan) -> StageSetup:
         """Draw the pictures."""
         torch.manual_seed(plan.seed)
         network = FindingNetwork()
@@ -261,10 +261,18 @@ class LearnToRead:
                 for kind, share in score(SecondReader(network), self.scored, spoil).items():
                     print(f"{name:6s} {kind:28s} {share:.4f}", flush=True)
 
-        return Work(turns={"network": Turn(network=network, loss=loss)}, finish=finish)
+        return StageSetup(objectives={"network": Objective(network=network, loss=loss)}, finish=finish)
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """The one stage."""
-    plan = Plan(folder=out / "second-reader", steps=2000, batch=64, rate=2e-3, decay=0.5, weight_decay=1e-3, ema=0.998)
-    return [Run(task=LearnToRead(), plan=plan)]
+    plan = Plan(
+        folder=out / "second-reader",
+        steps=2000,
+        batch_size=64,
+        learning_rate=2e-3,
+        lr_decay_fraction=0.5,
+        weight_decay=1e-3,
+        ema_decay=0.998,
+    )
+    return [RecipeStage(task=DetectorTask(), plan=plan)]

@@ -14,36 +14,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.distill.pruning import SmallTask
-from fewstep.train.datasets import Prepared
+from fewstep.distill.pruning import PrunedStudentTask
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
-DATA = Prepared(folder=Path("data/improved-aesthetics-6plus"))
+DATA = ShardDataset(folder=Path("data/improved-aesthetics-6plus"))
 V1_4, V1_5 = "sd-v1-4", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """Plain training from the teacher's layers, then two teachers."""
 
-    def run(name: str, task: SmallTask, steps: int) -> Run:
+    def run(name: str, task: PrunedStudentTask, steps: int) -> RecipeStage:
         plan = Plan(
             folder=out / name,
             steps=steps,
-            batch=128,
-            accumulate=2,
-            rate=1e-5,
-            warmup=10_000,
-            decay=0.0,
+            batch_size=128,
+            gradient_accumulation=2,
+            learning_rate=1e-5,
+            warmup_steps=10_000,
+            lr_decay_fraction=0.0,
             betas=(0.9, 0.999),
             precision="fp16",
-            checkpointing=True,
+            activation_checkpointing=True,
             save_seconds=1800,
         )
-        return Run(task=task, plan=plan)
+        return RecipeStage(task=task, plan=plan)
 
-    def task(teacher: str, student: Path | None, own: float, output: float) -> SmallTask:
-        return SmallTask(model=teacher, data=DATA, student=student, own=own, output=output, features=0.0, device="cuda")
+    def task(teacher: str, student: Path | None, own: float, output: float) -> PrunedStudentTask:
+        return PrunedStudentTask(
+            model=teacher,
+            data=DATA,
+            student=student,
+            denoising_weight=own,
+            output_weight=output,
+            feature_weight=0.0,
+            device="cuda",
+        )
 
     return [
         run("pretrained", task(V1_4, None, 1.0, 0.0), 500_000),

@@ -17,32 +17,32 @@ from pathlib import Path
 
 from fewstep.distill.add import AddSettings
 from fewstep.distill.turbo import TurboTask
-from fewstep.train.datasets import Prepared
+from fewstep.train.datasets import ShardDataset
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 
-def stages(out: Path) -> Sequence[Run]:
+def stages(out: Path) -> Sequence[RecipeStage]:
     """One stage for each model; choose with --stage."""
 
-    def run(name: str, teacher: str, guidance: float) -> Run:
+    def run(name: str, teacher: str, guidance: float) -> RecipeStage:
         plan = Plan(
             folder=out / name,
             steps=4000,
-            batch=128,
-            accumulate=4,
-            rate=1e-5,
-            warmup=100,
-            decay=0.0,
+            batch_size=128,
+            gradient_accumulation=4,
+            learning_rate=1e-5,
+            warmup_steps=100,
+            lr_decay_fraction=0.0,
             betas=(0.0, 0.99),
             weight_decay=0.0,
             precision="bf16",
-            sharing="shard",
-            checkpointing=True,
+            parallelism="shard",
+            activation_checkpointing=True,
             save_seconds=900,
         )
-        settings = AddSettings(guidance=guidance)
-        data = Prepared(folder=Path("data/512"))
-        return Run(task=TurboTask(model=teacher, data=data, settings=settings, device="cuda"), plan=plan)
+        settings = AddSettings(guidance_scale=guidance)
+        data = ShardDataset(folder=Path("data/512"))
+        return RecipeStage(task=TurboTask(model=teacher, data=data, settings=settings, device="cuda"), plan=plan)
 
     return [run("sd-turbo", "sd-v2-1", 3.0), run("sdxl-turbo", "sdxl-base", 3.0)]

@@ -22,17 +22,17 @@ RECIPE = """
 from pathlib import Path
 from fewstep.train.diffusion import DiffusionTask
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 from fewstep.train.datasets import Blockworld
 
 def stages(out):
     data = Blockworld(size=32)
-    shared = dict(batch=4, rate=1e-3, warmup=1, log_steps=1)
+    shared = dict(batch_size=4, learning_rate=1e-3, warmup_steps=1, log_steps=1)
     first = DiffusionTask(model="blocks-base", data=data, sample_prompts=("a red cube",))
     lora = DiffusionTask(model=out / "first" / "model", data=data, lora_rank=2)
     return [
-        Run(task=first, plan=Plan(folder=out / "first", steps=3, sample_steps=3, **shared)),
-        Run(task=lora, plan=Plan(folder=out / "lora", steps=2, **shared)),
+        RecipeStage(task=first, plan=Plan(folder=out / "first", steps=3, sample_steps=3, **shared)),
+        RecipeStage(task=lora, plan=Plan(folder=out / "lora", steps=2, **shared)),
     ]
 """
 
@@ -50,9 +50,9 @@ def unet_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "run"
-    assert main(["train", str(recipe), "--out", str(out), "first.plan.rate=2e-3"]) == 0
+    assert main(["train", str(recipe), "--out", str(out), "first.plan.learning_rate=2e-3"]) == 0
     said = capsys.readouterr().out
-    assert "plan.rate = 0.002" in said
+    assert "plan.learning_rate = 0.002" in said
     assert "kg CO2" in said
     log = [json.loads(line) for line in (out / "first" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3]
@@ -63,11 +63,14 @@ def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path,
     fewstep.add_lora(pipe, out / "lora" / "lora.safetensors")
     after = pipe.text_to_image("a red cube", steps=1, seed=1, output="latent").latents
     assert not torch.equal(before, after)
-    assert main(["train", str(recipe), "--out", str(out), "first.plan.rate=2e-3"]) == 0
+    assert main(["train", str(recipe), "--out", str(out), "first.plan.learning_rate=2e-3"]) == 0
     assert capsys.readouterr().out.count("done before") == 2
     assert main(["train", str(recipe), "--out", str(out), "--stage", "first"]) == 2
-    assert "with other settings: plan.rate was '0.002' and is '0.001'" in capsys.readouterr().err
-    assert main(["train", str(recipe), "--out", str(out), "--stage", "first", "plan.rate=2e-3", "plan.steps=5"]) == 0
+    assert "with other settings: plan.learning_rate was '0.002' and is '0.001'" in capsys.readouterr().err
+    assert (
+        main(["train", str(recipe), "--out", str(out), "--stage", "first", "plan.learning_rate=2e-3", "plan.steps=5"])
+        == 0
+    )
     assert "goes on at step 3" in capsys.readouterr().out
     assert [stage.steps for stage in read_training(out / "first" / "model").stages] == [5]
 
@@ -77,10 +80,10 @@ def test_a_recipe_is_trained_to_a_model_that_draws(recipe: Path, tmp_path: Path,
     [
         (["plan.stepss=3"], "did you mean 'steps'"),
         (["--stage", "frist"], "did you mean 'first'"),
-        (["plan.batch=5", "plan.accumulate=2"], "cannot be shared out"),
+        (["plan.batch_size=5", "plan.gradient_accumulation=2"], "cannot be shared out"),
         (["plan.steps=-3"], "plan.steps is -3; it must be a whole number from 1"),
-        (["plan.rate=nan"], "plan.rate is nan"),
-        (["plan.ema=1.5"], "plan.ema is 1.5"),
+        (["plan.learning_rate=nan"], "plan.learning_rate is nan"),
+        (["plan.ema_decay=1.5"], "plan.ema_decay is 1.5"),
         (["task.model=nowhere", "--stage", "first"], "unknown model 'nowhere'"),
         (["task.lora_rank=-1", "--stage", "first"], "rank -1"),
     ],
@@ -113,10 +116,17 @@ def test_training_that_runs_away_is_an_error_and_leaves_no_model(
 ) -> None:
     text = recipe.read_text().replace('model=out / "first" / "model"', 'model="blocks-base"')
     recipe.write_text(text)
-    arguments = ["plan.rate=1e30", "plan.clip=1e30", "plan.steps=30", "plan.sample_steps=0", "--stage", stage]
+    arguments = [
+        "plan.learning_rate=1e30",
+        "plan.max_grad_norm=1e30",
+        "plan.steps=30",
+        "plan.sample_steps=0",
+        "--stage",
+        stage,
+    ]
     assert main(["train", str(recipe), "--out", str(tmp_path / "run"), *arguments]) == 4
     said = capsys.readouterr().err
-    assert "lower plan.rate" in said
+    assert "lower plan.learning_rate" in said
     assert not (tmp_path / "run" / stage / "model").exists()
     assert not (tmp_path / "run" / stage / "lora.safetensors").exists()
 
@@ -132,8 +142,8 @@ BROKEN = {
     "def stages(out):\n    return 1 / 0\n": "ZeroDivisionError",
     "def stages(out:\n": "SyntaxError",
     "import nowhere_at_all\n": "ModuleNotFoundError",
-    "def stages(out):\n    return [5]\n": "each must be a Run",
-    "def stages(out):\n    return None\n": "it must return a list of at least one Run",
+    "def stages(out):\n    return [5]\n": "each must be a RecipeStage",
+    "def stages(out):\n    return None\n": "it must return a list of at least one RecipeStage",
     "def stages():\n    return []\n": "cannot be called with the output folder alone",
 }
 
@@ -186,7 +196,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     one, two = (unet_of(tmp_path / name / "first") for name in launch)
     start = load_file(Path(fewstep.__file__).parent / "assets/blocks-base/unet/diffusion_pytorch_model.safetensors")
-    moved, apart = (
+    to_device, apart = (
         torch.cat([(one[name] - other[name].float()).flatten() for name in one]).norm() for other in (start, two)
     )
-    assert apart < 0.02 * moved  # AdamW makes whole steps of the rounding of gradients that are nearly 0
+    assert apart < 0.02 * to_device  # AdamW makes whole steps of the rounding of gradients that are nearly 0

@@ -114,7 +114,7 @@ def _detected(sure: float, colour: Tensor, shape: Tensor, size: Tensor, parts: T
 def _related(a: DetectedObject, b: DetectedObject) -> tuple[int, bool]:
     """The relation that the parts of two objects make most likely, and whether b is its first object."""
     scores = {
-        (relation, swapped): float(one.parts[first] + other[second])
+        (relation, swapped): float(one.parts[first] + other.parts[second])
         for (first, second), relation in RELATION_OF_PARTS.items()
         for swapped, one, other in ((False, a, b), (True, b, a))
     }

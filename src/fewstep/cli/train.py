@@ -12,14 +12,15 @@ import typer
 from fewstep.cli.exits import Exit, code_for
 
 if TYPE_CHECKING:
-    from fewstep.train.stages import Run
+    from fewstep.train.stages import RecipeStage
     from fewstep.train.trainer import Trainer
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A Python file with a function stages(out).")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="key=value for all stages, STAGE.key=value for one: plan.rate=1e-5.")
+        list[str] | None,
+        typer.Argument(help="key=value for all stages, STAGE.key=value for one: plan.learning_rate=1e-5."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where it is kept; else runs/RECIPE.")] = None,
     stage: Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; repeatable.")] = None,
@@ -46,111 +47,69 @@ def _stages_stopped(
     recipe: Path, changes: Sequence[str], out: Path | None, names: Sequence[str], *, dry_run: bool, only_print: bool
 ) -> bool:
     """Carry the stages out, or try them, or print them; whether a signal stopped one."""
-    from fewstep.train.distributed import leave_ranks
+    from fewstep.train.distributed import shutdown_ranks
     from fewstep.train.overrides import overridden
     from fewstep.train.recipe import recipe_stages
-    from fewstep.train.stages import chosen
+    from fewstep.train.stages import selected
 
-    runs = list(overridden(chosen(recipe_stages(recipe, out or Path("runs") / recipe.stem), names), changes).values())
+    stages = list(
+        overridden(selected(recipe_stages(recipe, out or Path("runs") / recipe.stem), names), changes).values()
+    )
     stopped = False
-    for i, run in enumerate(runs):
-        _print_settings(run)
+    for i, stage in enumerate(stages):
+        _print_settings(stage)
         if dry_run:
-            _try(run, runs[:i])
-        elif not only_print and not _finished(run):
+            _try(stage, stages[:i])
+        elif not only_print and not _finished(stage):
             stopped = True
             break
-    leave_ranks()
+    shutdown_ranks()
     return stopped
 
 
-def _try(run: Run, earlier: Sequence[Run]) -> None:
+def _try(stage: RecipeStage, earlier: Sequence[RecipeStage]) -> None:
     """Do what a stage does before its first step, if all that it begins with is there."""
-    from fewstep.train.stages import dry_run, waits_for
+    from fewstep.train.stages import dry_run, unfinished_dependency
 
-    if (other := waits_for(run, earlier)) is not None:
+    if (other := unfinished_dependency(stage, earlier)) is not None:
         _say(f"  begins with what {other.name} leaves in {other.plan.folder}, and is checked when that is there")
         return
-    trainer, tried = dry_run(run, before=_print_preflight)
+    trainer, tried = dry_run(stage, before=_print_preflight)
     if trainer is None:
-        _say(f"{run.name}: done before, in {run.plan.folder}")
+        _say(f"{stage.name}: done before, in {stage.plan.folder}")
     else:
         _say("  ready to train" if tried else "  ready to make its data; the first step is tried when they are there")
 
 
-def _finished(run: Run) -> bool:
+def _finished(stage: RecipeStage) -> bool:
     """Whether a stage is at its end: trained now, or before; not where it was told to stop."""
-    from fewstep.train.stages import carry_out
+    from fewstep.train.record import write_record
+    from fewstep.train.stages import run_stage
 
-    trainer = carry_out(run, before=_print_preflight)
+    trainer = run_stage(stage, before=_print_preflight)
     if trainer is None:
-        _say(f"{run.name}: done before, in {run.plan.folder}")
+        _say(f"{stage.name}: done before, in {stage.plan.folder}")
         return True
     if trainer.stopping:
         saved = "nothing was saved" if trainer.saved is None else f"the checkpoint is of step {trainer.saved}"
-        _say(f"{run.name}: stopped at step {trainer.step}, {saved}; the same command goes on")
+        _say(f"{stage.name}: stopped at step {trainer.step}, {saved}; the same command goes on")
         return False
-    if trainer.rank == 0 and (run.plan.folder / "model").is_dir():
-        _write_record(run, trainer)
+    write_record(stage, trainer)
     return True
 
 
-def _write_record(run: Run, trainer: Trainer) -> None:
-    """Leave `training.json` beside the weights, with the stages that the model went through before."""
-    from fewstep.cards.training_record import FILE, TrainingRecord, TrainingStage, read_training
-    from fewstep.files import atomic_write
-    from fewstep.train.overrides import settings
-    from fewstep.train.preflight import KG_PER_KWH, assumed_watts
-
-    stage = TrainingStage(
-        name=run.name,
-        steps=trainer.step,
-        batch=run.plan.batch,
-        precision=run.plan.precision,
-        hours=trainer.clock / 3600,
-        watts=assumed_watts(trainer),
-        hardware=_hardware(trainer),
-        settings=settings(run),
-    )
-    start = Path(str(getattr(run.task, "student", None) or getattr(run.task, "model", "")))
-    before = read_training(start).stages if (start / FILE).is_file() else ()
-    record = TrainingRecord(
-        name=run.name,
-        summary=f"Trained with fewstep by the recipe's stage {run.name}.",
-        example="",
-        licence="unknown",
-        data=(),
-        stages=(*before, stage),
-        limits=(),
-        kg_per_kwh=KG_PER_KWH,
-    )
-    with atomic_write(run.plan.folder / "model" / FILE) as file:
-        file.write(record.to_json().encode())
-
-
-def _hardware(trainer: Trainer) -> str:
-    import platform
-
-    import torch
-
-    name = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    )
-    return f"{trainer.ranks} x {name}" if trainer.ranks > 1 and torch.cuda.is_available() else name
-
-
-def _print_settings(run: Run) -> None:
+def _print_settings(stage: RecipeStage) -> None:
     from fewstep.train.overrides import settings
 
-    _say(f"{run.name} ({type(run.task).__name__})")
-    _say("\n".join(f"  {name} = {value}" for name, value in settings(run).items()))
+    _say(f"{stage.name} ({type(stage.task).__name__})")
+    _say("\n".join(f"  {name} = {value}" for name, value in settings(stage).items()))
 
 
-def _print_preflight(run: Run, trainer: Trainer) -> None:
+def _print_preflight(stage: RecipeStage, trainer: Trainer) -> None:
     from fewstep.train.preflight import check_fits, estimate, parameter_counts
 
-    check_fits(run, trainer)
-    said = estimate(run, trainer)
+    check_fits(stage, trainer)
+    said = estimate(stage, trainer)
     for name, (count, trained) in parameter_counts(trainer).items():
         _say(f"  {name}: {count:,} parameters, {trained:,} of them trained")
     _say(f"  {said}")

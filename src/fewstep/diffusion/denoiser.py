@@ -45,6 +45,28 @@ def output_from_x0(x0: Tensor, x: Tensor, sigma: float, prediction: Prediction) 
     return (x0 - c_skip * x) / c_out
 
 
+def training_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
+    """The output to train towards at `sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps`; all of one shape, or broadcast."""
+    match prediction:
+        case "epsilon":
+            return eps
+        case "v_prediction":
+            return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+        case "sample":
+            return x0
+
+
+def x0_from_training_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction: Prediction) -> Tensor:
+    """`x0_from_output` for x = `sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps`: the inverse of `training_target`."""
+    match prediction:
+        case "epsilon":
+            return (x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+        case "v_prediction":
+            return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * output
+        case "sample":
+            return output
+
+
 def _scalings(sigma: float, prediction: Prediction) -> tuple[float, float]:
     """`c_skip` and `c_out` of `x0 = c_skip * x + c_out * output` (arXiv:2206.00364, table 1)."""
     match prediction:

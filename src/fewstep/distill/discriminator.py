@@ -1,4 +1,4 @@
-"""Telling drawn latents from real ones by a frozen network's features: the other side of adversarial distillation."""
+"""The discriminator of adversarial distillation: heads on a frozen network's features, and its losses."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from fewstep.engines.engine import Conditioning
 from fewstep.models.unet import UNet
-from fewstep.train.forward_process import Process
-from fewstep.train.plan import Part
+from fewstep.train.forward_process import ForwardProcess
+from fewstep.train.plan import MicroBatch
 
 HEAD_WIDTH = 64
 
 
-class Seen(NamedTuple):
-    """What a feature network makes of its view: maps (B, C_k, h_k, w_k), and a condition (B, D) to judge them by."""
+class DiscriminatorInput(NamedTuple):
+    """Feature maps (B, C_k, h_k, w_k) and the condition (B, D) that the heads judge them by."""
 
     maps: list[Tensor]
     condition: Tensor
 
 
-class Features(Protocol):
-    """A frozen network; gradients pass through it to the latents.
+class FeatureExtractor(Protocol):
+    """A frozen feature network; gradients pass through it to the latents.
 
-    `channels` of its maps; `condition` and `embedding`: the widths of what it says of words and of a view as a whole.
+    `channels`: of its maps. `condition`: width of the text condition. `embedding`: width of a view's embedding.
     """
 
     channels: tuple[int, ...]
@@ -37,17 +37,19 @@ class Features(Protocol):
     embedding: int
 
     def view(self, latents: Tensor) -> Tensor:
-        """What it looks at of clean latents (B, 4, h, w): themselves, or the pictures that they mean."""
+        """The network's input for clean latents (B, 4, h, w): the latents themselves, or the decoded pictures."""
 
     def embedded(self, view: Tensor) -> Tensor:
-        """What is in a view, (B, embedding)."""
+        """Embeddings (B, embedding) of a view."""
 
-    def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
-        """The maps of a view, and the words to judge it by; what is random about them is drawn from `part`."""
+    def __call__(
+        self, view: Tensor, conditioning: Conditioning, micro_batch: MicroBatch, purpose: str
+    ) -> DiscriminatorInput:
+        """The maps of a view and the text condition; random numbers come from `micro_batch` under `purpose`."""
 
 
 class NoisyLatentFeatures:
-    """Features of the way down and the middle of a frozen UNet, on latents with noise added to them.
+    """Features of the down blocks and the mid block of a frozen UNet, on latents with noise added.
 
     As in latent adversarial distillation (arXiv:2403.12015): no decoding, the text is in the features by cross-
     attention, and the noise level chooses between texture (low) and layout (high). t is uniform in `levels`.
@@ -55,7 +57,7 @@ class NoisyLatentFeatures:
 
     embedding = 0
 
-    def __init__(self, unet: UNet, process: Process, levels: tuple[int, int] = (0, 750)) -> None:
+    def __init__(self, unet: UNet, process: ForwardProcess, levels: tuple[int, int] = (0, 750)) -> None:
         self.unet = unet.eval().requires_grad_(False)
         self.process, self.levels = process, levels
         stages = [stage for stage in unet.config.stages if stage.depth]
@@ -70,26 +72,28 @@ class NoisyLatentFeatures:
         """See `Features`: nothing, (B, 0)."""
         return view.new_zeros(len(view), 0)
 
-    def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
-        (low, high), part = self.levels, part.on(view.device)
-        t = (low + (high - low) * part.rand(f"{purpose} t")).long()
-        eps = part.randn(f"{purpose} noise", *view.shape[1:])
+    def __call__(
+        self, view: Tensor, conditioning: Conditioning, micro_batch: MicroBatch, purpose: str
+    ) -> DiscriminatorInput:
+        (low, high), micro_batch = self.levels, micro_batch.on(view.device)
+        t = (low + (high - low) * micro_batch.rand(f"{purpose} t")).long()
+        eps = micro_batch.randn(f"{purpose} noise", *view.shape[1:])
         x = self.process.noised(view, eps, t)
-        return Seen(encoder_maps(self.unet, x, t.float(), told), told.context.mean(1))
+        return DiscriminatorInput(encoder_maps(self.unet, x, t.float(), conditioning), conditioning.context.mean(1))
 
 
-def encoder_maps(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> list[Tensor]:
-    """The outputs of the transformers of a UNet's way down and of its middle, for x (B, C, h, w) and t (B,)."""
-    emb = unet.embedding(t, x.dtype, told.pooled, told.sizes)
+def encoder_maps(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    """The outputs of the transformers in a UNet's down blocks and of its mid block, for x (B, C, h, w) and t (B,)."""
+    emb = unet.embedding(t, x.dtype, conditioning.pooled, conditioning.sizes)
     x = unet.conv_in(x)
     maps: list[Tensor] = []
     for block in unet.down_blocks:
         skips: list[Tensor] = []
-        x = block(x, emb, told.context, skips)
-        attended = block.attentions
-        assert isinstance(attended, nn.ModuleList)
-        maps += skips[: len(attended)]
-    return [*maps, unet.mid_block(x, emb, told.context)]
+        x = block(x, emb, conditioning.context, skips)
+        attentions = block.attentions
+        assert isinstance(attentions, nn.ModuleList)
+        maps += skips[: len(attentions)]
+    return [*maps, unet.mid_block(x, emb, conditioning.context)]
 
 
 class Head(nn.Module):
@@ -116,8 +120,8 @@ class Head(nn.Module):
     def _logits(self, maps: Tensor, condition: Tensor) -> Tensor:
         h = F.leaky_relu(self.first(self.norm(maps)), 0.2)
         h = h + F.leaky_relu(self.second(h), 0.2)
-        asked = self.project(condition)[:, :, None, None]
-        logits: Tensor = self.out(h)[:, 0] + (h * asked).sum(1) / sqrt(h.shape[1])
+        projected = self.project(condition)[:, :, None, None]
+        logits: Tensor = self.out(h)[:, 0] + (h * projected).sum(1) / sqrt(h.shape[1])
         return logits
 
 
@@ -128,27 +132,27 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(count, condition) for count in channels)
 
-    def forward(self, seen: Seen) -> list[Tensor]:
-        return [head(maps, seen.condition) for head, maps in zip(self.heads, seen.maps, strict=True)]
+    def forward(self, inputs: DiscriminatorInput) -> list[Tensor]:
+        return [head(maps, inputs.condition) for head, maps in zip(self.heads, inputs.maps, strict=True)]
 
 
-def fooled(logits: Sequence[Tensor]) -> Tensor:
+def generator_loss(logits: Sequence[Tensor]) -> Tensor:
     """The student's adversarial loss: minus the mean logit, mean over the heads (arXiv:2311.17042, eq. 2)."""
     return -torch.stack([logit.mean() for logit in logits]).mean()
 
 
 def hinge(logits: Sequence[Tensor], sign: float) -> Tensor:
-    """The discriminator's loss: 0 where `sign` times the logit is at least 1; sign 1 for real latents, -1 for drawn."""
+    """The discriminator's loss: 0 where `sign` times the logit is at least 1; 1 for real latents, -1 for generated."""
     return torch.stack([F.relu(1 - sign * logit).mean() for logit in logits]).mean()
 
 
-def gradient_penalty(discriminator: Discriminator, seen: Seen) -> tuple[list[Tensor], Tensor]:
+def gradient_penalty(discriminator: Discriminator, inputs: DiscriminatorInput) -> tuple[list[Tensor], Tensor]:
     """The logits of real latents, and R1: the squared gradient of their sum by the heads' input, mean over pictures.
 
     As published (arXiv:2311.17042, sec. 3.2) it is taken at the features, not at the pictures.
     """
-    maps = [feature.detach().requires_grad_() for feature in seen.maps]
-    logits = discriminator(Seen(maps, seen.condition))
+    maps = [feature.detach().requires_grad_() for feature in inputs.maps]
+    logits = discriminator(DiscriminatorInput(maps, inputs.condition))
     total = torch.stack([logit.mean((1, 2)).sum() for logit in logits]).sum()
     gradients = torch.autograd.grad(total, maps, create_graph=True)
     return logits, torch.stack([gradient.square().sum((1, 2, 3)).mean() for gradient in gradients]).mean()

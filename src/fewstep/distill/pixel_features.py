@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fewstep.blockworld.backbone import CHANNELS, SIDE
 from fewstep.blockworld.clip import EMBEDDING
-from fewstep.distill.discriminator import Seen
+from fewstep.distill.discriminator import DiscriminatorInput
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.metrics.clip_score import BlockClip
 from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.train.plan import CPU, Part
+from fewstep.train.plan import CPU, MicroBatch
 from fewstep.weights.auxiliary import load_dinov2
 
 OURS = "block-clip"
@@ -24,11 +24,11 @@ LARGEST_SIDE = 224
 """Pixels of the pictures that a DINOv2 sees; the published ones were trained at 224 before they were at 518."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of DINOv2's training pictures, from 0 to 1."""
-MOVED, CUT = 1 / 8, 1 / 2
-"""How far augmented pictures are moved, and how large a square of them is blank, as shares of their side."""
+TRANSLATION, CUTOUT = 1 / 8, 1 / 2
+"""The largest translation of augmented pictures and the side of their cutout, as shares of the picture's side."""
 
 
-class PictureNetwork(Protocol):
+class PixelNetwork(Protocol):
     """A frozen network for pictures (B, 3, side, side) in [-1, 1]; gradients pass through it to them."""
 
     side: int
@@ -39,20 +39,17 @@ class PictureNetwork(Protocol):
         """Feature maps (B, channels[k], h_k, w_k)."""
 
     def embedded(self, pictures: Tensor) -> Tensor:
-        """What is in the pictures, (B, embedding)."""
+        """Embeddings (B, embedding) of pictures."""
 
 
-class PictureFeatures:
-    """Features of the pictures that a frozen autoencoder makes of latents.
+class PixelFeatures:
+    """Features of the pictures that a frozen autoencoder decodes from latents.
 
-    Oblong pictures are squeezed into the network's square. `words`: the width of the text states, whose mean the heads
-    are told. `augment`: move pictures and blank out a square of each (arXiv:2006.10738) before the network sees them,
-    which is not published for this use.
+    Oblong pictures are resized to the network's square. `words`: width of the text states, whose mean is the heads'
+    condition. `augment`: translation and cutout (arXiv:2006.10738) before the network, not published for this use.
     """
 
-    def __init__(
-        self, autoencoder: AutoencoderKL, network: PictureNetwork, *, words: int, augment: bool = False
-    ) -> None:
+    def __init__(self, autoencoder: AutoencoderKL, network: PixelNetwork, *, words: int, augment: bool = False) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.network, self.augment = network, augment
         self.channels, self.condition, self.embedding = network.channels, words, network.embedding
@@ -68,11 +65,13 @@ class PictureFeatures:
         """See `Features`; of mean 0 and variance 1 over the embedding, whatever the network."""
         return F.layer_norm(self.network.embedded(self._resized(view)).float(), (self.embedding,))
 
-    def __call__(self, view: Tensor, told: Conditioning, part: Part, purpose: str) -> Seen:
+    def __call__(
+        self, view: Tensor, conditioning: Conditioning, micro_batch: MicroBatch, purpose: str
+    ) -> DiscriminatorInput:
         pictures = self._resized(view)
         if self.augment:
-            pictures = moved_and_cut(pictures, part, purpose)
-        return Seen(self.network.maps(pictures), told.context.mean(1))
+            pictures = translate_and_cutout(pictures, micro_batch, purpose)
+        return DiscriminatorInput(self.network.maps(pictures), conditioning.context.mean(1))
 
     def _resized(self, pictures: Tensor) -> Tensor:
         side = self.network.side
@@ -81,23 +80,23 @@ class PictureFeatures:
         return F.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True)
 
 
-def moved_and_cut(pictures: Tensor, part: Part, purpose: str) -> Tensor:
-    """Square pictures moved by up to an eighth of their side, then without a square of half their side.
+def translate_and_cutout(pictures: Tensor, micro_batch: MicroBatch, purpose: str) -> Tensor:
+    """Square pictures translated by up to an eighth of their side, then with a square of half their side cut out.
 
     Grey, 0, is what comes in and what the square is filled with; gradients pass to all else.
     """
-    side, part = pictures.shape[-1], part.on(CPU)
-    reach = int(side * MOVED)
-    corners = (part.rand(f"{purpose} moved", 2) * (2 * reach + 1)).long().tolist()
+    side, micro_batch = pictures.shape[-1], micro_batch.on(CPU)
+    reach = int(side * TRANSLATION)
+    corners = (micro_batch.rand(f"{purpose} moved", 2) * (2 * reach + 1)).long().tolist()
     wide = F.pad(pictures, [reach] * 4)
-    moved = torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(wide, corners, strict=True)])
-    centres = side * part.rand(f"{purpose} cut", 2)[:, :, None]
-    rows, columns = ((torch.arange(side) - centres).abs() < side * CUT / 2).unbind(1)
-    kept = ~(rows[:, :, None] & columns[:, None, :])
-    return moved * kept[:, None].to(moved.device)
+    translated = torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(wide, corners, strict=True)])
+    centres = side * micro_batch.rand(f"{purpose} cut", 2)[:, :, None]
+    rows, columns = ((torch.arange(side) - centres).abs() < side * CUTOUT / 2).unbind(1)
+    mask = ~(rows[:, :, None] & columns[:, None, :])
+    return translated * mask[:, None].to(translated.device)
 
 
-def picture_network(what: str | Path, device: torch.device) -> PictureNetwork:
+def pixel_network(what: str | Path, device: torch.device) -> PixelNetwork:
     """Our own, for block pictures, by the name "block-clip", or the DINOv2 in a transformers folder.
 
     Raises InputError for anything else, CheckpointError for a folder that is not a `Dinov2Model`'s.
@@ -119,12 +118,12 @@ class BlockNetwork:
         self.tower = BlockClip().image.to(device)
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """See `PictureNetwork`."""
+        """See `PixelNetwork`."""
         maps: list[Tensor] = self.tower.trunk(pictures)
         return maps
 
     def embedded(self, pictures: Tensor) -> Tensor:
-        """See `PictureNetwork`."""
+        """See `PixelNetwork`."""
         embedded: Tensor = self.tower(pictures)
         return embedded
 
@@ -144,12 +143,12 @@ class DinoNetwork:
         self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD))
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """See `PictureNetwork`."""
+        """See `PixelNetwork`."""
         states, side = self.network(self._normed(pictures)), self.side // self.network.config.patch
         return [states[layer][:, 1:].mT.unflatten(2, (side, side)) for layer in self.layers]
 
     def embedded(self, pictures: Tensor) -> Tensor:
-        """See `PictureNetwork`."""
+        """See `PixelNetwork`."""
         summed: Tensor = self.network.layernorm(self.network(self._normed(pictures))[-1][:, 0])
         return summed
 

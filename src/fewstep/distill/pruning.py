@@ -1,4 +1,4 @@
-"""A student of one residual block per level, begun with its teacher's layers and taught by its outputs and features."""
+"""Pruned students: one residual block per level, copied from the teacher, distilled from its outputs and features."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from fewstep.engines.device import choose_device
 from fewstep.files import atomic_write
 from fewstep.models.config import UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.train.datasets import Ahead, Source
+from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result
 from fewstep.train.forward_process import predicted
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.renamed import refuses_renamed
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
-Features = dict[str, Tensor]
+BlockFeatures = dict[str, Tensor]
 """The output of each block of a UNet by the block's name, in the order of computing."""
 
 _SECOND_ON_THE_WAY_UP = re.compile(r"up_blocks\.(\d+)\.(resnets|attentions)\.1\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inheritance:
-    """What a student has from its teacher; `str` of it is a report of one line.
+class WeightCopyReport:
+    """Which weights a student copied from its teacher; `str` of it is a report of one line.
 
-    `copied`: each of the student's tensors with the teacher's that it is a copy of. `dropped`: the teacher's tensors
+    `copied`: student's tensor name -> the teacher's that it is a copy of. `dropped`: the teacher's tensors
     without a place in the student. The parameters are those of all these tensors together.
     """
 
@@ -55,7 +56,7 @@ class Inheritance:
         )
 
 
-def small_config(config: UNetConfig) -> UNetConfig:
+def pruned_config(config: UNetConfig) -> UNetConfig:
     """The shape with one residual block (and transformer) per level down, two up: small-sd's from sd-v1-4's."""
     return replace(config, stages=tuple(replace(stage, resnets=1) for stage in config.stages))
 
@@ -75,52 +76,45 @@ def teacher_tensor(name: str, config: UNetConfig) -> str:
     return f"up_blocks.{block}.{kind}.{last}.{name[second.end() :]}"
 
 
-def student_of(teacher: UNet) -> tuple[UNet, Inheritance]:
+def pruned_student(teacher: UNet) -> tuple[UNet, WeightCopyReport]:
     """A UNet of the small shape, every tensor copied from its place in `teacher`, and the report of that.
 
     It trains, and has the teacher's device and number format: train it in float32 (`student.float()`). The teacher
     may be any UNet of the family, and shares no memory with the student.
     """
-    theirs = teacher.state_dict()
+    teacher_tensors = teacher.state_dict()
     with torch.device("meta"):
-        student = UNet(small_config(teacher.config))
-    ours = student.state_dict()
-    copied = {name: teacher_tensor(name, teacher.config) for name in ours}
+        student = UNet(pruned_config(teacher.config))
+    student_tensors = student.state_dict()
+    copied = {name: teacher_tensor(name, teacher.config) for name in student_tensors}
     for name, source in copied.items():
-        shapes = tuple(ours[name].shape), tuple(theirs[source].shape)
+        shapes = tuple(student_tensors[name].shape), tuple(teacher_tensors[source].shape)
         assert shapes[0] == shapes[1], f"{name} is {shapes[0]}, but the teacher's {source} {shapes[1]}"
-    student.load_state_dict({name: theirs[source].clone() for name, source in copied.items()}, assign=True)
-    kept = set(copied.values())
-    dropped = tuple(name for name in theirs if name not in kept)
-    return student, Inheritance(
+    student.load_state_dict({name: teacher_tensors[source].clone() for name, source in copied.items()}, assign=True)
+    used = set(copied.values())
+    dropped = tuple(name for name in teacher_tensors if name not in used)
+    return student, WeightCopyReport(
         copied=copied,
         dropped=dropped,
-        copied_parameters=sum(tensor.numel() for tensor in ours.values()),
-        dropped_parameters=sum(theirs[name].numel() for name in dropped),
+        copied_parameters=sum(tensor.numel() for tensor in student_tensors.values()),
+        dropped_parameters=sum(teacher_tensors[name].numel() for name in dropped),
     )
 
 
 @contextmanager
-def block_features(unet: UNet) -> Iterator[Features]:
+def block_features(unet: UNet) -> Iterator[BlockFeatures]:
     """The outputs of the down, mid and up blocks of `unet`, anew in each forward pass until the context ends.
 
     Blocks are found in the module itself: give the bare UNet and call it, or the wrapper (DDP) it lies in. A compiled
     model does not see hooks that come after its compilation: enter before its first pass, and stay.
     """
-    features: Features = {}
+    features: BlockFeatures = {}
     handles = [block.register_forward_hook(partial(_record, features, name)) for name, block in _blocks(unet).items()]
     try:
         yield features
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
-def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, Features]:
-    """Output and block features of `teacher` for a UNet's inputs, without gradients; the teacher stays as it is."""
-    with block_features(teacher) as features:
-        return teacher(*inputs), features
 
 
 def distillation_loss(
@@ -154,7 +148,7 @@ def _blocks(unet: UNet) -> dict[str, nn.Module]:
     return {**downs, "mid_block": unet.mid_block, **ups}
 
 
-def _record(features: Features, name: str, block: nn.Module, inputs: object, output: Tensor) -> None:
+def _record(features: BlockFeatures, name: str, block: nn.Module, inputs: object, output: Tensor) -> None:
     del block, inputs
     features[name] = output
 
@@ -164,62 +158,71 @@ def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.float(), teacher.detach().float())
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
-class SmallTask:
-    """Train a student of the small shape on what its teacher `model` puts out, and on the data.
+class PrunedStudentTask:
+    """Train a pruned student of the teacher `model` on the teacher's outputs and on the data.
 
-    `student`: a model to go on from; without one it begins with the teacher's layers. `own`: weight of the training's
-    own loss; `output` and `features`: of the teacher's output and blocks (arXiv:2305.15798 has 1 for all three).
+    `student`: a model to go on from; without one it begins with the teacher's layers. `denoising_weight`:
+    of the loss on the data; `output_weight` and `feature_weight`: of the squared errors to the teacher's outputs and
+    block features (arXiv:2305.15798 has 1 for all three).
     """
 
     model: str | Path
     data: Source
     student: Path | None = None
-    text_drop: float = 0.1
-    own: float = 1.0
-    output: float = 1.0
-    features: float = 1.0
+    caption_dropout: float = 0.1
+    denoising_weight: float = 1.0
+    output_weight: float = 1.0
+    feature_weight: float = 1.0
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.student is None:
-            student, inherited = student_of(parts.unet)
+            student, report = pruned_student(parts.unet)
         else:
-            inherited = None
+            report = None
             student = load_parts(self.student, dtype=torch.float32, device=device).unet
         student.train().requires_grad_(True)
         norms_in_half(parts.unet, plan.precision)
-        source, small = Ahead(self.data), replace(parts, unet=student)
-        noisy = NoisyLatents(parts, source, text_drop=self.text_drop)
-        return Work(
-            turns={"model": Turn(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)},
-            finish=lambda trainer: self._keep(small, trainer, student, inherited),
-            sample=(lambda trainer: sample_sheet(small, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+        source, pruned = Prefetcher(self.data), replace(parts, unet=student)
+        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout)
+        return StageSetup(
+            objectives={
+                "model": Objective(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)
+            },
+            finish=lambda trainer: self._save(pruned, trainer, student, report),
+            sample=(lambda trainer: sample_sheet(pruned, self.sample_prompts)) if self.sample_prompts else None,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
-    def _keep(self, small: Parts, trainer: Trainer, student: UNet, inherited: Inheritance | None) -> None:
-        """Write the student, and which of its weights were the teacher's."""
-        save_result(small, trainer, student)
-        if inherited is not None and trainer.rank == 0:
+    def _save(self, pruned: Parts, trainer: Trainer, student: UNet, report: WeightCopyReport | None) -> None:
+        """Write the student, and in `inherited.txt` which weights it copied from the teacher."""
+        save_result(pruned, trainer, student)
+        if report is not None and trainer.rank == 0:
             with atomic_write(trainer.plan.folder / "inherited.txt") as file:
-                file.write(f"{inherited}\n".encode())
+                file.write(f"{report}\n".encode())
 
     def _loss(self, student: UNet, teacher: UNet, noisy: NoisyLatents) -> Loss:
-        def loss(part: Part) -> dict[str, Tensor]:
-            x, t, told, target = noisy(part)
-            with torch.no_grad(), block_features(teacher) as wanted:
-                theirs = predicted(teacher, x, t, told)
+        def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+            x, t, conditioning, target = noisy(micro_batch)
+            with torch.no_grad(), block_features(teacher) as teacher_features:
+                teacher_out = predicted(teacher, x, t, conditioning)
             with block_features(student) as features:
-                ours = predicted(student, x, t, told)
+                student_out = predicted(student, x, t, conditioning)
             terms = distillation_loss(
-                ours, theirs, features, wanted, output_weight=self.output, feature_weight=self.features
+                student_out,
+                teacher_out,
+                features,
+                teacher_features,
+                output_weight=self.output_weight,
+                feature_weight=self.feature_weight,
             )
-            own = F.mse_loss(ours.float(), target)
-            return terms | {"loss": terms["loss"] + self.own * own, "own": own}
+            own = F.mse_loss(student_out.float(), target)
+            return terms | {"loss": terms["loss"] + self.denoising_weight * own, "own": own}
 
         return loss

@@ -1,4 +1,4 @@
-"""A teacher's whole walks from noise to latents, kept on the disk, and a student that takes them in one step."""
+"""A teacher's sampling trajectories, stored on the disk, and a student trained to reach their ends in one step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -14,159 +14,171 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fewstep.diffusion.singlestep import ddim
 from fewstep.distill.teacher import Teacher
-from fewstep.distill.turbo import turbo_edition
+from fewstep.distill.turbo import turbo_model
 from fewstep.engines.device import choose_device
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import InputError
 from fewstep.files import atomic_write
-from fewstep.train.datasets import Ahead, Examples, Source, Walked
-from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.distributed import join_ranks, meet_ranks
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source, TrajectoryBatch
+from fewstep.train.diffusion import NoisyLatents, conditioning_of, sample_sheet, save_result
+from fewstep.train.distributed import barrier, init_ranks
 from fewstep.train.forward_process import computing_in, predicted
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import CPU, Part, Plan, Precision, mixed_seed
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Turn
+from fewstep.train.plan import CPU, MicroBatch, Plan, Precision, mixed_seed
+from fewstep.train.renamed import refuses_renamed
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Objective
 from fewstep.weights.load import load_parts
 
 CHUNK, BATCH = 256, 32
 CAPTIONS = "captions"
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
-class WalkSettings:
-    """How the teacher walks: `steps` of DDIM, evenly from the last time step, at `guidance`; `count` walks in all.
+class TrajectorySettings:
+    """How `count` trajectories are sampled: `steps` of DDIM, evenly from the last time step, at `guidance_scale`.
 
-    `kept`: the time steps whose latents are kept, the student's; each must be one that the walk comes by. `batch` of
-    them are made at a time, which divides the 256 of a file.
+    `stored_timesteps`: the student's time steps, whose latents are stored; each must be one of the trajectory's.
+    `batch_size`: trajectories sampled at a time, a divisor of the 256 of a file.
     """
 
     count: int = 8192
-    batch: int = BATCH
+    batch_size: int = BATCH
     steps: int = 8
-    guidance: float = 3.5
-    kept: tuple[int, ...] = (249, 499, 749, 999)
+    guidance_scale: float = 3.5
+    stored_timesteps: tuple[int, ...] = (249, 499, 749, 999)
 
     def times(self, train_steps: int) -> list[int]:
-        """The walk's time steps, falling. Raises InputError where it does not come by those that are kept."""
+        """The trajectory's time steps, falling. Raises `InputError` where a stored one is not among them."""
         times = [train_steps * (self.steps - i) // self.steps - 1 for i in range(self.steps)]
-        if missed := [t for t in self.kept if t not in times]:
-            raise InputError(f"a walk of {self.steps} steps does not come by {missed}; it comes by {times}")
+        if missed := [t for t in self.stored_timesteps if t not in times]:
+            raise InputError(f"a trajectory of {self.steps} steps does not come by {missed}; it comes by {times}")
         return times
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walks:
-    """The walks kept in `folder`, as a source: captions, real latents, and what the teacher made of the captions."""
+class TrajectoryDataset:
+    """The trajectories stored in `folder`, as a source: captions, real latents, and the teacher's latents for them."""
 
     folder: Path
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `fewstep.train.datasets.Source`."""
         captions, tensors = _read(self.folder)
-        index = part.randint("walk", len(captions))
-        walked = Walked(points=tensors["points"][index].float(), end=tensors["end"][index].float())
-        return Examples(
-            captions=[captions[i] for i in index.tolist()], latents=tensors["latents"][index].float(), walked=walked
+        index = micro_batch.randint("walk", len(captions))
+        trajectories = TrajectoryBatch(points=tensors["points"][index].float(), end=tensors["end"][index].float())
+        return CaptionedBatch(
+            captions=[captions[i] for i in index.tolist()],
+            latents=tensors["latents"][index].float(),
+            trajectories=trajectories,
         )
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
-class WalkTask:
-    """Teach a student to be in one step, from each point of its teacher's walks, where the walk ended.
+class RegressionTask:
+    """Train a student to predict in one step, from each stored point of its teacher's trajectories, their ends.
 
-    That keeps a picture for each noise, as many as the teacher has, but blurs what one step cannot tell
-    (arXiv:2101.02388; a first stage for adversarial distillation). The walks are made first where they are not in
-    `walks` yet, from the captions of `data`, each rank its share.
+    That keeps the teacher's diversity, one picture for each noise, but blurs what one step cannot predict
+    (arXiv:2101.02388; a first stage for adversarial distillation). The trajectories are sampled first where they are
+    not in the folder `trajectories` yet, from the captions of `data`, each rank its share.
     """
 
     model: str | Path
     data: Source
-    walks: Path
-    settings: WalkSettings
+    trajectories: Path
+    settings: TrajectorySettings
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         norms_in_half(parts.unet, plan.precision)
-        making = NoisyLatents(parts, self.data, text_drop=0.0)
-        empty = told_of(parts, making.engine, Examples(captions=[""]))
-        teacher = Teacher(parts.unet, making.process, empty)
-        walker = Walker(teacher=teacher, batch=making, settings=self.settings, precision=plan.precision)
-        source, student = Ahead(Walks(folder=self.walks)), parts.unet.train().requires_grad_(True)
-        batch = NoisyLatents(parts, source, text_drop=0.0)
-        times = torch.tensor(self.settings.kept, device=batch.engine.device)
+        sampling = NoisyLatents(parts, self.data, caption_dropout=0.0)
+        empty = conditioning_of(parts, sampling.engine, CaptionedBatch(captions=[""]))
+        teacher = Teacher(parts.unet, sampling.process, empty)
+        writer = TrajectoryWriter(teacher=teacher, latents=sampling, settings=self.settings, precision=plan.precision)
+        source, student = (
+            Prefetcher(TrajectoryDataset(folder=self.trajectories)),
+            parts.unet.train().requires_grad_(True),
+        )
+        batch = NoisyLatents(parts, source, caption_dropout=0.0)
+        times = torch.tensor(self.settings.stored_timesteps, device=batch.engine.device)
 
-        def loss(part: Part) -> Mapping[str, Tensor]:
-            clean, part = batch.clean(part), part.on(times.device)
-            assert clean.walked is not None
-            chosen = part.randint("point", len(times))
+        def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+            clean, micro_batch = batch.clean(micro_batch), micro_batch.on(times.device)
+            assert clean.trajectories is not None
+            chosen = micro_batch.randint("point", len(times))
             t = times[chosen]
-            x = clean.walked.points[torch.arange(len(chosen), device=times.device), chosen]
-            x0 = batch.process.x0(predicted(student, x, t, clean.told), x, t)
-            error = (x0 - clean.walked.end).square().mean((1, 2, 3))
+            x = clean.trajectories.points[torch.arange(len(chosen), device=times.device), chosen]
+            x0 = batch.process.x0(predicted(student, x, t, clean.conditioning), x, t)
+            error = (x0 - clean.trajectories.end).square().mean((1, 2, 3))
             alone = chosen == len(times) - 1
             return {"loss": error.mean(), "from_noise": (error * alone).sum() / alone.sum().clamp(min=1)}
 
-        turbo = turbo_edition(parts)
-        return Work(
-            turns={"student": Turn(network=student, loss=loss, kind=batch.kind)},
-            begin=lambda: walker.write(self.walks),
+        turbo = turbo_model(parts)
+        return StageSetup(
+            objectives={"student": Objective(network=student, loss=loss, kind=batch.kind)},
+            begin=lambda: writer.write(self.trajectories),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
-def walk(teacher: Teacher, noise: Tensor, told: Conditioning, settings: WalkSettings) -> tuple[Tensor, Tensor]:
-    """DDIM from noise (B, C, h, w): the points at the steps kept (B, K, C, h, w), and the end (B, C, h, w)."""
-    process, x, points = teacher.process, noise, dict[int, Tensor]()
-    x0 = noise
-    for t, after in pairwise([*settings.times(process.steps), None]):
-        assert t is not None
-        points[t] = x
-        now = torch.full((len(x),), t, device=x.device)
-        x0 = teacher.x0(x, now, told, settings.guidance)
-        if after is not None:
-            alpha_bar = process.alpha_bar(now)
-            eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-            x = process.noised(x0, eps, torch.full_like(now, after))
-    return torch.stack([points[t] for t in settings.kept], dim=1), x0
+def teacher_trajectory(
+    teacher: Teacher, noise: Tensor, conditioning: Conditioning, settings: TrajectorySettings
+) -> tuple[Tensor, Tensor]:
+    """DDIM from noise (B, C, h, w): the points at the stored steps (B, K, C, h, w), and the end (B, C, h, w)."""
+    process, times = teacher.process, settings.times(teacher.process.steps)
+    sigmas = [process.schedule.sigmas[t] for t in times]
+    t_of = dict(zip(sigmas, times, strict=True))
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        t = torch.full((len(x),), t_of[sigma], device=x.device)
+        return teacher.x0(x / sqrt(1 + sigma**2), t, conditioning, settings.guidance_scale)
+
+    start = noise * sqrt(1 + sigmas[0] ** 2)
+    steps = ddim(denoise, start, [*sigmas, 0.0], noise=lambda: torch.zeros_like(noise))
+    latents = [noise, *(step.x / sqrt(1 + step.sigma**2) for step in steps)]
+    points = dict(zip(times, latents, strict=False))  # the last of the latents is the end
+    return torch.stack([points[t] for t in settings.stored_timesteps], dim=1), latents[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walker:
-    """Makes the walks: each a function of its chunk's number and its place in it."""
+class TrajectoryWriter:
+    """Samples trajectories into files: each is a function of its chunk's number and its place in it."""
 
     teacher: Teacher
-    batch: NoisyLatents
-    settings: WalkSettings
+    latents: NoisyLatents
+    settings: TrajectorySettings
     precision: Precision = "fp32"
 
     def write(self, folder: Path) -> None:
-        """Keep all walks in chunks; each rank makes its share, and those that are there stay."""
+        """Write all trajectories in chunks; each rank samples its share, and files that are there stay."""
         folder.mkdir(parents=True, exist_ok=True)
-        rank, ranks = join_ranks()
+        rank, ranks = init_ranks()
         for number in range(rank, -(-self.settings.count // CHUNK), ranks):
             path = folder / f"walks-{number:05d}.safetensors"
             if not path.exists():
                 self._write_chunk(path, number)
-        meet_ranks()
+        barrier()
 
     def _write_chunk(self, path: Path, number: int) -> None:
         captions, rows = list[str](), list[dict[str, Tensor]]()
-        count = self.settings.batch
+        count = self.settings.batch_size
         for step in range(CHUNK // count):
-            part = Part(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
-            clean, part = self.batch.clean(part), part.on(self.batch.engine.device)
-            noise = part.randn("walk", *clean.x0.shape[1:])
+            micro_batch = MicroBatch(seed=mixed_seed("walks", number), step=step, whole=count, first=0, count=count)
+            clean, micro_batch = self.latents.clean(micro_batch), micro_batch.on(self.latents.engine.device)
+            noise = micro_batch.randn("walk", *clean.x0.shape[1:])
             with computing_in(self.precision, noise.device):
-                points, end = walk(self.teacher, noise, clean.told, self.settings)
+                points, end = teacher_trajectory(self.teacher, noise, clean.conditioning, self.settings)
             rows.append({"latents": clean.x0, "points": points, "end": end})
-            captions += self.batch.source.examples(part.on(CPU)).captions
+            captions += self.latents.source.batch(micro_batch.on(CPU)).captions
         tensors = {name: torch.cat([row[name] for row in rows]).half().cpu().contiguous() for name in rows[0]}
         with atomic_write(path) as file:
             file.write(save(tensors, metadata={CAPTIONS: json.dumps(captions)}))
@@ -181,5 +193,5 @@ def _read(folder: Path) -> tuple[Sequence[str], dict[str, Tensor]]:
             captions += json.loads(file.metadata()[CAPTIONS])
             chunks.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     if not chunks:
-        raise InputError(f"{folder} holds no walks; a WalkTask writes them")
+        raise InputError(f"{folder} holds no trajectories; a RegressionTask writes them")
     return captions, {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -1,4 +1,4 @@
-"""Adversarial diffusion distillation as a training task: from a model to its turbo edition."""
+"""Adversarial diffusion distillation as a training task: from a model to its few-step student."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from pathlib import Path
 import torch
 
 from fewstep.distill.add import AddSettings, AdversarialDistillation
-from fewstep.distill.discriminator import Features, NoisyLatentFeatures
-from fewstep.distill.pixel_features import PictureFeatures, picture_network
+from fewstep.distill.discriminator import FeatureExtractor, NoisyLatentFeatures
+from fewstep.distill.pixel_features import PixelFeatures, pixel_network
 from fewstep.distill.teacher import Teacher
 from fewstep.engines.device import choose_device
 from fewstep.models.unet import UNet
 from fewstep.train.activation_checkpointing import checkpoint_blocks
-from fewstep.train.datasets import Ahead, Examples, Source
-from fewstep.train.diffusion import NoisyLatents, sample_sheet, save_result, told_of
-from fewstep.train.forward_process import Process
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source
+from fewstep.train.diffusion import NoisyLatents, conditioning_of, sample_sheet, save_result
+from fewstep.train.forward_process import ForwardProcess
 from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Work
+from fewstep.train.renamed import refuses_renamed
+from fewstep.train.stages import StageSetup
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class TurboTask:
-    """Distil `model` into a student that draws in one to four steps without guidance.
+    """Distil `model` into a student that samples in one to four steps without guidance.
 
-    `student`: a model to begin from instead of the teacher itself. `features`: what the discriminator tells drawn from
-    real by: "teacher" is the teacher's own features of noisy latents (arXiv:2403.12015); the folder of a DINOv2, as
-    published, or "block-clip", our own network for block pictures, are features of decoded pictures, and the distance
-    to the teacher is then one of pictures too. `augment` moves and cuts pictures before the discriminator sees them.
-    `discriminator_rate` is relative to the plan's.
+    `student`: a model to begin from instead of the teacher itself. `features`: what the
+    discriminator reads. "teacher": the teacher's own features of noisy latents (arXiv:2403.12015). The folder of a
+    DINOv2, as published, or "block-clip", our own network for block pictures: features of decoded pictures, and the
+    distillation loss is then one of pictures too. `augment`: translation and cutout before the discriminator.
+    `discriminator_lr_multiplier` is relative to the plan's learning rate.
     """
 
     model: str | Path
@@ -42,41 +44,41 @@ class TurboTask:
     settings: AddSettings = field(default_factory=AddSettings)
     features: str | Path = "teacher"
     augment: bool = False
-    discriminator_rate: float = 1.0
+    discriminator_lr_multiplier: float = 1.0
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
         student = self._student(parts)
-        turbo = replace(turbo_edition(parts), unet=student)
-        if plan.checkpointing:
+        turbo = replace(turbo_model(parts), unet=student)
+        if plan.activation_checkpointing:
             checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
         norms_in_half(parts.unet, plan.precision)
-        source = Ahead(self.data)
-        noisy = NoisyLatents(parts, source, text_drop=0.0)
+        source = Prefetcher(self.data)
+        noisy = NoisyLatents(parts, source, caption_dropout=0.0)
         add = self.distillation(parts, student, noisy)
         kind = noisy.kind if self.features == "teacher" else None  # decoders look for overflow, which waits for a card
-        return Work(
-            turns=add.turns(discriminator_rate=self.discriminator_rate, kind=kind),
+        return StageSetup(
+            objectives=add.objectives(discriminator_lr_multiplier=self.discriminator_lr_multiplier, kind=kind),
             finish=lambda trainer: save_result(turbo, trainer, student, "student"),
             sample=(lambda trainer: sample_sheet(turbo, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
     def distillation(self, parts: Parts, student: UNet, noisy: NoisyLatents) -> AdversarialDistillation:
         """The losses."""
         process = noisy.process
-        teacher = Teacher(parts.unet, process, told_of(parts, noisy.engine, Examples(captions=[""])))
+        teacher = Teacher(parts.unet, process, conditioning_of(parts, noisy.engine, CaptionedBatch(captions=[""])))
         features = self._features(parts, process)
         return AdversarialDistillation(student, teacher, features, noisy.clean, settings=self.settings)
 
-    def _features(self, parts: Parts, process: Process) -> Features:
+    def _features(self, parts: Parts, process: ForwardProcess) -> FeatureExtractor:
         if self.features == "teacher":
-            return NoisyLatentFeatures(parts.unet, process, self.settings.judged)
-        network = picture_network(self.features, choose_device(self.device))
-        return PictureFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
+            return NoisyLatentFeatures(parts.unet, process, self.settings.discriminator_timesteps)
+        network = pixel_network(self.features, choose_device(self.device))
+        return PixelFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
 
     def _student(self, parts: Parts) -> UNet:
         if self.student is None:
@@ -85,7 +87,7 @@ class TurboTask:
         return loaded.unet.train().requires_grad_(True)
 
 
-def turbo_edition(parts: Parts) -> Parts:
+def turbo_model(parts: Parts) -> Parts:
     """The same with the defaults of a turbo model: one step from the highest level, without guidance.
 
     Of several steps each adds fresh noise, as with SDXL-Turbo: what one step got wrong the next does not build on.

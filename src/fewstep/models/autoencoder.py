@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -14,6 +15,31 @@ from fewstep.nn.convolution import Downsample, Upsample, normed_conv
 from fewstep.nn.resblock import ResBlock
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's is 1e-5
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The normal distribution of a picture's unscaled latents: mean and log-variance, both (B, latent_channels, h, w).
+
+    Its mode is `mean`. The log-variance is clamped to [-30, 20].
+    """
+
+    mean: Tensor
+    log_variance: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor) -> Posterior:
+        """From what `AutoencoderKL.encode` returns, (B, 2 * latent_channels, h, w)."""
+        mean, log_variance = moments.chunk(2, dim=1)
+        return cls(mean, log_variance.clamp(-30, 20))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents for standard normal `noise`, both of the mean's shape."""
+        return self.mean + (0.5 * self.log_variance).exp() * noise
+
+    def kl(self) -> Tensor:
+        """The Kullback-Leibler divergence from N(0, 1) of each latent, of the mean's shape."""
+        return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance)
 
 
 class AutoencoderKL(nn.Module):

@@ -87,7 +87,7 @@ def rows_of(tensor: Tensor, count: int) -> Tensor:
     return tensor.repeat_interleave(count // len(tensor), dim=0)
 
 
-def drawn_latents(engine: Engine, image: Tensor, count: int, noise: Noise) -> Tensor:
+def sample_posterior(engine: Engine, image: Tensor, count: int, noise: Noise) -> Tensor:
     """Latents (count, 4, h, w) drawn from what the encoder makes of `image`."""
     mean, deviation = engine.encode(image)
     return rows_of(mean, count) + rows_of(deviation, count) * noise().to(mean)
@@ -96,7 +96,7 @@ def drawn_latents(engine: Engine, image: Tensor, count: int, noise: Noise) -> Te
 def masked_channels(engine: Engine, init: InitImage, count: int, noise: Noise) -> Tensor:
     """What an inpainting UNet reads besides the latents, (count, 5, h, w): mask, and latents of the masked picture."""
     assert init.mask is not None
-    latents = drawn_latents(engine, init.image * (init.mask < 0.5), count, noise)
+    latents = sample_posterior(engine, init.image * (init.mask < 0.5), count, noise)
     mask = latent_mask(init.mask, latents)
     return torch.cat([mask.expand(count, -1, -1, -1), latents], dim=1)
 

@@ -1,4 +1,4 @@
-"""Training what hardly fits: blocks that are computed twice, and a look at the memory before hour nine."""
+"""Activation checkpointing for residual and transformer blocks."""
 
 from __future__ import annotations
 

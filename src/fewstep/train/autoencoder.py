@@ -1,4 +1,4 @@
-"""Autoencoder training: pictures through latents and back, judged by eye and by an adversary (arXiv:2112.10752)."""
+"""Autoencoder training: reconstruction, perceptual, KL and adversarial losses (arXiv:2112.10752)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from fewstep.engines.device import choose_device
 from fewstep.errors import CheckpointError, InputError
 from fewstep.images import contact_sheet, to_pil
-from fewstep.models.autoencoder import AutoencoderKL
-from fewstep.train.datasets import Ahead, Source
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
+from fewstep.train.datasets import Prefetcher, Source
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
-from fewstep.train.plan import Part, Plan, moved
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan, to_device
+from fewstep.train.renamed import refuses_renamed
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
@@ -27,19 +28,20 @@ from fewstep.weights.save import save_parts
 SHOWN = 8
 """Pictures on a sample sheet."""
 MEASURED = 8
-"""Steps whose pictures tell the latents' deviation."""
+"""Steps whose pictures give the latents' standard deviation."""
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderTask:
     """Train, or go on training, the autoencoder of `model` (a catalogue name, a folder, a file) on pictures.
 
     The loss is the L1 distance plus `perceptual_weight` times the perceptual one, both summed over a picture's
-    numbers, plus `kl` times the summed divergence of its latents from N(0, 1), plus the adversarial loss. That one
+    numbers, plus `kl_weight` times its latents' summed divergence from N(0, 1), plus the adversarial loss. That one
     weighs `discriminator_weight` times `adaptive_weight`, and is there from step `discriminator_start` on; 0 leaves
     the discriminator, with `discriminator_width` channels, out. The defaults are the published ones.
 
-    `fresh`: begin from random weights. `perceptual`: see `Perceptual`; without a file the loss has no such term.
+    `fresh`: begin from random weights. `perceptual`: file of a `PerceptualDistance`; None leaves the term out.
     `decoder_only`: leave the latents as they are, so that a UNet made for them stays right. `rescale`: set the scaling
     factor to one over the latents' deviation when all is done.
     """
@@ -49,7 +51,7 @@ class AutoencoderTask:
     fresh: bool = False
     perceptual: Path | None = None
     perceptual_weight: float = 1.0
-    kl: float = 1e-6
+    kl_weight: float = 1e-6
     discriminator_weight: float = 0.5
     discriminator_start: int = 50_001
     discriminator_width: int = 64
@@ -61,25 +63,25 @@ class AutoencoderTask:
         if self.fresh and self.decoder_only:
             raise InputError("fresh and decoder_only would train a decoder of random latents; leave one of them out")
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `fewstep.train.stages.Task`. Raises `InputError` for a plan that this training cannot follow."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`. Raises `InputError` for a plan that this training cannot follow."""
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
             parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(device))
-        source = Ahead(self.data)
-        return Work(
-            turns=Reconstruction(parts.autoencoder, source, self).turns(),
+        source = Prefetcher(self.data)
+        return StageSetup(
+            objectives=Reconstruction(parts.autoencoder, source, self).objectives(),
             finish=lambda trainer: save_autoencoder(parts, trainer, self.data if self.rescale else None),
             sample=lambda trainer: reconstruction_sheet(parts.autoencoder, self.data, trainer),
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
 class Reconstruction:
-    """The losses of the autoencoder and of the discriminator, which judges what the step has decoded anyway."""
+    """The losses of the autoencoder and of the discriminator; both read the same decoded pictures."""
 
     def __init__(self, model: AutoencoderKL, source: Source, task: AutoencoderTask) -> None:
         self.model, self.source, self.task = model, source, task
@@ -88,61 +90,65 @@ class Reconstruction:
         if task.decoder_only:
             model.encoder.requires_grad_(False)
             model.quant_conv.requires_grad_(False)
-        self.perceptual = None if task.perceptual is None else Perceptual(task.perceptual, self.device)
+        self.perceptual = None if task.perceptual is None else PerceptualDistance(task.perceptual, self.device)
         self.discriminator = PatchDiscriminator(task.discriminator_width).to(self.device)
-        self._decoded: dict[Part, tuple[Tensor, Tensor]] = {}
+        self._decoded: dict[MicroBatch, tuple[Tensor, Tensor]] = {}
 
-    def turns(self) -> dict[str, Turn]:
-        """What a `Trainer` trains: the model, then, if it is weighted, the discriminator."""
-        turns = {"model": Turn(network=self.model, loss=self.model_loss)}
+    def objectives(self) -> dict[str, Objective]:
+        """The model's objective, then the discriminator's unless its weight is 0."""
+        objectives = {"model": Objective(network=self.model, loss=self.model_loss)}
         if self.task.discriminator_weight:
-            turns["discriminator"] = Turn(network=self.discriminator, loss=self.discriminator_loss, weight_decay=0.0)
-        return turns
+            objectives["discriminator"] = Objective(
+                network=self.discriminator, loss=self.discriminator_loss, weight_decay=0.0
+            )
+        return objectives
 
-    def model_loss(self, part: Part) -> Mapping[str, Tensor]:
+    def model_loss(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         """The distance of the decoded pictures, the latents' divergence and the adversarial loss."""
-        image = moved(pictures_of(self.source, part), self.device)
+        image = to_device(pictures_of(self.source, micro_batch), self.device)
         moments = self._moments(image)
-        decoded = self.model.decode(drawn_latents(moments, part)).float()
-        said = self._distances(decoded, image)
-        loss = error = said.pop("error")
+        decoded = self.model.decode(sample_posterior(moments, micro_batch)).float()
+        terms = self._distances(decoded, image)
+        loss = error = terms.pop("error")
         if not self.task.decoder_only:
-            said["kl"] = divergence(moments)
-            loss = loss + self.task.kl * said["kl"]
-        if self._judges(part):
-            self._decoded[part] = image, decoded.detach()
-            fooled = -self.discriminator(decoded).float().mean()
-            weight = adaptive_weight(error, fooled, self.model.decoder.conv_out.weight)
-            loss = loss + self.task.discriminator_weight * weight * fooled
-            said |= {"fooled": fooled, "weight": weight}
-        return {"loss": loss, **said}
+            terms["kl"] = divergence(moments)
+            loss = loss + self.task.kl_weight * terms["kl"]
+        if self._is_adversarial(micro_batch):
+            self._decoded[micro_batch] = image, decoded.detach()
+            generator_loss = -self.discriminator(decoded).float().mean()
+            weight = adaptive_weight(error, generator_loss, self.model.decoder.conv_out.weight)
+            loss = loss + self.task.discriminator_weight * weight * generator_loss
+            terms |= {"generator_loss": generator_loss, "weight": weight}
+        return {"loss": loss, **terms}
 
-    def discriminator_loss(self, part: Part) -> Mapping[str, Tensor]:
+    def discriminator_loss(self, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         """The hinge loss of real and decoded pictures; before it judges, a zero that leaves all weights alone."""
-        if not self._judges(part):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
+        if not self._is_adversarial(
+            micro_batch
+        ):  # gradients of zero, not none: an optimizer without a state cannot be saved as it is
             return {"loss": 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()}
-        image, decoded = self._decoded.pop(part)
-        real, drawn = self.discriminator(image).float(), self.discriminator(decoded).float()
-        return {"loss": hinge_loss(real, drawn), "real": real.mean(), "drawn": drawn.mean()}
+        image, decoded = self._decoded.pop(micro_batch)
+        real, generated = self.discriminator(image).float(), self.discriminator(decoded).float()
+        return {"loss": hinge_loss(real, generated), "real": real.mean(), "drawn": generated.mean()}
 
-    def _judges(self, part: Part) -> bool:
-        return self.task.discriminator_weight > 0 and part.step >= self.task.discriminator_start
+    def _is_adversarial(self, micro_batch: MicroBatch) -> bool:
+        return self.task.discriminator_weight > 0 and micro_batch.step >= self.task.discriminator_start
 
     def _moments(self, image: Tensor) -> Tensor:
         with torch.set_grad_enabled(not self.task.decoder_only):
             return self.model.encode(image).float()
 
     def _distances(self, decoded: Tensor, image: Tensor) -> dict[str, Tensor]:
-        """Term by term, and all together as an "error" that is summed over a picture's numbers."""
-        said = {"l1": (decoded - image).abs().mean()}
-        error = said["l1"]
+        """The distances by name, and their weighted sum "error", summed over a picture's numbers."""
+        terms = {"l1": (decoded - image).abs().mean()}
+        error = terms["l1"]
         if self.perceptual is not None:
-            said["perceptual"] = self.perceptual(decoded, image)
-            error = error + self.task.perceptual_weight * said["perceptual"]
-        return said | {"error": error * image[0].numel()}
+            terms["perceptual"] = self.perceptual(decoded, image)
+            error = error + self.task.perceptual_weight * terms["perceptual"]
+        return terms | {"error": error * image[0].numel()}
 
 
-class Perceptual:
+class PerceptualDistance:
     """The distance of pictures in the features of a network, which a TorchScript file of the user's holds.
 
     It takes pictures (B, 3, H, W) in [-1, 1] and gives a list of maps (B, C_k, h_k, w_k). They are compared as
@@ -164,8 +170,8 @@ class Perceptual:
     def __call__(self, decoded: Tensor, image: Tensor) -> Tensor:
         """Squared distances, summed over the channels and maps, mean over places and pictures; a scalar."""
         with torch.no_grad():
-            wanted = self.maps(image)
-        squares = [(a - b).square().sum(1).mean() for a, b in zip(self.maps(decoded), wanted, strict=True)]
+            targets = self.maps(image)
+        squares = [(a - b).square().sum(1).mean() for a, b in zip(self.maps(decoded), targets, strict=True)]
         return torch.stack(squares).sum()
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
@@ -178,19 +184,18 @@ class Perceptual:
 
 def divergence(moments: Tensor) -> Tensor:
     """From N(0, 1), of latents with moments (B, 2C, h, w): summed over each picture's, mean over the pictures."""
-    mean, log_variance = _mean_and_log_variance(moments)
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+    return Posterior.of(moments).kl().sum((1, 2, 3)).mean()
 
 
-def drawn_latents(moments: Tensor, part: Part) -> Tensor:
+def sample_posterior(moments: Tensor, micro_batch: MicroBatch) -> Tensor:
     """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
-    mean, log_variance = _mean_and_log_variance(moments)
-    return mean + (0.5 * log_variance).exp() * part.on(mean.device).randn("latents", *mean.shape[1:])
+    posterior = Posterior.of(moments)
+    return posterior.sample(micro_batch.on(moments.device).randn("latents", *posterior.mean.shape[1:]))
 
 
-def pictures_of(source: Source, part: Part) -> Tensor:
-    """The pictures (B, 3, H, W) of a part; `InputError` for a source that has latents only."""
-    pictures = source.examples(part).pictures
+def pictures_of(source: Source, micro_batch: MicroBatch) -> Tensor:
+    """The pictures (B, 3, H, W) of a micro-batch; `InputError` for a source that has latents only."""
+    pictures = source.batch(micro_batch).pictures
     if pictures is None:
         raise InputError(f"{source} gives latents; an autoencoder is trained on pictures, so give their own folder")
     return pictures
@@ -200,17 +205,24 @@ def pictures_of(source: Source, part: Part) -> Tensor:
 def latent_deviation(model: AutoencoderKL, source: Source, trainer: Trainer) -> float:
     """The standard deviation of the unscaled latents of some of the run's pictures."""
     device = next(model.parameters()).device
-    parts = [part for step in range(MEASURED) for part in trainer.plan.parts(step, trainer.rank, trainer.ranks)]
-    latents = [drawn_latents(model.encode(pictures_of(source, part).to(device)), part).flatten() for part in parts]
+    micro_batches = [
+        micro_batch
+        for step in range(MEASURED)
+        for micro_batch in trainer.plan.micro_batches(step, trainer.rank, trainer.ranks)
+    ]
+    latents = [
+        sample_posterior(model.encode(pictures_of(source, micro_batch).to(device)), micro_batch).flatten()
+        for micro_batch in micro_batches
+    ]
     return float(torch.cat(latents).std())
 
 
 @torch.no_grad()
 def reconstruction_sheet(model: AutoencoderKL, source: Source, trainer: Trainer) -> Image.Image:
     """The same pictures each time, and below them what is decoded of their latents' means."""
-    part = trainer.plan.parts(0, trainer.rank, trainer.ranks)[0]
-    image = pictures_of(source, part)[:SHOWN].to(next(model.parameters()).device)
-    decoded = model.decode(model.encode(image).chunk(2, dim=1)[0])
+    micro_batch = trainer.plan.micro_batches(0, trainer.rank, trainer.ranks)[0]
+    image = pictures_of(source, micro_batch)[:SHOWN].to(next(model.parameters()).device)
+    decoded = model.decode(Posterior.of(model.encode(image)).mean)
     return contact_sheet(to_pil(torch.cat([image, decoded])), len(image))
 
 
@@ -225,14 +237,9 @@ def save_autoencoder(parts: Parts, trainer: Trainer, source: Source | None = Non
     save_parts(replace(parts, name=folder.name), folder / "model")
 
 
-def _mean_and_log_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    mean, log_variance = moments.chunk(2, dim=1)
-    return mean, log_variance.clamp(-30, 20)
-
-
 def _check(plan: Plan) -> None:
     """Raise `InputError` for what the adaptive weight, a comparison of whole gradients in mid-step, rules out."""
-    asked = {"precision=fp16": plan.precision == "fp16", "sharing=shard": plan.sharing == "shard"}
-    for setting, present in (asked | {"compiled=true": plan.compiled}).items():
+    unsupported = {"precision=fp16": plan.precision == "fp16", "parallelism=shard": plan.parallelism == "shard"}
+    for setting, present in (unsupported | {"compile=true": plan.compile}).items():
         if present:
             raise InputError(f"plan.{setting} cannot train an autoencoder; take fp32 or bf16, replicated, not compiled")

@@ -35,13 +35,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path) -> State | None:
     """The newest checkpoint in `folder`, on the CPU, or None. Raises `CheckpointError` for a damaged file."""
-    found = checkpoints(folder)
-    if not found:
+    paths = checkpoints(folder)
+    if not paths:
         return None
     try:
-        state: State = torch.load(found[-1], map_location="cpu", weights_only=True)
+        state: State = torch.load(paths[-1], map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken archive
         raise CheckpointError(
-            f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before"
+            f"{paths[-1]} cannot be read ({error}); delete it to go on from the checkpoint before"
         ) from error
     return state

@@ -1,4 +1,4 @@
-"""Where training pictures come from; which ones a part of a step gets depends on its seed and step alone."""
+"""Sources of captioned pictures or latents: pure functions of a micro-batch's seed, step and rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fewstep.data.batches import BatchPlan, batch_plan
 from fewstep.data.cache import Cache
 from fewstep.data.filters import Filter
 from fewstep.data.shards import Indices, Sample, Shards, open_shards, stacked_images
-from fewstep.train.plan import Part, mixed_seed
+from fewstep.train.plan import MicroBatch, mixed_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Captioned pictures (B, 3, H, W) in [-1, 1], or instead their scaled latents (B, 4, h, w).
+class CaptionedBatch:
+    """Captions with pictures (B, 3, H, W) in [-1, 1], or instead with scaled latents (B, 4, h, w).
 
     `sizes` (B, 6), for SDXL: original size, crop and target size, height first.
     """
@@ -32,13 +32,14 @@ class Examples:
     pictures: Tensor | None = None
     latents: Tensor | None = None
     sizes: Tensor | None = None
-    walked: Walked | None = None
+    trajectories: TrajectoryBatch | None = None
 
 
-class Walked(NamedTuple):
-    """What a teacher made of the captions: `points` (B, K, 4, h, w) on its way from noise, the noise itself last.
+class TrajectoryBatch(NamedTuple):
+    """A teacher's sampling trajectories for the captions.
 
-    They are latents with noise at the K time steps of the few-step student; `end` (B, 4, h, w) is where it came to.
+    `points` (B, K, 4, h, w): noised latents at the K time steps of the few-step student, pure noise last. `end`
+    (B, 4, h, w): the latents that the trajectory ends at.
     """
 
     points: Tensor
@@ -46,64 +47,67 @@ class Walked(NamedTuple):
 
 
 class Source(Protocol):
-    """Gives each part of a step its examples: a pure function of the part."""
+    """A data set: a pure function from a micro-batch to its captioned pictures or latents."""
 
-    def examples(self, part: Part) -> Examples:
-        """`part.count` of them."""
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
+        """The `micro_batch.count` rows of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blockworld:
-    """Scenes of blockworld, drawn as they are asked for and never twice; `single`: the share with one object."""
+    """Scenes of blockworld, rendered on the fly and never twice; `single`: the share with one object."""
 
     size: int = 64
     single: float = 0.35
     varied: bool = True
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `Source`."""
-        seed, rows = mixed_seed(part.seed, part.step, "scenes"), slice(part.first, part.first + part.count)
-        drawn = scenes(part.whole, seed=seed, single=self.single)
-        said = captions(drawn, seed=seed, style="varied" if self.varied else "canonical")
+        seed, rows = (
+            mixed_seed(micro_batch.seed, micro_batch.step, "scenes"),
+            slice(micro_batch.first, micro_batch.first + micro_batch.count),
+        )
+        drawn = scenes(micro_batch.whole, seed=seed, single=self.single)
+        texts = captions(drawn, seed=seed, style="varied" if self.varied else "canonical")
         require_train(drawn)
-        return Examples(pictures=render(drawn[rows], self.size), captions=said[rows])
+        return CaptionedBatch(pictures=render(drawn[rows], self.size), captions=texts[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The pictures of a folder that `fewstep data prepare` made, those that `rule` keeps; each once an epoch."""
+class ShardDataset:
+    """The pictures in a folder of `fewstep data prepare` that pass the filter `rule`; each once an epoch."""
 
     folder: Path
     rule: Filter | None = None
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `Source`."""
-        return _examples(self.shards().read(self.indices(part)))
+        return _captioned_batch(self.shards().read(self.indices(micro_batch)))
 
     def shards(self) -> Shards:
         """The folder, opened once."""
         return _opened(self.folder)
 
-    def indices(self, part: Part) -> Indices:
-        """Which pictures a part gets; all of one size."""
-        batch = _planned(self.folder, self.rule, part.whole, part.seed).batch(part.step)
-        return batch.indices[part.first : part.first + part.count]
+    def indices(self, micro_batch: MicroBatch) -> Indices:
+        """The numbers of a micro-batch's pictures, all of one size."""
+        batch = _planned(self.folder, self.rule, micro_batch.whole, micro_batch.seed).batch(micro_batch.step)
+        return batch.indices[micro_batch.first : micro_batch.first + micro_batch.count]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedLatents:
-    """The same from a cache of the latents' moments: nothing is decoded or encoded again."""
+    """Latents sampled from cached moments of a `ShardDataset`: no picture is decoded or encoded."""
 
-    data: Prepared
+    data: ShardDataset
     cache: Cache
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `Source`; latents are drawn anew each time."""
-        indices = self.data.indices(part)
+        indices = self.data.indices(micro_batch)
         moments, known = self.cache.read(indices), self.data.shards()
         mean, std = moments["mean"].float(), moments["std"].float()
-        latents = mean + std * part.randn("latents", *mean.shape[1:])
-        return Examples(captions=known.captions(indices), latents=latents)
+        latents = mean + std * micro_batch.randn("latents", *mean.shape[1:])
+        return CaptionedBatch(captions=known.captions(indices), latents=latents)
 
 
 _opened = cache(open_shards)
@@ -114,31 +118,31 @@ def _planned(folder: Path, rule: Filter | None, size: int, seed: int) -> BatchPl
     return batch_plan(_opened(folder), batch_size=size, seed=seed, rule=rule)
 
 
-def _examples(samples: Sequence[Sample]) -> Examples:
+def _captioned_batch(samples: Sequence[Sample]) -> CaptionedBatch:
     height, width = samples[0].image.shape[-2:]
     sizes = [[*sample.original_size, *sample.crop, height, width] for sample in samples]
-    return Examples(
+    return CaptionedBatch(
         captions=[sample.caption for sample in samples],
         pictures=stacked_images(samples),
         sizes=torch.tensor(sizes, dtype=torch.float32),
     )
 
 
-class Ahead:
-    """A source that reads the next step's examples while this one's are computed with; `waited` in seconds."""
+class Prefetcher:
+    """A source that reads the next step's batch in a thread; `waited_seconds` is the time spent waiting for it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.waited = 0.0
-        self.coming: dict[Part, Future[Examples]] = {}
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="examples")
+        self.waited_seconds = 0.0
+        self.coming: dict[MicroBatch, Future[CaptionedBatch]] = {}
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
-    def examples(self, part: Part) -> Examples:
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
         """See `Source`. An error in reading is raised here; nothing is read under the caller's autocast."""
         started = time.monotonic()
-        found = (self.coming.pop(part, None) or self.reader.submit(self.source.examples, part)).result()
-        self.waited += time.monotonic() - started
-        following = replace(part, step=part.step + 1)
+        batch = (self.coming.pop(micro_batch, None) or self.reader.submit(self.source.batch, micro_batch)).result()
+        self.waited_seconds += time.monotonic() - started
+        following = replace(micro_batch, step=micro_batch.step + 1)
         if following not in self.coming:
-            self.coming[following] = self.reader.submit(self.source.examples, following)
-        return found
+            self.coming[following] = self.reader.submit(self.source.batch, following)
+        return batch

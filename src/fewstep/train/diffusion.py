@@ -21,29 +21,31 @@ from fewstep.images import contact_sheet
 from fewstep.models.unet import UNet
 from fewstep.pipeline.pipeline import Pipeline
 from fewstep.text.prompt import tokenize
-from fewstep.train.datasets import Ahead, Examples, Source, Walked
-from fewstep.train.forward_process import Process, predicted
+from fewstep.train.datasets import CaptionedBatch, Prefetcher, Source, TrajectoryBatch
+from fewstep.train.forward_process import ForwardProcess, predicted
 from fewstep.train.losses import min_snr_weight, stratified_timesteps
-from fewstep.train.plan import Part, Plan
-from fewstep.train.stages import Work
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.renamed import refuses_renamed
+from fewstep.train.stages import StageSetup
+from fewstep.train.trainer import Loss, Objective, Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.parts import Parts
 from fewstep.weights.save import save_parts
 
 AESTHETIC = 6.0
-"""The score that SDXL's refiner is told of every picture."""
+"""The aesthetic score in the size conditioning of SDXL's refiner."""
 LARGE = 100_000_000
-"""Parameters of a UNet whose kernels are long enough for the host to keep up."""
+"""Parameters of a UNet whose kernels take longer than their launch, so that CUDA graphs save nothing."""
 Weighting = Literal["uniform", "min_snr"]
 
 
+@refuses_renamed
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask:
     """Train, or go on training, the UNet of `model`: a catalogue name, a folder, a file.
 
-    `fresh`: begin from random weights of its shape. `text_drop`: share of captions left out, for classifier-free
-    guidance. `weighting`: of squared errors over noise levels, "min_snr" with `gamma` and `floor` (see
+    `fresh`: begin from random weights of its shape. `caption_dropout`: share of captions left out, for classifier-free
+    guidance. `weighting`: of squared errors over noise levels, "min_snr" with `snr_gamma` and `snr_floor` (see
     `min_snr_weight`). `offset_noise`: standard deviation of noise added to whole channels. `train_text`: train the
     text towers too. `lora_rank`: above 0, train a LoRA of that rank, beside the layers whose names end with
     `lora_targets`, instead of the weights. `device`: the best one here unless it is named.
@@ -52,10 +54,10 @@ class DiffusionTask:
     model: str | Path
     data: Source
     fresh: bool = False
-    text_drop: float = 0.1
+    caption_dropout: float = 0.1
     weighting: Weighting = "uniform"
-    gamma: float = 5.0
-    floor: float = 0.0
+    snr_gamma: float = 5.0
+    snr_floor: float = 0.0
     offset_noise: float = 0.0
     train_text: bool = False
     lora_rank: int = 0
@@ -63,20 +65,20 @@ class DiffusionTask:
     device: str | None = None
     sample_prompts: tuple[str, ...] = ()
 
-    def prepare(self, plan: Plan) -> Work:
-        """See `Task`."""
+    def prepare(self, plan: Plan) -> StageSetup:
+        """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
         device = choose_device(self.device)
         parts = load_parts(self.model, dtype=torch.float32, device=device)
         if self.fresh:
             parts = replace(parts, unet=UNet(parts.unet.config).to(device))
-        source, trained = Ahead(self.data), trained_network(parts, self)
-        noisy = NoisyLatents(parts, source, text_drop=self.text_drop, offset_noise=self.offset_noise)
-        return Work(
-            turns={"model": Turn(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
+        source, trained = Prefetcher(self.data), trained_network(parts, self)
+        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout, offset_noise=self.offset_noise)
+        return StageSetup(
+            objectives={"model": Objective(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
             finish=lambda trainer: save_result(parts, trainer, trained),
             sample=(lambda trainer: sample_sheet(parts, self.sample_prompts)) if self.sample_prompts else None,
-            waited=lambda: source.waited,
+            waited_seconds=lambda: source.waited_seconds,
         )
 
 
@@ -90,150 +92,153 @@ def trained_network(parts: Parts, task: DiffusionTask) -> nn.Module:
     return parts.unet if len(networks) == 1 else nn.ModuleDict(networks)
 
 
-class Noisy(NamedTuple):
-    """Latents x (B, 4, h, w) at steps t (B,), what the UNet is told of them and what it should put out."""
+class NoisyBatch(NamedTuple):
+    """Noised latents x (B, 4, h, w) at steps t (B,), their conditioning and the target of the UNet's output."""
 
     x: Tensor
     t: Tensor
-    told: Conditioning
+    conditioning: Conditioning
     target: Tensor
 
 
-class Clean(NamedTuple):
-    """Latents x0 (B, 4, h, w) without noise, what the UNet is told of them, and what their source knew besides."""
+class LatentBatch(NamedTuple):
+    """Clean latents x0 (B, 4, h, w), their conditioning, and the teacher's trajectories where the source has them."""
 
     x0: Tensor
-    told: Conditioning
-    walked: Walked | None = None
+    conditioning: Conditioning
+    trajectories: TrajectoryBatch | None = None
 
 
 class NoisyLatents:
-    """Makes the UNet's inputs and targets of a part: encodes, leaves captions out, adds noise."""
+    """The UNet's inputs and targets of a micro-batch: encodes pictures and captions, drops captions, adds noise."""
 
-    def __init__(self, parts: Parts, source: Source, *, text_drop: float, offset_noise: float = 0.0) -> None:
+    def __init__(self, parts: Parts, source: Source, *, caption_dropout: float, offset_noise: float = 0.0) -> None:
         self.parts, self.source = parts, source
-        self.text_drop, self.offset_noise = text_drop, offset_noise
+        self.caption_dropout, self.offset_noise = caption_dropout, offset_noise
         self.engine = EagerEngine(parts)
-        self.process = Process(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
+        self.process = ForwardProcess(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
 
-    def __call__(self, part: Part, *, train_text: bool = False) -> Noisy:
-        part = part.on(self.engine.device)
-        clean = self.clean(part, train_text=train_text)
-        x0, told = clean.x0, clean.told
-        t = part.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
-        eps = self._noise(x0, part)
-        return Noisy(self.process.noised(x0, eps, t), t, told, self.process.target(x0, eps, t))
+    def __call__(self, micro_batch: MicroBatch, *, train_text: bool = False) -> NoisyBatch:
+        micro_batch = micro_batch.on(self.engine.device)
+        clean = self.clean(micro_batch, train_text=train_text)
+        x0, conditioning = clean.x0, clean.conditioning
+        t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, self.process.steps, generator))
+        eps = self._noise(x0, micro_batch)
+        return NoisyBatch(self.process.noised(x0, eps, t), t, conditioning, self.process.target(x0, eps, t))
 
-    def clean(self, part: Part, *, train_text: bool = False) -> Clean:
-        """The part's latents without noise, and what is told of them."""
-        part = part.on(self.engine.device)
-        read = part.inputs(self._read)
-        walked = Walked(points=read["points"], end=read["end"]) if "end" in read else None
-        words = Words.of(read)
-        told = conditioning_of(self.parts, self.engine, words, grad=train_text)
-        return Clean(self._latents(read, part), told, walked)
+    def clean(self, micro_batch: MicroBatch, *, train_text: bool = False) -> LatentBatch:
+        """The micro-batch's clean latents and their conditioning."""
+        micro_batch = micro_batch.on(self.engine.device)
+        read = micro_batch.inputs(self._read)
+        trajectories = TrajectoryBatch(points=read["points"], end=read["end"]) if "end" in read else None
+        tokens = TokenizedConditioning.of(read)
+        conditioning = encoded_conditioning(self.parts, self.engine, tokens, grad=train_text)
+        return LatentBatch(self._latents(read, micro_batch), conditioning, trajectories)
 
     @property
-    def kind(self) -> Callable[[Part], Hashable] | None:
-        """See `Turn.kind`: steps are alike; of large networks, which keep a card busy anyway, none is recorded."""
+    def kind(self) -> Callable[[MicroBatch], Hashable] | None:
+        """See `Objective.kind`: one for all; None, so that nothing is captured, above 100 M parameters."""
         large = sum(parameter.numel() for parameter in self.parts.unet.parameters()) > LARGE
-        return None if large else lambda part: None
+        return None if large else lambda micro_batch: None
 
-    def _read(self, part: Part) -> dict[str, Tensor]:
-        """What the source gives, tokens of captions for captions, some of them left out."""
-        examples = self.source.examples(part)
-        gone = (part.rand("drop") < self.text_drop).tolist()
-        said = ["" if drop else caption for drop, caption in zip(gone, examples.captions, strict=True)]
-        found = words_of(self.parts, replace(examples, captions=said)).tensors()
-        kept = {"latents": examples.latents, "pictures": examples.pictures}
-        walked = {} if examples.walked is None else examples.walked._asdict()
-        return found | walked | {name: value for name, value in kept.items() if value is not None}
+    def _read(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        """The source's tensors, and tokens of its captions, a share of them dropped."""
+        batch = self.source.batch(micro_batch)
+        dropped = (micro_batch.rand("drop") < self.caption_dropout).tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        tokens = tokenized_conditioning(self.parts, replace(batch, captions=captions)).tensors()
+        optional = {"latents": batch.latents, "pictures": batch.pictures}
+        trajectories = {} if batch.trajectories is None else batch.trajectories._asdict()
+        return tokens | trajectories | {name: value for name, value in optional.items() if value is not None}
 
     @torch.no_grad()
-    def _latents(self, read: Mapping[str, Tensor], part: Part) -> Tensor:
+    def _latents(self, read: Mapping[str, Tensor], micro_batch: MicroBatch) -> Tensor:
         """Scaled latents (B, 4, h, w), sampled from the autoencoder's normal distributions."""
         if "latents" in read:
             return read["latents"]
         mean, deviation = self.engine.encode(read["pictures"])
-        return mean + deviation * part.randn("latents", *mean.shape[1:])
+        return mean + deviation * micro_batch.randn("latents", *mean.shape[1:])
 
-    def _noise(self, x0: Tensor, part: Part) -> Tensor:
-        eps = part.randn("noise", *x0.shape[1:])
+    def _noise(self, x0: Tensor, micro_batch: MicroBatch) -> Tensor:
+        eps = micro_batch.randn("noise", *x0.shape[1:])
         if self.offset_noise:
-            eps = eps + self.offset_noise * part.randn("offset", x0.shape[1], 1, 1)
+            eps = eps + self.offset_noise * micro_batch.randn("offset", x0.shape[1], 1, 1)
         return eps
 
 
 def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
-    """The weighted squared error of the UNet's output, mean over the part."""
+    """The weighted squared error of the UNet's output, mean over the micro-batch."""
 
-    def loss(part: Part) -> Mapping[str, Tensor]:
-        x, t, told, target = noisy(part, train_text=task.train_text)
-        error = (predicted(parts.unet, x, t, told).float() - target).square()
+    def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+        x, t, conditioning, target = noisy(micro_batch, train_text=task.train_text)
+        error = (predicted(parts.unet, x, t, conditioning).float() - target).square()
         weight = error.new_ones(())
         if task.weighting == "min_snr":
             alpha_bar = noisy.process.alpha_bar(t)
-            weight = min_snr_weight(noisy.process.prediction, alpha_bar, task.gamma, floor=task.floor)
+            weight = min_snr_weight(noisy.process.prediction, alpha_bar, task.snr_gamma, floor=task.snr_floor)
         return {"loss": (weight * error).mean(), "error": error.mean()}
 
     return loss
 
 
-class Words(NamedTuple):
-    """What a UNet is to be told, before its text towers have read it: on the CPU, or where they are.
+class TokenizedConditioning(NamedTuple):
+    """A UNet's conditioning before the text towers: token ids and sizes, on the CPU or the towers' device.
 
-    `ids`: of each tower (B, 1, window). `said` (B,) bool: where there is a caption, if that matters. `sizes`: SDXL's.
+    `ids`: of each tower (B, 1, window). `has_caption` (B,) bool: where the caption is not empty, for models
+    that take zeros for an empty one. `sizes`: SDXL's.
     """
 
     ids: tuple[Tensor, ...]
-    said: Tensor | None = None
+    has_caption: Tensor | None = None
     sizes: Tensor | None = None
 
     @classmethod
-    def of(cls, named: Mapping[str, Tensor]) -> Words:
-        """From what `tensors` gave."""
+    def of(cls, named: Mapping[str, Tensor]) -> TokenizedConditioning:
+        """From the result of `tensors`."""
         ids = tuple(value for name, value in named.items() if name.startswith("ids"))
-        return cls(ids, named.get("said"), named.get("sizes"))
+        return cls(ids, named.get("has_caption"), named.get("sizes"))
 
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
-        others = {"said": self.said, "sizes": self.sizes}
+        others = {"has_caption": self.has_caption, "sizes": self.sizes}
         known = {name: value for name, value in others.items() if value is not None}
         return {f"ids_{i}": ids for i, ids in enumerate(self.ids)} | known
 
 
-def words_of(parts: Parts, examples: Examples) -> Words:
-    """The tokens of captions and what else is told of examples, on the CPU."""
-    ids = tuple(tokenize(examples.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
+def tokenized_conditioning(parts: Parts, batch: CaptionedBatch) -> TokenizedConditioning:
+    """The token ids of a batch's captions and its size conditioning, on the CPU."""
+    ids = tuple(tokenize(batch.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
     zeros = parts.force_zeros_for_empty_prompt
-    said = torch.tensor([bool(caption) for caption in examples.captions]) if zeros else None
-    return Words(ids, said, size_numbers(parts, examples))
+    has_caption = torch.tensor([bool(caption) for caption in batch.captions]) if zeros else None
+    return TokenizedConditioning(ids, has_caption, size_numbers(parts, batch))
 
 
-def conditioning_of(parts: Parts, engine: EagerEngine, words: Words, *, grad: bool = False) -> Conditioning:
-    """What the text towers make of words; an empty caption of SDXL is all zeros where it was trained so."""
+def encoded_conditioning(
+    parts: Parts, engine: EagerEngine, tokens: TokenizedConditioning, *, grad: bool = False
+) -> Conditioning:
+    """The conditioning after the text towers; an empty caption of SDXL is all zeros where it was trained so."""
     with torch.set_grad_enabled(grad):
-        context, pooled = engine.encode_text(words.ids)
-    if words.said is not None:
-        said = words.said.to(context.device)
-        context = context * said[:, None, None]
-        pooled = None if pooled is None else pooled * said[:, None]
-    sizes = None if words.sizes is None else words.sizes.to(context.device)
+        context, pooled = engine.encode_text(tokens.ids)
+    if tokens.has_caption is not None:
+        has_caption = tokens.has_caption.to(context.device)
+        context = context * has_caption[:, None, None]
+        pooled = None if pooled is None else pooled * has_caption[:, None]
+    sizes = None if tokens.sizes is None else tokens.sizes.to(context.device)
     return Conditioning(context=context, pooled=pooled, sizes=sizes)
 
 
-def told_of(parts: Parts, engine: EagerEngine, examples: Examples, *, grad: bool = False) -> Conditioning:
-    """What the UNet is told of examples."""
-    return conditioning_of(parts, engine, words_of(parts, examples), grad=grad)
+def conditioning_of(parts: Parts, engine: EagerEngine, batch: CaptionedBatch, *, grad: bool = False) -> Conditioning:
+    """The conditioning of a batch's captions and sizes."""
+    return encoded_conditioning(parts, engine, tokenized_conditioning(parts, batch), grad=grad)
 
 
-def size_numbers(parts: Parts, examples: Examples) -> Tensor | None:
-    """The numbers (B, 6) that SDXL is told, or (B, 5) its refiner; a whole picture of the native size by default."""
+def size_numbers(parts: Parts, batch: CaptionedBatch) -> Tensor | None:
+    """The size conditioning (B, 6) of SDXL, or (B, 5) of its refiner; by default of a whole picture in native size."""
     count, size = parts.unet.config.size_numbers, (parts.defaults.height, parts.defaults.width)
     if not count:
         return None
-    whole = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(examples.captions), 1)
-    numbers = whole if examples.sizes is None else examples.sizes
+    whole = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(batch.captions), 1)
+    numbers = whole if batch.sizes is None else batch.sizes
     return numbers if count == 6 else torch.cat([numbers[:, :4], torch.full((len(numbers), 1), AESTHETIC)], dim=1)
 
 
@@ -254,7 +259,7 @@ def sample_sheet(parts: Parts, prompts: Sequence[str]) -> Image.Image:
 def save_result(parts: Parts, trainer: Trainer, trained: nn.Module, name: str = "model") -> None:
     """The averaged weights as a model folder `model`, or the averaged LoRA as `lora.safetensors`, beside the log.
 
-    `trained`, which lies in `parts`, is what the pupil `name` trained.
+    `trained`, which lies in `parts`, is the network of the objective `name`.
     """
     folder = trainer.plan.folder
     averaged = trainer.averaged(name)  # of all ranks together; the first has the whole

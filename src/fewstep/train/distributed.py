@@ -1,4 +1,4 @@
-"""Training on several processes: each has a part of the batch, gradients are averaged; weights whole or shared out."""
+"""Data-parallel training: initialising and ending the process group, sharding weights (FSDP2), averaging gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
-def join_ranks() -> tuple[int, int]:
+def init_ranks() -> tuple[int, int]:
     """(rank, number of ranks), from the environment that `torchrun` sets; (0, 1) without it."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and not dist.is_initialized():
@@ -19,15 +19,15 @@ def join_ranks() -> tuple[int, int]:
     return (dist.get_rank(), ranks) if ranks > 1 else (0, 1)
 
 
-def meet_ranks() -> None:
+def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def leave_ranks() -> None:
-    """Wait for all ranks and part: a rank whose peer has gone without a word aborts."""
-    meet_ranks()
+def shutdown_ranks() -> None:
+    """Wait for all ranks and destroy the process group: a rank whose peer has ended without that aborts."""
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The moving average of a model's weights, which is what samples well."""
+"""The exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, average in zip(self.model.parameters(), self.averages, strict=True):
-            kept = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(kept)
+            average.copy_(current)

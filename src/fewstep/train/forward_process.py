@@ -1,4 +1,4 @@
-"""The forward process that UNets are trained on, and what they are told."""
+"""The forward (noising) process that UNets are trained on, and a UNet's call with its conditioning."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.denoiser import Prediction, training_target, x0_from_training_output
 from fewstep.diffusion.schedule import NoiseSchedule, noise_schedule
 from fewstep.engines.engine import Conditioning
 from fewstep.models.unet import UNet
-from fewstep.train.losses import target
 from fewstep.train.plan import Precision
 
 
@@ -22,23 +21,23 @@ def computing_in(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, kind, enabled=kind != torch.float32)
 
 
-def predicted(unet: UNet, x: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-    """What `unet` puts out for latents x (B, 4, h, w) at steps t (B,)."""
-    if told.channels is not None:
-        x = torch.cat([x, told.channels], dim=1)
-    output: Tensor = unet(x, t.float(), told.context, told.pooled, told.sizes)
+def predicted(unet: UNet, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    """The output of `unet` for latents x (B, 4, h, w) at steps t (B,)."""
+    if conditioning.channels is not None:
+        x = torch.cat([x, conditioning.channels], dim=1)
+    output: Tensor = unet(x, t.float(), conditioning.context, conditioning.pooled, conditioning.sizes)
     return output
 
 
-def of_rows(told: Conditioning, rows: Tensor) -> Conditioning:
-    """The rows (B,) int64 of what a UNet is told: to shuffle them, or to repeat one."""
-    values = {name: value[rows] for name, value in vars(told).items() if value is not None}
-    return replace(told, **values)
+def conditioning_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
+    """The conditioning of rows (B,) int64 of another: to shuffle them, or to repeat one."""
+    values = {name: value[rows] for name, value in vars(conditioning).items() if value is not None}
+    return replace(conditioning, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
-    """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and what the UNet puts out for it."""
+class ForwardProcess:
+    """`x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps` at steps t (B,) int64, and its parameterisation."""
 
     prediction: Prediction = "epsilon"
     schedule: NoiseSchedule = field(default_factory=noise_schedule)
@@ -58,17 +57,12 @@ class Process:
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should put out."""
-        return target(self.prediction, x0, eps, self.alpha_bar(t))
+        """The output that the UNet is trained towards."""
+        return training_target(x0, eps, self.alpha_bar(t), self.prediction)
 
     def x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The clean latents that an output means."""
-        alpha_bar = self.alpha_bar(t)
-        if self.prediction == "sample":
-            return output
-        if self.prediction == "v_prediction":
-            return alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * output
-        return (x - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+        """The clean latents that an output stands for."""
+        return x0_from_training_output(output, x, self.alpha_bar(t), self.prediction)
 
 
 @lru_cache(maxsize=16)

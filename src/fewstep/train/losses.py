@@ -1,4 +1,4 @@
-"""What the networks of a latent diffusion model are trained to make small."""
+"""Losses of latent diffusion models, their weights, and the time steps to train at."""
 
 from __future__ import annotations
 
@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Prediction
-
-
-def target(prediction: Prediction, x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the UNet should put out for `sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps`; all of one shape, or broadcast.
-
-    The velocity is that of arXiv:2202.00512, app. D.
-    """
-    if prediction == "epsilon":
-        return eps
-    if prediction == "sample":
-        return x0
-    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+from fewstep.models.autoencoder import Posterior
 
 
 def min_snr_weight(prediction: Prediction, alpha_bar: Tensor, gamma: float, *, floor: float = 0.0) -> Tensor:
@@ -70,11 +59,4 @@ class AutoencoderLoss:
 
     def divergence(self, moments: Tensor) -> Tensor:
         """`kl` times the mean divergence of the latents' normal distributions from N(0, 1); moments (B, 2C, h, w)."""
-        mean, log_variance = moments.chunk(2, dim=1)
-        return self.kl * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-
-
-def sampled_latents(moments: Tensor) -> Tensor:
-    """Latents (B, C, h, w) drawn from moments (B, 2C, h, w): means, then log-variances."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn_like(mean)
+        return self.kl * Posterior.of(moments).kl().mean()

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line of numbers in a file, a bar on the screen."""
+"""The log of a training run: JSON lines, a progress bar, and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from fewstep.train.plan import Plan
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-COLUMNS = ("[progress.description]{task.description}", "{task.fields[said]}")
+COLUMNS = ("[progress.description]{task.description}", "{task.fields[summary]}")
 
 
-class Journal:
+class MetricsLogger:
     """Writes a line of `log.jsonl` every `plan.log_steps` steps and draws a bar; nothing unless `on`.
 
-    `waited` tells for how many seconds, since the run began, there was no data to compute with.
+    `waited_seconds`: seconds spent waiting for data since the run began.
     """
 
-    def __init__(self, plan: Plan, *, on: bool, waited: Callable[[], float]) -> None:
-        self.plan, self.on, self.waited = plan, on, waited
+    def __init__(self, plan: Plan, *, on: bool, waited_seconds: Callable[[], float]) -> None:
+        self.plan, self.on, self.waited_seconds = plan, on, waited_seconds
         self.skipped, self.begun = 0, 0  # steps left out; the step that this run goes on from
-        self.seen: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
-        title, said = (TextColumn(column) for column in COLUMNS)
-        self.bar = Progress(title, BarColumn(), said, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
+        self.last: tuple[int, float, float] | None = None  # step, seconds and waiting at the last line
+        title, summary = (TextColumn(column) for column in COLUMNS)
+        self.bar = Progress(title, BarColumn(), summary, TimeElapsedColumn(), TimeRemainingColumn(), disable=not on)
         self.log = plan.folder / "log.jsonl"
-        self.task = self.bar.add_task(plan.folder.name, total=1.0, said="")
-        self.charts = Charts(plan.folder) if on and plan.tensorboard else None
+        self.task = self.bar.add_task(plan.folder.name, total=1.0, summary="")
+        self.tensorboard = TensorBoardWriter(plan.folder) if on and plan.tensorboard else None
 
     def wants(self, step: int) -> bool:
-        """Whether there will be a line about the step that ends at `step`."""
+        """Whether a line is written for the step that ends at `step`."""
         return self.on and step % self.plan.log_steps == 0
 
     def write(self, step: int, seconds: float, numbers: Mapping[str, float]) -> None:
@@ -47,16 +47,16 @@ class Journal:
         self.bar.update(self.task, completed=self.plan.progress(step, seconds))
         if not self.wants(step):
             return
-        if self.seen is None:
-            self._take_back()
+        if self.last is None:
+            self._drop_later_lines()
         numbers = {"step": step, "seconds": seconds, **numbers, **self._speed(step, seconds), "skipped": self.skipped}
         line = {name: round(value, 6) if isfinite(value) else None for name, value in numbers.items()}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if self.charts is not None:
-            self.charts.write(step, numbers)
+        if self.tensorboard is not None:
+            self.tensorboard.write(step, numbers)
         shown = [f"{name} {numbers[name]:.4g}" for name in numbers if name.endswith(("loss", "images/s", "data wait"))]
-        self.bar.update(self.task, said="  ".join(shown))
+        self.bar.update(self.task, summary="  ".join(shown))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -64,8 +64,8 @@ class Journal:
         with self.bar:
             yield
 
-    def _take_back(self) -> None:
-        """Remove the lines of steps that are taken again, after a kill or from the start, and one cut short."""
+    def _drop_later_lines(self) -> None:
+        """Remove the lines of steps that are computed again, after a kill or from the start, and truncated lines."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []
         stay = [line for line in lines if _step_of(line) <= self.begun]
@@ -75,12 +75,15 @@ class Journal:
 
     def _speed(self, step: int, seconds: float) -> dict[str, float]:
         """Pictures a second and the share of time without data, since the last line."""
-        waited, last = self.waited(), self.seen
-        self.seen = (step, seconds, waited)
+        waited_seconds, last = self.waited_seconds(), self.last
+        self.last = (step, seconds, waited_seconds)
         if last is None or seconds <= last[1]:
             return {}
         passed = seconds - last[1]
-        return {"images/s": self.plan.batch * (step - last[0]) / passed, "data wait": (waited - last[2]) / passed}
+        return {
+            "images/s": self.plan.batch_size * (step - last[0]) / passed,
+            "data wait": (waited_seconds - last[2]) / passed,
+        }
 
 
 def _step_of(line: str) -> float:
@@ -91,7 +94,7 @@ def _step_of(line: str) -> float:
         return inf
 
 
-class Charts:
+class TensorBoardWriter:
     """Event files in `folder`, for `tensorboard --logdir`. Raises `MissingExtraError` where TensorBoard is missing."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +106,7 @@ class Charts:
         self._writer: SummaryWriter | None = None
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """A point on the curve of each number; those that a killed run drew from this step on are taken back."""
+        """A point on the curve of each number; points that a killed run wrote from this step on are purged."""
         if self._writer is None:
             self._writer = self._open(purge_step=step)
         for name, value in numbers.items():

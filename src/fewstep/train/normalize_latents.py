@@ -9,7 +9,7 @@ from fewstep.models.autoencoder import AutoencoderKL
 
 
 @torch.no_grad()
-def fold_statistics(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def normalize_latents(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Make `model` encode to `(latents - mean) / std` and decode from that; mean, std (latent_channels,).
 
     Only the 1x1 convolutions around the latents change, by exact linear algebra: what is decoded from what is

@@ -1,4 +1,4 @@
-"""Telling decoded pictures from real ones patch by patch: the adversary of an autoencoder's training."""
+"""The PatchGAN discriminator of autoencoder training, its hinge loss and the adaptive weight."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
-    """The discriminator's loss: 0 where logits of real patches are above 1 and those of drawn ones below -1."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
+def hinge_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """The discriminator's loss: 0 where logits of real patches are above 1 and those of generated ones below -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + generated).mean())
 
 
 def adaptive_weight(error: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:

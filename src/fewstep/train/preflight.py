@@ -1,4 +1,4 @@
-"""What is looked at before a run begins: settings, sizes, hours, and whether it fits."""
+"""Checks before a run begins: parameter counts, memory and disk space, and an estimate of hours and emissions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import torch
 
 from fewstep.errors import InputError
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 from fewstep.train.trainer import Trainer
 
 BYTES_PER_TRAINED = 4 * 5
@@ -25,36 +25,39 @@ KG_PER_KWH = 0.3
 def parameter_counts(trainer: Trainer) -> dict[str, tuple[int, int]]:
     """(all, trained) parameters of each network."""
     return {
-        name: (sum(p.numel() for p in pupil.network.parameters()), sum(p.numel() for p in pupil.parameters))
-        for name, pupil in trainer.pupils.items()
+        name: (sum(p.numel() for p in state.network.parameters()), sum(p.numel() for p in state.parameters))
+        for name, state in trainer.states.items()
     }
 
 
-def check_fits(run: Run, trainer: Trainer) -> None:
+def check_fits(stage: RecipeStage, trainer: Trainer) -> None:
     """Raise `InputError` where weights, optimizer and average cannot be in memory, or a checkpoint not on the disk."""
     trained = sum(count for _, count in parameter_counts(trainer).values())
     needed, free = trained * BYTES_PER_TRAINED, _free_memory(_kind(trainer))
     if free is not None and needed > free:
         raise InputError(
-            f"stage {run.name} needs {needed / 1e9:.1f} GB for weights, gradients and optimizer alone; "
+            f"stage {stage.name} needs {needed / 1e9:.1f} GB for weights, gradients and optimizer alone; "
             f"{free / 1e9:.1f} GB are free. Train fewer parameters (LoRA), shard them over more "
             "ranks, or take a larger machine"
         )
-    there = next(folder for folder in (run.plan.folder, *run.plan.folder.absolute().parents) if folder.is_dir())
-    space, kept = shutil.disk_usage(there).free, trained * CHECKPOINT_BYTES * (run.plan.keep + 1)
-    if kept > space:
+    existing = next(folder for folder in (stage.plan.folder, *stage.plan.folder.absolute().parents) if folder.is_dir())
+    space, checkpoint_bytes = (
+        shutil.disk_usage(existing).free,
+        trained * CHECKPOINT_BYTES * (stage.plan.keep_checkpoints + 1),
+    )
+    if checkpoint_bytes > space:
         raise InputError(
-            f"stage {run.name} keeps {kept / 1e9:.1f} GB of checkpoints; "
-            f"{space / 1e9:.1f} GB are free in {run.plan.folder}"
+            f"stage {stage.name} keeps {checkpoint_bytes / 1e9:.1f} GB of checkpoints; "
+            f"{space / 1e9:.1f} GB are free in {stage.plan.folder}"
         )
 
 
-def estimate(run: Run, trainer: Trainer) -> str:
+def estimate(stage: RecipeStage, trainer: Trainer) -> str:
     """One line: how long the rest will take here, and what that emits; steps are timed by a second one, not applied."""
-    plan, seconds = run.plan, 0.0
+    plan, seconds = stage.plan, 0.0
     for _ in range(2):
         started = time.monotonic()
-        trainer.rehearse()
+        trainer.dry_step()
         seconds = time.monotonic() - started
     hours = min(
         math.inf if plan.steps is None else (plan.steps - trainer.step) * seconds / 3600,
@@ -73,7 +76,7 @@ def assumed_watts(trainer: Trainer) -> float:
 
 def _kind(trainer: Trainer) -> str:
     """Of the device that the networks are on."""
-    return next(iter(trainer.pupils.values())).device.type
+    return next(iter(trainer.states.values())).device.type
 
 
 def _free_memory(kind: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Recipes: Python files of the user's that say what is trained. What they raise is shown as their own errors."""
+"""Recipes: the user's Python files with a function `stages(out)`; errors raised in them name the recipe's own lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from fewstep.errors import InputError, quoted
 from fewstep.train.plan import Plan
-from fewstep.train.stages import Run
+from fewstep.train.stages import RecipeStage
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = (str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
@@ -26,7 +26,7 @@ class RecipeError(InputError):
     """The user's code raised; the message holds the frames of it that are the user's, and its own error."""
 
 
-def recipe_stages(recipe: Path, out: Path) -> dict[str, Run]:
+def recipe_stages(recipe: Path, out: Path) -> dict[str, RecipeStage]:
     """The stages of a recipe by name: what its `stages(out)` returns; they keep what they make below `out`.
 
     Raises `InputError` for a file that is no recipe, and passes on what the recipe raises (see `recipe_error`).
@@ -34,14 +34,14 @@ def recipe_stages(recipe: Path, out: Path) -> dict[str, Run]:
     if not recipe.is_file():
         raise InputError(f"there is no recipe {recipe}; give the path of a Python file such as recipes/sd_v1_4.py")
     stages = getattr(_imported(recipe), "stages", None)
-    wanted = "stages(out: Path) -> Sequence[Run]"
+    signature = "stages(out: Path) -> Sequence[RecipeStage]"
     if not callable(stages):
-        raise InputError(f"{recipe} has no function {wanted}, so it is not a recipe")
+        raise InputError(f"{recipe} has no function {signature}, so it is not a recipe")
     try:
         inspect.signature(stages).bind(out)
     except TypeError as error:
         raise InputError(
-            f"{recipe}: stages cannot be called with the output folder alone ({error}); {wanted}"
+            f"{recipe}: stages cannot be called with the output folder alone ({error}); {signature}"
         ) from None
     return _named(recipe, stages(out))
 
@@ -65,20 +65,22 @@ def recipe_error(error: Exception, recipe: Path) -> RecipeError | None:
     )
 
 
-def _named(recipe: Path, returned: Any) -> dict[str, Run]:
+def _named(recipe: Path, returned: Any) -> dict[str, RecipeStage]:
     """The stages by name, if that is what was returned."""
     if not isinstance(returned, Sequence) or not returned:
         raise InputError(
-            f"{recipe}: stages(out) returned {quoted(returned)}; it must return a list of at least one Run"
+            f"{recipe}: stages(out) returned {quoted(returned)}; it must return a list of at least one RecipeStage"
         )
-    runs: dict[str, Run] = {}
-    for run in returned:
-        if not isinstance(run, Run) or not isinstance(run.plan, Plan) or not hasattr(run.task, "prepare"):
-            raise InputError(f"{recipe}: stages(out) returned {quoted(run)}; each must be a Run of a task and a Plan")
-        if run.name in runs:
-            raise InputError(f"{recipe} has two stages in a folder called {run.name}; give each its own name")
-        runs[run.name] = run
-    return runs
+    named: dict[str, RecipeStage] = {}
+    for stage in returned:
+        if not isinstance(stage, RecipeStage) or not isinstance(stage.plan, Plan) or not hasattr(stage.task, "prepare"):
+            raise InputError(
+                f"{recipe}: stages(out) returned {quoted(stage)}; each must be a RecipeStage of a task and a Plan"
+            )
+        if stage.name in named:
+            raise InputError(f"{recipe} has two stages in a folder called {stage.name}; give each its own name")
+        named[stage.name] = stage
+    return named
 
 
 def _imported(path: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What networks and optimizers hold, whole and on the CPU, however their weights are shared out over ranks."""
+"""Full state dicts of networks and optimizers on the CPU, whether their weights are replicated or sharded."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_finite(name: str, state: State) -> None:
     for key, value in state.items():
         if not value.isfinite().all():
             raise NotFiniteError(
-                f"{name}: {key} holds NaN or infinity, so it is not saved; lower plan.rate, and train on from the "
-                "checkpoint before"
+                f"{name}: {key} holds NaN or infinity, so it is not saved; lower "
+                "plan.learning_rate, and train on from the checkpoint before"
             )
 
 

@@ -15,14 +15,14 @@ ECHO_SECONDS = 2.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stop:
-    """Whether this process was asked to stop; `heard` listens. Of `ranks` processes each hears for itself."""
+class StopSignal:
+    """Whether this process received a stop signal inside `listening`; each of `ranks` processes has its own."""
 
     def __init__(self, ranks: int = 1) -> None:
-        self.asked, self.ranks, self._since = False, ranks, 0.0
+        self.requested, self.ranks, self._since = False, ranks, 0.0
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM until the context ends; a second one raises `KeyboardInterrupt`.
 
         Outside the main thread, which alone can, and where the parent process has them ignored, nothing is taken.
@@ -33,16 +33,16 @@ class Stop:
         before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
         try:
             for number in before:
-                signal.signal(number, self._hear)
+                signal.signal(number, self._on_signal)
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if not self.asked:
-            self.asked, self._since = True, time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
         elif self.ranks == 1 or time.monotonic() - self._since > ECHO_SECONDS:

@@ -1,4 +1,4 @@
-"""The training loop: one for all networks, resumable after any kill."""
+"""The training loop: any number of networks, each with its objective; resumable after a kill."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,12 +15,12 @@ from fewstep.errors import InputError, NotFiniteError
 from fewstep.files import partial_path
 from fewstep.train.activation_checkpointing import checkpoint_blocks
 from fewstep.train.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.train.distributed import average, join_ranks, shard
+from fewstep.train.distributed import average, init_ranks, shard
 from fewstep.train.ema import Ema
 from fewstep.train.forward_process import computing_in
-from fewstep.train.metrics_logger import Journal
+from fewstep.train.metrics_logger import MetricsLogger
 from fewstep.train.norms import norms_in_half
-from fewstep.train.plan import Part, Plan, mixed_seed
+from fewstep.train.plan import MicroBatch, Plan, mixed_seed
 from fewstep.train.replay import Replay
 from fewstep.train.state_dicts import (
     State,
@@ -31,74 +30,75 @@ from fewstep.train.state_dicts import (
     network_state,
     optimizer_state,
 )
-from fewstep.train.stopping import Stop
+from fewstep.train.stopping import StopSignal
 
-MOST_BAD = 5
-"""Steps without a finite gradient that end a run; each with one makes up for one without."""
+MAX_BAD_STEPS = 5
+"""Steps without a finite gradient that end a run, less those with one."""
 SCALE, LEAST_SCALE, SCALE_STEPS = 2.0**14, 2.0, 1000
 """The first and the smallest factor of an fp16 loss, and after how many good steps it doubles."""
 
-Loss = Callable[[Part], Mapping[str, Tensor]]
-"""Named scalars, means over the part; the one called "loss" is made small, the others are only written down."""
+Loss = Callable[[MicroBatch], Mapping[str, Tensor]]
+"""Named scalars, means over the micro-batch; the one called "loss" is minimised, the others are only logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """A network's turn in each step: what is trained and the loss that it is trained by.
+class Objective:
+    """A network to train and the loss to train it by.
 
-    Parameters of `network` without `requires_grad` stay as they are. `rate` is relative to the plan's, `betas` and
-    `weight_decay` are the plan's unless they are given. `kind`: of what kind a part's step is, where steps of one kind
-    may be recorded and replayed on a card: the loss then reads of the host through `Part.inputs` alone.
+    Parameters of `network` without `requires_grad` stay as they are. `lr_multiplier` times the plan's learning rate is
+    the network's; `betas` and `weight_decay` are the plan's unless they are given. `kind`: micro-batches with equal
+    kinds have the same computation, which may then be captured as a CUDA graph on a card; the loss then reads from the
+    host through `MicroBatch.inputs` alone. None: never captured.
     """
 
     network: nn.Module
     loss: Loss
-    rate: float = 1.0
+    lr_multiplier: float = 1.0
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
-    kind: Callable[[Part], Hashable] | None = None
+    kind: Callable[[MicroBatch], Hashable] | None = None
 
 
-class Pupil:
-    """A network in training, with its optimizer and its moving average."""
+class TrainState:
+    """A network in training, with its optimizer, its moving average and its loss scale."""
 
-    def __init__(self, turn: Turn, plan: Plan) -> None:
-        self.turn, self.network = turn, turn.network
+    def __init__(self, objective: Objective, plan: Plan) -> None:
+        self.objective, self.network = objective, objective.network
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.device = next(self.network.parameters()).device
         norms_in_half(self.network, plan.precision)
-        if plan.checkpointing:
+        if plan.activation_checkpointing:
             checkpoint_blocks(self.network)
-        if plan.sharing == "shard":
+        if plan.parallelism == "shard":
             shard(self.network)
             self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        if plan.compiled:
+        if plan.compile:
             self.network.compile()
-        self.ema = Ema(self.network, plan.ema)
+        self.ema = Ema(self.network, plan.ema_decay)
         self.scale, self.good = SCALE if plan.precision == "fp16" else 1.0, 0
         self.bad = 0  # steps without a finite gradient that no smaller scale would mend, less those after them
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=plan.rate,
-            betas=turn.betas or plan.betas,
-            weight_decay=plan.weight_decay if turn.weight_decay is None else turn.weight_decay,
-            **_quickest(self.device, plan),
+            lr=plan.learning_rate,
+            betas=objective.betas or plan.betas,
+            weight_decay=plan.weight_decay if objective.weight_decay is None else objective.weight_decay,
+            **_adamw_kernels(self.device, plan),
         )
         self.replay: Replay | None = None
 
     def gradients(self) -> list[Tensor]:
-        """Of the last backward pass."""
+        """The gradients of the last backward pass."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def forget(self) -> None:
-        """Begin a step without gradients; a recorded one writes to where they are."""
+    def zero_grad(self) -> None:
+        """Clear the gradients; a captured step writes to their memory, so there they are set to zero."""
         if self.replay is None:
             self.optimizer.zero_grad()
         elif gradients := self.gradients():
             torch._foreach_zero_(gradients)
 
     def advance(self, rate: float, *, finite: bool) -> None:
-        """Take a step with the present gradients, or leave it out where they are not finite."""
+        """Take an optimizer step with the present gradients, or skip it where they are not finite."""
         if finite:
             self.bad = max(0, self.bad - 1)
         elif self.scale <= LEAST_SCALE:
@@ -106,11 +106,11 @@ class Pupil:
         self._rescale(finite)
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * self.turn.rate
+                group["lr"] = rate * self.objective.lr_multiplier
             self.optimizer.step()
             self.ema.update()
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         """All that the next step depends on."""
         with self.ema.in_place():
             averaged = network_state(self.network)
@@ -121,8 +121,8 @@ class Pupil:
             "numbers": [self.ema.updates, self.scale, self.good],
         }
 
-    def restore(self, state: State) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: State) -> None:
+        """Continue from the result of `state_dict`."""
         load_network(self.network, state["ema"])
         self.ema.averages = [parameter.detach().clone() for parameter in self.network.parameters()]
         load_network(self.network, state["model"])
@@ -130,7 +130,7 @@ class Pupil:
         self.ema.updates, self.scale, self.good = state["numbers"]
 
     def _rescale(self, finite: bool) -> None:
-        """Keep the factor of an fp16 loss as large as its gradients stay finite."""
+        """Adapt the fp16 loss scale: halve it after a non-finite step, double it after `SCALE_STEPS` finite ones."""
         if self.scale == 1.0:
             return
         self.good = self.good + 1 if finite else 0
@@ -141,31 +141,31 @@ class Pupil:
 
 
 class Trainer:
-    """Networks in training by turns, and the clock; `run` trains, and goes on where the last run stopped.
+    """Trains networks by their objectives, one after another in each step; `run` resumes where the last run stopped.
 
     Under `torchrun` every rank has one; rank 0 writes. Everything random is a function of the plan's seed and the
-    step, as long as losses draw from their `Part`: N steps are N/2, a kill and N/2 again, to the bit on a CPU.
+    step, as long as losses draw from their `MicroBatch`: N steps are N/2, a kill and N/2 again, to the bit on a CPU.
     """
 
     def __init__(
         self,
-        turns: Mapping[str, Turn],
+        objectives: Mapping[str, Objective],
         plan: Plan,
         *,
-        waited: Callable[[], float] = lambda: 0.0,
+        waited_seconds: Callable[[], float] = lambda: 0.0,
         sample: Callable[[Trainer], Image.Image] | None = None,
     ) -> None:
         self.plan, self.sample = plan, sample
-        self.rank, self.ranks = join_ranks()
-        plan.parts(0, self.rank, self.ranks)  # refuses a batch that cannot be shared out
-        self.pupils = {name: Pupil(turn, plan) for name, turn in turns.items()}
-        for pupil in self.pupils.values():
-            pupil.replay = self._replay(pupil)
+        self.rank, self.ranks = init_ranks()
+        plan.micro_batches(0, self.rank, self.ranks)  # refuses a batch that cannot be shared out
+        self.states = {name: TrainState(objective, plan) for name, objective in objectives.items()}
+        for state in self.states.values():
+            state.replay = self._replay(state)
         self.step, self.clock, self.elapsed = 0, 0.0, 0.0
         self.saved: int | None = None
         """The step of the newest checkpoint."""
-        self.stopping, self._stop = False, Stop(self.ranks)
-        self.journal = Journal(plan, on=self.rank == 0, waited=waited)
+        self.stopping, self._stop = False, StopSignal(self.ranks)
+        self.metrics = MetricsLogger(plan, on=self.rank == 0, waited_seconds=waited_seconds)
         self._restore()
 
     def run(self) -> None:
@@ -176,7 +176,7 @@ class Trainer:
         counted; where they do not end, or end the run, `NotFiniteError` is raised, and the checkpoint before stays.
         """
         written = self.elapsed
-        with self._stop.heard(), self.journal.shown():
+        with self._stop.listening(), self.metrics.shown():
             while not self.stopping and self.progress < 1:
                 self.advance()
                 if self.elapsed - written > self.plan.save_seconds and self._sound:  # the same on all ranks
@@ -189,8 +189,8 @@ class Trainer:
 
     @property
     def _sound(self) -> bool:
-        """Whether gradients are finite now; weights that give none are not saved."""
-        return all(pupil.bad == 0 for pupil in self.pupils.values())
+        """Whether the last gradients were finite; weights that give none are not saved."""
+        return all(state.bad == 0 for state in self.states.values())
 
     @property
     def progress(self) -> float:
@@ -202,139 +202,145 @@ class Trainer:
 
         Raises `NotFiniteError` for weights that are NaN or infinite.
         """
-        with self.pupils[name].ema.in_place():
-            state = network_state(self.pupils[name].network)
-        check_finite(f"the averaged {name}", state)
-        return state
+        with self.states[name].ema.in_place():
+            weights = network_state(self.states[name].network)
+        check_finite(f"the averaged {name}", weights)
+        return weights
 
     def save(self) -> None:
         """Write a checkpoint; all ranks together. Raises `NotFiniteError`, and writes none, for weights of NaN."""
-        state: dict[str, Any] = {name: pupil.state() for name, pupil in self.pupils.items()}
-        for name, held in state.items():
-            check_finite(f"{name} after step {self.step}", held["model"])
-            check_finite(f"the averaged {name} after step {self.step}", held["ema"])
+        checkpoint: State = {name: state.state_dict() for name, state in self.states.items()}
+        for name, network in checkpoint.items():
+            check_finite(f"{name} after step {self.step}", network["model"])
+            check_finite(f"the averaged {name} after step {self.step}", network["ema"])
         self.saved = self.step
         if self.rank == 0:
-            state |= {"step": self.step, "clock": self.clock, "skipped": self.journal.skipped}
-            save_checkpoint(self.plan.folder, self.step, state, keep=self.plan.keep)
+            checkpoint |= {"step": self.step, "clock": self.clock, "skipped": self.metrics.skipped}
+            save_checkpoint(self.plan.folder, self.step, checkpoint, keep=self.plan.keep_checkpoints)
 
-    def rehearse(self) -> None:
-        """Compute a step's losses and gradients and forget them: to see what it costs."""
-        for pupil in self.pupils.values():
-            with self._frozen_but(pupil):
-                for part in self.plan.parts(self.step, self.rank, self.ranks):
-                    self._backward(pupil, part)
-            pupil.optimizer.zero_grad()
+    def dry_step(self) -> None:
+        """Compute a step's losses and gradients and discard them: to measure its time and memory."""
+        for state in self.states.values():
+            with self._frozen_except(state):
+                for micro_batch in self.plan.micro_batches(self.step, self.rank, self.ranks):
+                    self._backward(state, micro_batch)
+            state.optimizer.zero_grad()
 
     def advance(self) -> None:
-        """One step: each network's turn."""
+        """One step of every network, in the order of the objectives."""
         started = time.monotonic()
-        torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for what does not draw from its part
-        rate = self.plan.rate_at(self.step, self.progress)
+        torch.manual_seed(mixed_seed(self.plan.seed, self.step, self.rank))  # for losses with global randomness
+        rate = self.plan.learning_rate_at(self.step, self.progress)
         numbers: dict[str, float] = {"rate": rate}
-        for name, pupil in self.pupils.items():
-            terms = self._turn(pupil, rate)
-            numbers |= {term if len(self.pupils) == 1 else f"{name}.{term}": value for term, value in terms.items()}
+        for name, state in self.states.items():
+            terms = self._train_step(state, rate)
+            numbers |= {term if len(self.states) == 1 else f"{name}.{term}": value for term, value in terms.items()}
         self.step += 1
         self.clock = self.elapsed + time.monotonic() - started
-        self.journal.write(self.step, self.elapsed, numbers)
+        self.metrics.write(self.step, self.elapsed, numbers)
         if self.sample is not None and self.plan.sample_steps and self.step % self.plan.sample_steps == 0:
-            self._draw(self.sample)
+            self._save_sample(self.sample)
 
-    def _draw(self, sample: Callable[[Trainer], Image.Image]) -> None:
-        """Keep a sheet of what the averaged networks draw."""
+    def _save_sample(self, sample: Callable[[Trainer], Image.Image]) -> None:
+        """Save a sheet of samples of the averaged networks as `sample-<step>.png`."""
         with ExitStack() as stack:
-            for pupil in self.pupils.values():
-                stack.enter_context(pupil.ema.in_place())
+            for state in self.states.values():
+                stack.enter_context(state.ema.in_place())
             sheet = sample(self)
         if self.rank == 0:
             self.plan.folder.mkdir(parents=True, exist_ok=True)
             with partial_path(self.plan.folder / f"sample-{self.step:08d}.png") as partial:
                 sheet.save(partial, format="PNG")
 
-    def _turn(self, pupil: Pupil, rate: float) -> dict[str, float]:
-        """One network's part of a step, all others frozen; what its loss said."""
-        pupil.forget()
-        with self._frozen_but(pupil):
-            said = [self._taken(pupil, part) for part in self.plan.parts(self.step, self.rank, self.ranks)]
-        norm = self._agree(pupil)
+    def _train_step(self, state: TrainState, rate: float) -> dict[str, float]:
+        """One network's step, all others frozen; the means of its loss terms where this step is logged."""
+        state.zero_grad()
+        with self._frozen_except(state):
+            losses = [
+                self._computed(state, micro_batch)
+                for micro_batch in self.plan.micro_batches(self.step, self.rank, self.ranks)
+            ]
+        norm = self._sync_and_clip(state)
         finite = bool(norm.isfinite())
-        self.journal.skipped += not finite
-        pupil.advance(rate, finite=finite)
-        if pupil.bad >= MOST_BAD:
-            loss = float(said[0]["loss"])
+        self.metrics.skipped += not finite
+        state.advance(rate, finite=finite)
+        if state.bad >= MAX_BAD_STEPS:
+            loss = float(losses[0]["loss"])
             raise NotFiniteError(
                 f"step {self.step + 1}: the loss is {loss:.4g} and the norm of its gradients {float(norm):.4g}; of the "
-                f"last steps {MOST_BAD} more had no finite gradient than had one: {self._advice()}"
+                f"last steps {MAX_BAD_STEPS} more had no finite gradient than had one: {self._advice()}"
             )
-        if not self.journal.wants(self.step + 1):
+        if not self.metrics.wants(self.step + 1):
             return {}
-        means = {term: sum(float(terms[term]) for terms in said) / len(said) for term in said[0]}
-        return means | {"norm": float(norm)}
+        averages = {term: sum(float(terms[term]) for terms in losses) / len(losses) for term in losses[0]}
+        return averages | {"norm": float(norm)}
 
-    def _replay(self, pupil: Pupil) -> Replay | None:
-        """What records a network's steps: on a card, where nothing in them changes but what its loss says."""
-        plan, kind = self.plan, pupil.turn.kind
-        steady = plan.precision != "fp16" and plan.sharing == "replicate"
-        steady = steady and not plan.compiled and not plan.checkpointing
-        if kind is None or not plan.replayed or not steady or pupil.device.type != "cuda":
+    def _replay(self, state: TrainState) -> Replay | None:
+        """The CUDA graphs of a network's steps; None where its plan, objective or device does not allow them."""
+        plan, kind = self.plan, state.objective.kind
+        steady = plan.precision != "fp16" and plan.parallelism == "replicate"
+        steady = steady and not plan.compile and not plan.activation_checkpointing
+        if kind is None or not plan.cuda_graphs or not steady or state.device.type != "cuda":
             return None
-        return Replay(lambda part: self._backward(pupil, part), kind, pupil.device)
+        return Replay(lambda micro_batch: self._backward(state, micro_batch), kind, state.device)
 
-    def _taken(self, pupil: Pupil, part: Part) -> Mapping[str, Tensor]:
-        """The loss of a part, its gradients added to those there are; recorded before, or computed."""
-        return self._backward(pupil, part) if pupil.replay is None else pupil.replay(part, pupil.gradients)
+    def _computed(self, state: TrainState, micro_batch: MicroBatch) -> Mapping[str, Tensor]:
+        """The loss terms of a micro-batch, replayed or computed; its gradients are added."""
+        return (
+            self._backward(state, micro_batch) if state.replay is None else state.replay(micro_batch, state.gradients)
+        )
 
-    def _backward(self, pupil: Pupil, part: Part) -> dict[str, Tensor]:
-        """The loss of a part, its gradients added to those there are."""
-        with computing_in(self.plan.precision, pupil.device):
-            terms = pupil.turn.loss(part)
+    def _backward(self, state: TrainState, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        """The loss terms of a micro-batch; its gradients are added to those there are."""
+        with computing_in(self.plan.precision, state.device):
+            terms = state.objective.loss(micro_batch)
         if "loss" not in terms:
             raise InputError(f"a loss gave {', '.join(terms) or 'nothing'}; one of its scalars must be called loss")
-        torch.autograd.backward(terms["loss"] * (pupil.scale / self.plan.accumulate))
+        torch.autograd.backward(terms["loss"] * (state.scale / self.plan.gradient_accumulation))
         return {name: term.detach() for name, term in terms.items()}
 
-    def _agree(self, pupil: Pupil) -> Tensor:
-        """Average gradients and clock over the ranks, undo the loss's factor and clip; the norm before that."""
-        gradients = pupil.gradients()
-        whole = gradients if self.plan.sharing == "replicate" else []  # FSDP has averaged its own
-        self.elapsed, stop = average(whole, (self.clock, float(self._stop.asked)))
+    def _sync_and_clip(self, state: TrainState) -> Tensor:
+        """Average gradients and clock over the ranks, undo the loss scale and clip; the norm before clipping."""
+        gradients = state.gradients()
+        whole = gradients if self.plan.parallelism == "replicate" else []  # FSDP has averaged its own
+        self.elapsed, stop = average(whole, (self.clock, float(self._stop.requested)))
         self.stopping = self.stopping or stop > 0
-        if pupil.scale != 1.0:
-            torch._foreach_mul_(gradients, 1 / pupil.scale)
-        norm = nn.utils.clip_grad_norm_(pupil.parameters, self.plan.clip)
+        if state.scale != 1.0:
+            torch._foreach_mul_(gradients, 1 / state.scale)
+        norm = nn.utils.clip_grad_norm_(state.parameters, self.plan.max_grad_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
-    def _frozen_but(self, pupil: Pupil) -> _Frozen:
-        return _Frozen([p for other in self.pupils.values() if other is not pupil for p in other.parameters])
+    def _frozen_except(self, state: TrainState) -> _Frozen:
+        return _Frozen([p for other in self.states.values() if other is not state for p in other.parameters])
 
     def _advice(self) -> str:
-        """What to do where training has run away."""
+        """What to change after divergence, and which checkpoint remains."""
         plan, fp16 = self.plan, "; fp16 may be too coarse: try plan.precision=bf16" * (self.plan.precision == "fp16")
-        kept = "no checkpoint was written"
+        checkpoint = "no checkpoint was written"
         if self.saved is not None:
-            kept = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
+            checkpoint = f"the checkpoint of step {self.saved} in {plan.folder} stays, and training goes on from it"
         return (
-            f"lower plan.rate (now {plan.rate:g}) or plan.clip (now {plan.clip:g}), or raise plan.warmup{fp16}; {kept}"
+            f"lower plan.learning_rate (now {plan.learning_rate:g}) or "
+            f"plan.max_grad_norm (now {plan.max_grad_norm:g}), or raise plan.warmup_steps{fp16}; {checkpoint}"
         )
 
     def _restore(self) -> None:
-        state = load_checkpoint(self.plan.folder)
-        if state is None:
+        checkpoint = load_checkpoint(self.plan.folder)
+        if checkpoint is None:
             return
-        for name, pupil in self.pupils.items():
-            pupil.restore(state[name])
-        self.step, self.clock, self.journal.skipped = state["step"], state["clock"], state["skipped"]
-        self.elapsed, self.saved, self.journal.begun = self.clock, self.step, self.step
+        for name, state in self.states.items():
+            state.load_state_dict(checkpoint[name])
+        self.step, self.clock, self.metrics.skipped = checkpoint["step"], checkpoint["clock"], checkpoint["skipped"]
+        self.elapsed, self.saved, self.metrics.begun = self.clock, self.step, self.step
 
 
-def _quickest(device: torch.device, plan: Plan) -> dict[str, bool]:
-    """How AdamW computes: all in one kernel on a card, where the weights are whole."""
-    return {"fused": True} if device.type == "cuda" and plan.sharing == "replicate" else {"foreach": True}
+def _adamw_kernels(device: torch.device, plan: Plan) -> dict[str, bool]:
+    """AdamW's implementation: fused on a card where the weights are replicated, else by lists of tensors."""
+    return {"fused": True} if device.type == "cuda" and plan.parallelism == "replicate" else {"foreach": True}
 
 
 class _Frozen:
-    """Parameters that gradients pass by, until the context ends."""
+    """A context in which `parameters` do not require gradients."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters

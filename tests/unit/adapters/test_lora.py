@@ -23,8 +23,8 @@ from fewstep.errors import InputError, NotFiniteError
 from fewstep.images import read_metadata, save_png
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig
-from fewstep.train.plan import Part, Plan
-from fewstep.train.trainer import Trainer, Turn
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.trainer import Objective, Trainer
 from fewstep.weights.model import LoadedModel
 from fewstep.weights.save import save_model
 from tests import factories
@@ -264,13 +264,15 @@ def test_training_a_lora(model, tmp_path):
     updates = inject({"unet": unet}, rank=4)
     losses: list[float] = []
 
-    def loss(part: Part) -> dict[str, torch.Tensor]:
+    def loss(micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
         value = (unet(x, torch.tensor([3, 700]), context) - goal).square().mean()
         losses.append(value.item())
         return {"loss": value}
 
-    turns = {"lora": Turn(network=updates, loss=loss)}
-    trainer = Trainer(turns, Plan(folder=tmp_path / "run", rate=2e-2, steps=6, warmup=1, ema=0.0))
+    objectives = {"lora": Objective(network=updates, loss=loss)}
+    trainer = Trainer(
+        objectives, Plan(folder=tmp_path / "run", learning_rate=2e-2, steps=6, warmup_steps=1, ema_decay=0.0)
+    )
     trainer.run()
     assert losses[-1] < 0.97 * losses[0]
     state = torch.load(next((tmp_path / "run").glob("*.pt")), weights_only=True)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fewstep.distill import pruning as small
 from fewstep.distill.pruning import (
-    Inheritance,
+    BlockFeatures,
+    WeightCopyReport,
     block_features,
     distillation_loss,
-    small_config,
-    student_of,
-    teacher_signals,
+    pruned_config,
+    pruned_student,
 )
 from fewstep.models.config import Stage, UNetConfig
 from fewstep.models.unet import UNet
@@ -30,6 +30,12 @@ FULL_SIZE = {  # the published numbers of parameters, and those of the students
     "sdxl-base": (2_567_463_684, None),
     "sdxl-refiner": (2_259_526_660, None),
 }
+
+
+@torch.no_grad()  # not inference_mode: the loss keeps these tensors for the student's backward pass
+def teacher_signals(teacher: UNet, *inputs: Tensor | None) -> tuple[Tensor, BlockFeatures]:
+    with block_features(teacher) as features:
+        return teacher(*inputs), features
 
 
 def config(*levels: tuple[int, int, int], resnets: int = 2, **options: Any) -> UNetConfig:
@@ -100,7 +106,7 @@ def test_full_size_students_have_the_published_shapes(name: str) -> None:
     assert shape is not None
     with torch.device("meta"):
         teacher = UNet(shape)
-    student, report = student_of(teacher)
+    student, report = pruned_student(teacher)
     assert size(teacher) == before == report.copied_parameters + report.dropped_parameters
     assert size(student) == report.copied_parameters == (after or size(student)) < before
     assert len(report.copied) + len(report.dropped) == len(teacher.state_dict())
@@ -109,30 +115,30 @@ def test_full_size_students_have_the_published_shapes(name: str) -> None:
 def test_the_student_of_sd_v1_4_has_the_shape_of_small_sd() -> None:
     teacher, published = entry("sd-v1-4").unet, entry("small-sd").unet
     assert teacher is not None
-    assert small_config(teacher) == published
-    assert small_config(small_config(teacher)) == published
+    assert pruned_config(teacher) == published
+    assert pruned_config(pruned_config(teacher)) == published
 
 
 @KINDS
 def test_every_tensor_of_the_student_is_its_teacher_s(kind: str) -> None:
     """Shapes alone do not say it: on the innermost level all residual blocks of the way up have one shape."""
     teacher = network(kind)
-    student, _ = student_of(teacher)
-    seen = 0
+    student, _ = pruned_student(teacher)
+    inputs = 0
     for ours, theirs in pairs(student, teacher):
         expected = theirs.state_dict()
         assert ours.state_dict().keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
-        seen += size(ours)
-    assert seen == size(student)
+        inputs += size(ours)
+    assert inputs == size(student)
 
 
 @KINDS
 def test_a_student_trains_and_leaves_its_teacher_s_memory_alone(kind: str) -> None:
     teacher = network(kind).to(torch.float64)
     before = copy.deepcopy(teacher.state_dict())
-    student, _ = student_of(teacher)
-    assert student.config == small_config(teacher.config)
+    student, _ = pruned_student(teacher)
+    assert student.config == pruned_config(teacher.config)
     assert all(p.requires_grad and p.dtype == torch.float64 and not p.is_meta for p in student.parameters())
     assert not any(p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
@@ -142,7 +148,7 @@ def test_a_student_trains_and_leaves_its_teacher_s_memory_alone(kind: str) -> No
 
 
 def layers(kind: str) -> list[str]:
-    _, report = student_of(network(kind))
+    _, report = pruned_student(network(kind))
     return list(dict.fromkeys(".".join(name.split(".")[:4]) for name in report.dropped))
 
 
@@ -162,32 +168,32 @@ def test_the_middle_layers_are_dropped() -> None:
 
 def test_the_report_is_readable() -> None:
     teacher = network("uneven")
-    student, report = student_of(teacher)
+    student, report = pruned_student(teacher)
     lost = size(teacher) - size(student)
     assert str(report) == (
         f"{len(student.state_dict())} tensors ({size(student):,} parameters) copied, {len(report.dropped)} ({lost:,}) "
         "dropped: down_blocks.0.resnets.1, down_blocks.0.resnets.2, up_blocks.1.resnets.1, up_blocks.1.resnets.2"
     )
-    whole = Inheritance(copied={"a": "a"}, dropped=(), copied_parameters=1, dropped_parameters=0)
+    whole = WeightCopyReport(copied={"a": "a"}, dropped=(), copied_parameters=1, dropped_parameters=0)
     assert str(whole) == "1 tensors (1 parameters) copied, none dropped"
 
 
 def test_copying_the_way_up_by_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small, "teacher_tensor", lambda name, config: name)
     with pytest.raises(AssertionError, match=r"up_blocks\.\d\.resnets\.1\.\S+ is \(.*\), but the teacher's"):
-        student_of(network("sd1"))
+        pruned_student(network("sd1"))
 
 
 def test_a_student_of_a_small_teacher_draws_the_same() -> None:
     teacher = network("small")
-    student, _ = student_of(teacher)
+    student, _ = pruned_student(teacher)
     given = inputs("small")
     torch.testing.assert_close(student(*given), teacher(*given))
 
 
 def test_the_embedded_model_has_a_student(embedded: Any) -> None:
     teacher = embedded.engine.parts.unet
-    student, report = student_of(teacher)
+    student, report = pruned_student(teacher)
     assert size(teacher) == size(student) + report.dropped_parameters
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, teacher.config.context)
     with torch.no_grad():
@@ -197,7 +203,7 @@ def test_the_embedded_model_has_a_student(embedded: Any) -> None:
 @KINDS
 def test_features_of_student_and_teacher_fit(kind: str) -> None:
     teacher, given = network(kind), inputs(kind)
-    student, _ = student_of(teacher)
+    student, _ = pruned_student(teacher)
     _, theirs = teacher_signals(teacher, *given)
     with block_features(student) as ours:
         student(*given)
@@ -314,7 +320,7 @@ def test_features_that_do_not_fit_are_refused() -> None:
 def test_gradients_reach_the_student_only(signals: str) -> None:
     teacher, given = network("sdxl").requires_grad_(True).train(), inputs("sdxl")
     before = copy.deepcopy(teacher.state_dict())
-    student, _ = student_of(teacher)
+    student, _ = pruned_student(teacher)
     with block_features(student) as ours, block_features(teacher) as theirs:
         out = student(*given)
         if signals == "teacher_signals":
@@ -333,7 +339,7 @@ def test_gradients_reach_the_student_only(signals: str) -> None:
 def test_the_feature_term_alone_teaches_the_first_blocks() -> None:
     """Block outputs have gradients of their own, not those through the output."""
     teacher, given = network("blocks"), inputs("blocks")
-    student, _ = student_of(teacher)
+    student, _ = pruned_student(teacher)
     with block_features(student) as ours:
         out = student(*given)
     teacher_out, theirs = teacher_signals(teacher, *given)
@@ -345,7 +351,7 @@ def test_the_feature_term_alone_teaches_the_first_blocks() -> None:
 
 def test_a_student_learns_its_teacher() -> None:
     teacher, given = network("blocks"), inputs("blocks")
-    student, _ = student_of(teacher)
+    student, _ = pruned_student(teacher)
     teacher_out, theirs = teacher_signals(teacher, *given)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     losses = []

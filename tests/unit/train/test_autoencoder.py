@@ -16,13 +16,13 @@ from fewstep.errors import CheckpointError, InputError, MissingExtraError
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.train.autoencoder import AutoencoderTask, Perceptual, Reconstruction, divergence, drawn_latents
-from fewstep.train.datasets import Examples
+from fewstep.train.autoencoder import AutoencoderTask, PerceptualDistance, Reconstruction, divergence, sample_posterior
+from fewstep.train.datasets import CaptionedBatch
 from fewstep.train.overrides import overridden
 from fewstep.train.patchgan import PatchDiscriminator, adaptive_weight, hinge_loss
-from fewstep.train.plan import Part, Plan
+from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.recipe import recipe_stages
-from fewstep.train.stages import Run, carry_out
+from fewstep.train.stages import RecipeStage, run_stage
 from fewstep.train.trainer import Trainer
 from fewstep.weights.load import load_parts
 from fewstep.weights.save import save_parts
@@ -39,15 +39,15 @@ class Halves:
 
     latents: bool = False
 
-    def examples(self, part: Part) -> Examples:
-        colours = (2 * part.rand("colours", 3, 1, 1) - 1).sign().expand(-1, -1, SIZE // 2, SIZE)
+    def batch(self, micro_batch: MicroBatch) -> CaptionedBatch:
+        colours = (2 * micro_batch.rand("colours", 3, 1, 1) - 1).sign().expand(-1, -1, SIZE // 2, SIZE)
         pictures = 0.8 * torch.cat([colours, -colours], 2)
         named = {"latents": pictures} if self.latents else {"pictures": pictures}
-        return Examples(captions=[""] * part.count, **named)
+        return CaptionedBatch(captions=[""] * micro_batch.count, **named)
 
 
-def part_of(count: int = 4, *, step: int = 0, first: int = 0, whole: int = 4) -> Part:
-    return Part(seed=0, step=step, whole=whole, first=first, count=count)
+def micro_batch_of(count: int = 4, *, step: int = 0, first: int = 0, whole: int = 4) -> MicroBatch:
+    return MicroBatch(seed=0, step=step, whole=whole, first=first, count=count)
 
 
 def task(model: str | Path = "", **options: Any) -> AutoencoderTask:
@@ -60,8 +60,13 @@ def lesson(**options: Any) -> Reconstruction:
 
 
 def trainer_of(folder: Path, made: Reconstruction, **options: Any) -> Trainer:
-    plan = Plan(**({"folder": folder, "steps": 6, "batch": 4, "rate": 1e-3, "warmup": 0, "log_steps": 1} | options))
-    return Trainer(made.turns(), plan)
+    plan = Plan(
+        **(
+            {"folder": folder, "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "log_steps": 1}
+            | options
+        )
+    )
+    return Trainer(made.objectives(), plan)
 
 
 def gradients(network: nn.Module) -> list[Tensor | None]:
@@ -69,7 +74,7 @@ def gradients(network: nn.Module) -> list[Tensor | None]:
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
-    return [w for pupil in trainer.pupils.values() for w in (*pupil.network.state_dict().values(), *pupil.ema.averages)]
+    return [w for state in trainer.states.values() for w in (*state.network.state_dict().values(), *state.ema.averages)]
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +109,18 @@ def test_the_adversary_moves_the_model_in_the_model_s_turn_alone() -> None:
     with_adversary, without = lesson(), lesson(discriminator_weight=0.0)
     with_adversary.discriminator.requires_grad_(False)
     for made in (with_adversary, without):
-        made.model_loss(part_of())["loss"].backward()
+        made.model_loss(micro_batch_of())["loss"].backward()
     pulled, alone = (gradients(made.model.decoder) for made in (with_adversary, without))
     assert not any(torch.equal(a, b) for a, b in zip(pulled, alone, strict=True) if a is not None and b is not None)
     with_adversary.model.zero_grad()
     with_adversary.discriminator.requires_grad_(True)
-    with_adversary.discriminator_loss(part_of())["loss"].backward()
+    with_adversary.discriminator_loss(micro_batch_of())["loss"].backward()
     assert all(gradient is None for gradient in gradients(with_adversary.model))
     assert all(gradient is not None for gradient in gradients(with_adversary.discriminator))
 
 
 def test_without_a_weight_there_is_no_discriminator() -> None:
-    assert set(lesson(discriminator_weight=0.0).turns()) == {"model"}
+    assert set(lesson(discriminator_weight=0.0).objectives()) == {"model"}
 
 
 def test_the_adaptive_weight_makes_both_pull_alike_up_to_a_limit() -> None:
@@ -129,8 +134,8 @@ def test_the_adaptive_weight_makes_both_pull_alike_up_to_a_limit() -> None:
 def test_the_weighted_adversary_pulls_at_the_last_layer_as_hard_as_its_share_says() -> None:
     pulls = []
     for share in (0.5, 0.0):
-        made = lesson(kl=0.0, discriminator_weight=share)
-        loss = made.model_loss(part_of())["loss"]
+        made = lesson(kl_weight=0.0, discriminator_weight=share)
+        loss = made.model_loss(micro_batch_of())["loss"]
         pulls.append(torch.autograd.grad(loss, made.model.decoder.conv_out.weight)[0])
     whole, error = pulls
     torch.testing.assert_close((whole - error).norm(), 0.5 * error.norm(), rtol=0.05, atol=0.0)
@@ -147,7 +152,7 @@ def test_the_discriminator_learns_to_tell_noise_from_pictures() -> None:
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
 
     def logits(step: int) -> tuple[Tensor, Tensor]:
-        pictures = Halves().examples(part_of(step=step)).pictures
+        pictures = Halves().batch(micro_batch_of(step=step)).pictures
         assert pictures is not None
         return network(pictures), network(torch.rand_like(pictures) * 2 - 1)
 
@@ -189,17 +194,17 @@ def test_before_its_start_the_discriminator_neither_learns_nor_pulls(tmp_path: P
     trainer = trainer_of(tmp_path, made)
     before = [p.clone() for p in made.discriminator.parameters()]
     trainer.advance()
-    assert "fooled" not in made.model_loss(part_of())
+    assert "generator_loss" not in made.model_loss(micro_batch_of())
     assert all(torch.equal(a, b) for a, b in zip(before, made.discriminator.parameters(), strict=True))
     trainer.advance()
     assert not all(torch.equal(a, b) for a, b in zip(before, made.discriminator.parameters(), strict=True))
-    assert "model.fooled" in (tmp_path / "log.jsonl").read_text().splitlines()[1]
+    assert "model.generator_loss" in (tmp_path / "log.jsonl").read_text().splitlines()[1]
 
 
 def test_a_part_of_a_batch_has_its_share_of_the_loss() -> None:
     made = lesson(discriminator_weight=0.0)
-    whole = made.model_loss(part_of())["loss"]
-    halves = [made.model_loss(part_of(2, first=first))["loss"] for first in (0, 2)]
+    whole = made.model_loss(micro_batch_of())["loss"]
+    halves = [made.model_loss(micro_batch_of(2, first=first))["loss"] for first in (0, 2)]
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
 
 
@@ -207,7 +212,7 @@ def test_latents_and_their_divergence() -> None:
     assert divergence(torch.zeros(2, 8, 3, 3)) == 0
     mean, log_variance = (torch.full((1, 4, 32, 32), value) for value in (2.0, 2 * math.log(0.5)))
     moments = torch.cat([mean, log_variance], 1)
-    latents = drawn_latents(moments, part_of(1, whole=1))
+    latents = sample_posterior(moments, micro_batch_of(1, whole=1))
     assert latents.mean() == pytest.approx(2.0, abs=0.05)
     assert latents.std() == pytest.approx(0.5, abs=0.05)
     normal = torch.distributions.Normal(2.0, 0.5)
@@ -217,23 +222,32 @@ def test_latents_and_their_divergence() -> None:
 
 def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "vae"
-    plan = Plan(folder=out, steps=40, batch=4, rate=5e-3, warmup=0, ema=0.9, log_steps=40, sample_steps=20)
-    work = task(folder, fresh=True, rescale=True, discriminator_start=38)
-    before = work.prepare(plan).turns["model"].loss(part_of())["l1"]
-    carry_out(Run(task=work, plan=plan))
+    plan = Plan(
+        folder=out,
+        steps=40,
+        batch_size=4,
+        learning_rate=5e-3,
+        warmup_steps=0,
+        ema_decay=0.9,
+        log_steps=40,
+        sample_steps=20,
+    )
+    setup = task(folder, fresh=True, rescale=True, discriminator_start=38)
+    before = setup.prepare(plan).objectives["model"].loss(micro_batch_of())["l1"]
+    run_stage(RecipeStage(task=setup, plan=plan))
     trained = load_parts(out / "model", dtype=torch.float32).autoencoder
-    pictures = Halves().examples(part_of(16, step=77, whole=16)).pictures
+    pictures = Halves().batch(micro_batch_of(16, step=77, whole=16)).pictures
     assert pictures is not None
     with torch.no_grad():
-        latents = drawn_latents(trained.encode(pictures), part_of(16, whole=16))
+        latents = sample_posterior(trained.encode(pictures), micro_batch_of(16, whole=16))
         assert (trained.decode(latents) - pictures).abs().mean() < 0.75 * before
     assert (trained.config.scaling_factor * latents).std().item() == pytest.approx(1, abs=0.2)
     assert (out / "sample-00000040.png").is_file()
 
 
 def test_the_decoder_alone_learns_where_latents_must_stay(folder: Path, tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path / "decoder", steps=2, batch=4, rate=1e-2, warmup=0, ema=0.0)
-    carry_out(Run(task=task(folder, decoder_only=True), plan=plan))
+    plan = Plan(folder=tmp_path / "decoder", steps=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, ema_decay=0.0)
+    run_stage(RecipeStage(task=task(folder, decoder_only=True), plan=plan))
     before, after = (load_parts(path, dtype=torch.float32) for path in (folder, tmp_path / "decoder" / "model"))
     changed = {
         name.split(".")[0]
@@ -245,7 +259,7 @@ def test_the_decoder_alone_learns_where_latents_must_stay(folder: Path, tmp_path
 
 
 def test_the_perceptual_distance_compares_directions_of_features(network: Path) -> None:
-    distance = Perceptual(network, CPU)
+    distance = PerceptualDistance(network, CPU)
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     assert distance(image, image) == 0
     decoded = (image * 0.5).requires_grad_()
@@ -256,24 +270,26 @@ def test_the_perceptual_distance_compares_directions_of_features(network: Path) 
 
 
 def test_a_perceptual_network_is_a_term_of_the_loss(network: Path) -> None:
-    plain, seen = (lesson(discriminator_weight=0.0, perceptual=path).model_loss(part_of()) for path in (None, network))
+    plain, inputs = (
+        lesson(discriminator_weight=0.0, perceptual=path).model_loss(micro_batch_of()) for path in (None, network)
+    )
     assert "perceptual" not in plain
-    added = (seen["loss"] - plain["loss"]) / (3 * SIZE * SIZE)
-    torch.testing.assert_close(added, seen["perceptual"], rtol=1e-3, atol=1e-6)
+    added = (inputs["loss"] - plain["loss"]) / (3 * SIZE * SIZE)
+    torch.testing.assert_close(added, inputs["perceptual"], rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_no_perceptual_network_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no perceptual network"):
-        Perceptual(tmp_path / "absent.pt", CPU)
+        PerceptualDistance(tmp_path / "absent.pt", CPU)
     (tmp_path / "broken.pt").write_bytes(b"not a network")
     with pytest.raises(CheckpointError, match=r"broken\.pt is no TorchScript file"):
-        Perceptual(tmp_path / "broken.pt", CPU)
+        PerceptualDistance(tmp_path / "broken.pt", CPU)
     torch.jit.script(nn.Flatten()).save(str(tmp_path / "flat.pt"))
     with pytest.raises(CheckpointError, match="list of maps"):
-        Perceptual(tmp_path / "flat.pt", CPU).maps(torch.zeros(1, 3, 8, 8))
+        PerceptualDistance(tmp_path / "flat.pt", CPU).maps(torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"sharing": "shard"}, {"compiled": True}])
+@pytest.mark.parametrize("setting", [{"precision": "fp16"}, {"parallelism": "shard"}, {"compile": True}])
 def test_plans_that_cannot_be_followed_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"plan.{next(iter(setting))}="):
         task().prepare(Plan(folder=tmp_path, steps=1, **setting))
@@ -283,13 +299,13 @@ def test_tasks_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="random latents"):
         task(fresh=True, decoder_only=True)
     with pytest.raises(InputError, match="gives latents"):
-        Reconstruction(AutoencoderKL(TINY), Halves(latents=True), task()).model_loss(part_of())
+        Reconstruction(AutoencoderKL(TINY), Halves(latents=True), task()).model_loss(micro_batch_of())
 
 
 def test_bf16_trains(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, lesson(), precision="bf16")
     trainer.advance()
-    assert trainer.journal.skipped == 0
+    assert trainer.metrics.skipped == 0
 
 
 def test_the_published_recipe_takes_a_perceptual_network(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def test_a_value_of_another_type_is_refused(text: str, kind: Any) -> None:
 
 def test_a_setting_is_for_all_stages_or_for_one() -> None:
     runs = {"first": Outer(), "second": Outer()}
-    changed = overridden(runs, ["plan.rate=0.5", "second.inner.size=128", "inner.kind=fancy"])
-    assert [run.plan.rate for run in changed.values()] == [0.5, 0.5]
+    changed = overridden(runs, ["plan.learning_rate=0.5", "second.inner.size=128", "inner.kind=fancy"])
+    assert [run.plan.learning_rate for run in changed.values()] == [0.5, 0.5]
     assert [run.inner.size for run in changed.values()] == [64, 128]
     assert changed["first"].inner.kind == "fancy"
     assert runs["second"].inner.size == 64
@@ -70,13 +70,13 @@ def test_a_setting_is_for_all_stages_or_for_one() -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("plan.raet=1", "did you mean 'rate'"),
+        ("plan.learnin_rate=1", "did you mean 'learning_rate'"),
         ("inner.size.x=1", "has no setting"),
         ("inner.size", "key=value"),
         ("plan.precision=fp8", "one of fp32"),
-        ("plan.batch=0", r"plan\.batch is 0; it must be a whole number from 1 .* 1 would do"),
+        ("plan.batch_size=0", r"plan\.batch_size is 0; it must be a whole number from 1 .* 1 would do"),
         ("plan.steps=-3", r"plan\.steps is -3; .* 1 would do"),
-        ("plan.rate=nan", r"plan\.rate is nan; it must be a finite number above 0"),
+        ("plan.learning_rate=nan", r"plan\.learning_rate is nan; it must be a finite number above 0"),
         ("plan.steps=none", "no end; give steps or seconds"),
     ],
 )
@@ -86,31 +86,33 @@ def test_a_setting_that_cannot_be_is_refused(setting: str, said: str) -> None:
 
 
 def test_settings_that_need_each_other_are_changed_together() -> None:
-    changed = overridden({"only": Outer()}, ["plan.steps=none", "plan.seconds=60", "plan.batch=2", "plan.batch=3"])
+    changed = overridden(
+        {"only": Outer()}, ["plan.steps=none", "plan.seconds=60", "plan.batch_size=2", "plan.batch_size=3"]
+    )
     assert (changed["only"].plan.steps, changed["only"].plan.seconds) == (None, 60.0)
-    assert changed["only"].plan.batch == 3, "the last one counts"
+    assert changed["only"].plan.batch_size == 3, "the last one counts"
 
 
 PLANS = {
     "steps": (-3, 0, 2.5, "3", True, 10**400),
     "seconds": (0.0, -1.0, math.nan, math.inf),
-    "batch": (0, -8),
-    "accumulate": (0,),
+    "batch_size": (0, -8),
+    "gradient_accumulation": (0,),
     "seed": (-1, 2**63),
-    "rate": (0.0, -1e-4, math.nan, math.inf),
-    "warmup": (-1,),
-    "decay": (-0.1, 1.1, math.nan),
-    "floor": (-0.1, 2.0),
+    "learning_rate": (0.0, -1e-4, math.nan, math.inf),
+    "warmup_steps": (-1,),
+    "lr_decay_fraction": (-0.1, 1.1, math.nan),
+    "min_lr_ratio": (-0.1, 2.0),
     "betas": ((0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9)),
     "weight_decay": (-1.0, math.inf),
-    "clip": (0.0, -1.0, math.nan, -math.inf),
-    "ema": (-0.1, 1.0, math.nan),
+    "max_grad_norm": (0.0, -1.0, math.nan, -math.inf),
+    "ema_decay": (-0.1, 1.0, math.nan),
     "precision": ("fp8",),
-    "sharing": ("both",),
+    "parallelism": ("both",),
     "save_seconds": (-1.0, math.nan),
     "log_steps": (0,),
     "sample_steps": (-1,),
-    "keep": (0,),
+    "keep_checkpoints": (0,),
     "folder": ("runs",),
 }
 
@@ -125,7 +127,14 @@ def test_a_plan_that_cannot_be_followed_is_refused_as_it_is_made(name: str, valu
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("clip", math.inf), ("save_seconds", math.inf), ("ema", 0.0), ("decay", 1.0), ("warmup", 0), ("rate", 1000)],
+    [
+        ("max_grad_norm", math.inf),
+        ("save_seconds", math.inf),
+        ("ema_decay", 0.0),
+        ("lr_decay_fraction", 1.0),
+        ("warmup_steps", 0),
+        ("learning_rate", 1000),
+    ],
 )
 def test_the_ends_of_what_can_be_are_in_it(name: str, value: object) -> None:
     settings: dict[str, Any] = {"folder": Path("run"), "steps": 10, name: value}

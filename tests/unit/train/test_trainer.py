@@ -15,28 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.diffusion.denoiser import training_target, x0_from_training_output
 from fewstep.engines.engine import Conditioning
 from fewstep.errors import CheckpointError, InputError, NotFiniteError
-from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
 from fewstep.nn.attention import attended
 from fewstep.train.activation_checkpointing import checkpoint_blocks
 from fewstep.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from fewstep.train.distributed import leave_ranks
-from fewstep.train.done import done_before
+from fewstep.train.distributed import shutdown_ranks
+from fewstep.train.done import is_done
 from fewstep.train.ema import Ema
-from fewstep.train.forward_process import Process, predicted
+from fewstep.train.forward_process import ForwardProcess, predicted
 from fewstep.train.losses import (
     AutoencoderLoss,
     min_snr_weight,
-    sampled_latents,
     stratified_timesteps,
-    target,
 )
-from fewstep.train.normalize_latents import fold_statistics
-from fewstep.train.plan import Part, Plan
-from fewstep.train.trainer import Loss, Trainer, Turn
+from fewstep.train.normalize_latents import normalize_latents
+from fewstep.train.plan import MicroBatch, Plan
+from fewstep.train.trainer import Loss, Objective, Trainer
 
 TINY_VAE = AutoencoderConfig(channels=(8, 8), resnets=1, groups=4, scaling_factor=1.0)
 TINY_UNET = UNetConfig(stages=(Stage(channels=16, resnets=1, depth=1, heads=2),), context=8, groups=4)
@@ -50,8 +49,8 @@ def _seeded() -> None:
 def line_loss(model: nn.Module) -> Loss:
     """A regression on fresh random numbers, so that going on must also go on with them."""
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        x = part.randn("x", 3)
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        x = micro_batch.randn("x", 3)
         return {"loss": (model(x) - x.sum(1, keepdim=True)).square().mean()}
 
     return loss
@@ -60,9 +59,16 @@ def line_loss(model: nn.Module) -> Loss:
 def line_trainer(folder: Path, **options: object) -> Trainer:
     torch.manual_seed(1)
     model = nn.Linear(3, 1)
-    chosen = {"folder": folder, "rate": 0.1, "steps": 40, "warmup": 2, "log_steps": 5, "batch": 8} | options
+    chosen = {
+        "folder": folder,
+        "learning_rate": 0.1,
+        "steps": 40,
+        "warmup_steps": 2,
+        "log_steps": 5,
+        "batch_size": 8,
+    } | options
     plan = Plan(**chosen)  # type: ignore[arg-type]
-    return Trainer({"model": Turn(network=model, loss=line_loss(model))}, plan)
+    return Trainer({"model": Objective(network=model, loss=line_loss(model))}, plan)
 
 
 def advanced(trainer: Trainer, steps: int) -> Trainer:
@@ -72,19 +78,19 @@ def advanced(trainer: Trainer, steps: int) -> Trainer:
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
-    pupil = trainer.pupils["model"]
-    return [*pupil.network.state_dict().values(), *pupil.ema.averages]
+    state = trainer.states["model"]
+    return [*state.network.state_dict().values(), *state.ema.averages]
 
 
 def spoilt(trainer: Trainer, factor: float) -> Trainer:
-    pupil = trainer.pupils["model"]
-    inner = pupil.turn.loss
-    object.__setattr__(pupil.turn, "loss", lambda part: {"loss": inner(part)["loss"] * factor})
+    state = trainer.states["model"]
+    inner = state.objective.loss
+    object.__setattr__(state.objective, "loss", lambda micro_batch: {"loss": inner(micro_batch)["loss"] * factor})
     return trainer
 
 
 def test_run_falls_and_logs(tmp_path: Path) -> None:
-    trainer = line_trainer(tmp_path, steps=100, ema=0.9)
+    trainer = line_trainer(tmp_path, steps=100, ema_decay=0.9)
     trainer.run()
     averaged = trainer.averaged("model")
     x = torch.randn(64, 3)
@@ -126,27 +132,27 @@ def train_until_killed(folder: Path) -> None:
 
 def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
     one = advanced(line_trainer(tmp_path / "one"), 10)
-    four = advanced(line_trainer(tmp_path / "four", accumulate=4), 10)
+    four = advanced(line_trainer(tmp_path / "four", gradient_accumulation=4), 10)
     for a, b in zip(weights(one), weights(four), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nearest that can are 6 and 9"):
-        line_trainer(tmp_path, accumulate=3)
+        line_trainer(tmp_path, gradient_accumulation=3)
 
 
 def test_sigterm_saves_and_a_rerun_goes_on(tmp_path: Path) -> None:
     trainer = line_trainer(tmp_path)
-    pupil = trainer.pupils["model"]
-    inner = pupil.turn.loss
+    state = trainer.states["model"]
+    inner = state.objective.loss
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        if part.step == 10:
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        if micro_batch.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
-        return dict(inner(part))
+        return dict(inner(micro_batch))
 
-    object.__setattr__(pupil.turn, "loss", loss)
+    object.__setattr__(state.objective, "loss", loss)
     trainer.run()
     assert trainer.step == 11
     again = line_trainer(tmp_path)
@@ -159,30 +165,38 @@ def test_single_bad_steps_are_left_out_and_many_are_an_error(tmp_path: Path) -> 
     trainer = spoilt(line_trainer(tmp_path), math.nan)
     before = [value.clone() for value in weights(trainer)]
     trainer.advance()
-    assert trainer.journal.skipped == 1
+    assert trainer.metrics.skipped == 1
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
-    with pytest.raises(NotFiniteError, match=r"step 5: the loss is nan.*lower plan\.rate .*no checkpoint was written"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 5: the loss is nan.*lower plan\.learning_rate .*no checkpoint was written"
+    ):
         trainer.run()
     assert not list(tmp_path.glob("*.pt"))
 
 
 def test_an_fp16_loss_is_scaled_down_where_its_gradients_overflow(tmp_path: Path) -> None:
     trainer = spoilt(line_trainer(tmp_path, precision="fp16", steps=60), 300.0)
-    first = trainer.pupils["model"].scale
+    first = trainer.states["model"].scale
     advanced(trainer, 15)
-    assert 1 < trainer.pupils["model"].scale < first
-    assert trainer.pupils["model"].ema.updates > 0
+    assert 1 < trainer.states["model"].scale < first
+    assert trainer.states["model"].ema.updates > 0
 
 
 def test_only_one_network_learns_at_a_time(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        return {"loss": second(first(part.randn("x", 3))).square().mean()}
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        return {"loss": second(first(micro_batch.randn("x", 3))).square().mean()}
 
-    turns = {"first": Turn(network=first, loss=loss), "second": Turn(network=second, loss=loss, rate=0.0)}
-    trainer = Trainer(turns, Plan(folder=tmp_path, rate=0.1, steps=9, warmup=0, batch=4, log_steps=1, weight_decay=0.0))
+    objectives = {
+        "first": Objective(network=first, loss=loss),
+        "second": Objective(network=second, loss=loss, lr_multiplier=0.0),
+    }
+    trainer = Trainer(
+        objectives,
+        Plan(folder=tmp_path, learning_rate=0.1, steps=9, warmup_steps=0, batch_size=4, log_steps=1, weight_decay=0.0),
+    )
     before = second.weight.clone()
     trainer.advance()
     assert torch.equal(second.weight, before)
@@ -190,12 +204,16 @@ def test_only_one_network_learns_at_a_time(tmp_path: Path) -> None:
 
 
 def test_random_numbers_are_those_of_the_batch_however_it_is_shared_out() -> None:
-    plan = Plan(folder=Path(), steps=1, batch=12)
-    whole = plan.parts(3, 0, 1)[0].randn("noise", 2)
-    shared = [part.randn("noise", 2) for rank in range(3) for part in replace(plan, accumulate=2).parts(3, rank, 3)]
+    plan = Plan(folder=Path(), steps=1, batch_size=12)
+    whole = plan.micro_batches(3, 0, 1)[0].randn("noise", 2)
+    shared = [
+        micro_batch.randn("noise", 2)
+        for rank in range(3)
+        for micro_batch in replace(plan, gradient_accumulation=2).micro_batches(3, rank, 3)
+    ]
     assert torch.equal(whole, torch.cat(shared))
-    assert not torch.equal(whole, plan.parts(3, 0, 1)[0].randn("other", 2))
-    assert not torch.equal(whole, plan.parts(4, 0, 1)[0].randn("noise", 2))
+    assert not torch.equal(whole, plan.micro_batches(3, 0, 1)[0].randn("other", 2))
+    assert not torch.equal(whole, plan.micro_batches(4, 0, 1)[0].randn("noise", 2))
 
 
 def test_checkpointed_blocks_compute_the_same(tmp_path: Path) -> None:
@@ -228,12 +246,14 @@ def test_attention_in_bfloat16_is_attention() -> None:
 
 def test_a_plan_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="steps or seconds"):
-        Plan(folder=tmp_path, rate=0.1)
+        Plan(folder=tmp_path, learning_rate=0.1)
 
 
 def test_rate_rises_stays_and_falls(tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path, rate=1.0, steps=100, warmup=10, decay=0.2, floor=0.01)
-    rates = [plan.rate_at(step, plan.progress(step, 0.0)) for step in range(101)]
+    plan = Plan(
+        folder=tmp_path, learning_rate=1.0, steps=100, warmup_steps=10, lr_decay_fraction=0.2, min_lr_ratio=0.01
+    )
+    rates = [plan.learning_rate_at(step, plan.progress(step, 0.0)) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9:81] == pytest.approx([1.0] * 72)
     assert rates[90] == pytest.approx(0.505)
@@ -242,7 +262,7 @@ def test_rate_rises_stays_and_falls(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_by_whichever_comes_first(tmp_path: Path) -> None:
-    plan = Plan(folder=tmp_path, rate=1.0, steps=100, seconds=10.0)
+    plan = Plan(folder=tmp_path, learning_rate=1.0, steps=100, seconds=10.0)
     assert plan.progress(50, 1.0) == 0.5
     assert plan.progress(1, 9.0) == 0.9
 
@@ -290,10 +310,13 @@ def test_ema_warms_up_then_decays() -> None:
 def test_velocity_target_and_x0_agree() -> None:
     x0, eps, alpha_bar = torch.randn(4), torch.randn(4), torch.tensor([0.9, 0.5, 0.1, 0.01])
     x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-    v = target("v_prediction", x0, eps, alpha_bar)
+    v = training_target(x0, eps, alpha_bar, "v_prediction")
     torch.testing.assert_close(alpha_bar.sqrt() * x - (1 - alpha_bar).sqrt() * v, x0)
-    assert target("epsilon", x0, eps, alpha_bar) is eps
-    assert target("sample", x0, eps, alpha_bar) is x0
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        output = training_target(x0, eps, alpha_bar, prediction)  # type: ignore[arg-type]
+        torch.testing.assert_close(x0_from_training_output(output, x, alpha_bar, prediction), x0)  # type: ignore[arg-type]
+    assert training_target(x0, eps, alpha_bar, "epsilon") is eps
+    assert training_target(x0, eps, alpha_bar, "sample") is x0
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -325,7 +348,8 @@ def test_autoencoder_loss_is_zero_for_a_perfect_picture_and_weighs_colour() -> N
 
 def test_sampled_latents_have_the_moments() -> None:
     moments = torch.cat([torch.full((1, 4, 64, 64), 2.0), torch.full((1, 4, 64, 64), 2 * math.log(0.5))], 1)
-    latents = sampled_latents(moments)
+    posterior = Posterior.of(moments)
+    latents = posterior.sample(torch.randn_like(posterior.mean))
     assert latents.mean() == pytest.approx(2.0, abs=0.02)
     assert latents.std() == pytest.approx(0.5, abs=0.02)
 
@@ -336,7 +360,7 @@ def test_folding_is_exact() -> None:
     mean, log_variance = model.encode(image).chunk(2, 1)
     pictures = model.decode(mean)
     shift, spread = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
-    fold_statistics(model, shift.detach(), spread.detach())
+    normalize_latents(model, shift.detach(), spread.detach())
     folded, folded_log_variance = model.encode(image).chunk(2, 1)
     torch.testing.assert_close(folded.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(folded.std((0, 2, 3)), torch.ones(4, dtype=torch.float64))
@@ -345,42 +369,46 @@ def test_folding_is_exact() -> None:
 
 
 def test_a_tiny_unet_learns_its_velocity(tmp_path: Path) -> None:
-    model, process = UNet(TINY_UNET), Process(prediction="v_prediction")
+    model, process = UNet(TINY_UNET), ForwardProcess(prediction="v_prediction")
     x0, context = torch.randn(16, 4, 4, 4), torch.randn(16, 3, 8)
     t = torch.full((16,), 400)
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        eps = part.randn("noise", 4, 4, 4)
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        eps = micro_batch.randn("noise", 4, 4, 4)
         output = predicted(model, process.noised(x0, eps, t), t, Conditioning(context=context))
         torch.testing.assert_close(process.x0(process.target(x0, eps, t), process.noised(x0, eps, t), t), x0)
         return {"loss": (output - process.target(x0, eps, t)).square().mean()}
 
-    part = Part(seed=0, step=0, whole=16, first=0, count=16)
-    before = loss(part)["loss"].item()
-    turns = {"model": Turn(network=model, loss=loss)}
-    Trainer(turns, Plan(folder=tmp_path, rate=5e-3, steps=60, warmup=5, batch=16)).run()
-    assert loss(part)["loss"].item() < 0.6 * before
+    micro_batch = MicroBatch(seed=0, step=0, whole=16, first=0, count=16)
+    before = loss(micro_batch)["loss"].item()
+    objectives = {"model": Objective(network=model, loss=loss)}
+    Trainer(objectives, Plan(folder=tmp_path, learning_rate=5e-3, steps=60, warmup_steps=5, batch_size=16)).run()
+    assert loss(micro_batch)["loss"].item() < 0.6 * before
 
 
 def train_rank(rank: int, ranks: int, port: int, folder: Path, sharing: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, process = UNet(TINY_UNET), Process()
+    model, process = UNet(TINY_UNET), ForwardProcess()
 
-    def loss(part: Part) -> dict[str, Tensor]:
-        x0, eps, context = part.randn("x0", 4, 4, 4), part.randn("noise", 4, 4, 4), part.randn("words", 3, 8)
-        t = part.rows("t", lambda count, generator: stratified_timesteps(count, 1000, generator))
+    def loss(micro_batch: MicroBatch) -> dict[str, Tensor]:
+        x0, eps, context = (
+            micro_batch.randn("x0", 4, 4, 4),
+            micro_batch.randn("noise", 4, 4, 4),
+            micro_batch.randn("words", 3, 8),
+        )
+        t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, 1000, generator))
         output = predicted(model, process.noised(x0, eps, t), t, Conditioning(context=context))
         return {"loss": (output - process.target(x0, eps, t)).square().mean()}
 
-    plan = Plan(folder=folder, rate=1e-3, steps=8, warmup=1, batch=8, sharing=sharing)  # type: ignore[arg-type]
-    trainer = Trainer({"model": Turn(network=model, loss=loss)}, plan)
+    plan = Plan(folder=folder, learning_rate=1e-3, steps=8, warmup_steps=1, batch_size=8, parallelism=sharing)  # type: ignore[arg-type]
+    trainer = Trainer({"model": Objective(network=model, loss=loss)}, plan)
     trainer.run()
     averaged = trainer.averaged("model")
     if rank == 0:
         torch.save(averaged, folder / "averaged.pt")
-    leave_ranks()
+    shutdown_ranks()
 
 
 @pytest.mark.parametrize("sharing", ["replicate", "shard"])
@@ -403,6 +431,6 @@ def test_a_stage_that_was_done_before_its_length_was_noted_stays_done(tmp_path: 
     (tmp_path / "done").touch()
     save_checkpoint(tmp_path, 40, {"step": 40})
     timed = Plan(folder=tmp_path, seconds=60.0)
-    assert done_before(timed, {"plan.steps": "None", "plan.seconds": "60.0"})
-    assert done_before(Plan(folder=tmp_path, steps=40), {"plan.steps": "40"})
-    assert not done_before(Plan(folder=tmp_path, steps=80), {"plan.steps": "80"}), "more steps go on"
+    assert is_done(timed, {"plan.steps": "None", "plan.seconds": "60.0"})
+    assert is_done(Plan(folder=tmp_path, steps=40), {"plan.steps": "40"})
+    assert not is_done(Plan(folder=tmp_path, steps=80), {"plan.steps": "80"}), "more steps go on"
