@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -96,8 +95,11 @@ def write_checkpoint(folder: Path) -> int:
 
     pipe = fewstep.load(device="cpu")
     stages = tuple(Stage(channels=c, depth=1, heads=8) for c in (256, 512, 768))
+    from fewstep.weights.model import LoadedModel
+
     unet = UNet(UNetConfig(stages=stages, context=pipe.spec.unet.context))
-    fewstep.Pipeline(replace(pipe, unet=unet)).save(folder)
+    model = LoadedModel(pipe.spec, pipe.tokenizers, pipe.networks)
+    fewstep.Pipeline.of(model.with_unet(unet)).save(folder)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 

@@ -59,9 +59,9 @@ def prepared(folder: Path) -> CachedLatents:
         ["cache", str(shards), "--out", str(latents), "--store", "float32"],
     ):
         subprocess.run([sys.executable, "-m", "fewstep", "data", *arguments], check=True, stdout=subprocess.DEVNULL)
-    data, parts = ShardDataset(folder=shards), fewstep.load("blocks-base", device="cpu").parts
+    data, pipe = ShardDataset(folder=shards), fewstep.load("blocks-base", device="cpu")
     key = latent_key(
-        open_shards(shards), parts.autoencoder.state_dict(), parts.autoencoder.config.scaling_factor, torch.float32
+        open_shards(shards), pipe.networks.autoencoder.state_dict(), pipe.spec.autoencoder.scaling_factor, torch.float32
     )
     return CachedLatents(data=data, cache=open_cache(latents, data.shards(), key))
 

@@ -36,7 +36,6 @@ from blocks_data import (
     write_latents,
 )
 from blocks_model import AUTOENCODER, DEFAULTS, LatentDiffusion, grow, slot_loss
-from fewstep.weights.parts import Parts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,6 +44,7 @@ from fewstep.engines.device import choose_device
 from fewstep.errors import InputError
 from fewstep.files import partial_path
 from fewstep.models.autoencoder import AutoencoderKL, Posterior
+from fewstep.models.networks import Networks
 from fewstep.models.zoo import CATALOGUE
 from fewstep.text.prompt import tokenize
 from fewstep.train.forward_process import ForwardProcess
@@ -53,8 +53,9 @@ from fewstep.train.normalize_latents import normalize_latents
 from fewstep.train.plan import MicroBatch, Plan, mixed_seed
 from fewstep.train.stages import RecipeStage, StageSetup
 from fewstep.train.trainer import Loss, Objective, Trainer
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model
 from fewstep.weights.scheduler import SchedulerConfig
 
 DROP = 0.1  # share of captions left out, for classifier-free guidance
@@ -185,7 +186,7 @@ class Text:
         )
         device = choose_device(self.device)
         model = LatentDiffusion(resnets=1).to(device)
-        model.unet.requires_grad_(False)
+        model.networks.unet.requires_grad_(False)
 
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             ids, slots = (value.to(device) for value in cache.words(micro_batch, varied=0.8)[1:])
@@ -232,13 +233,13 @@ class Diffusion:
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             if self.size_cycle:
                 return losses[self._size(micro_batch)](micro_batch)
-            parts = [(share, losses[size](smaller(micro_batch, share))) for size, share in shares.items()]
-            return {name: torch.stack([share * terms[name] for share, terms in parts]).sum() for name in parts[0][1]}
+            model = [(share, losses[size](smaller(micro_batch, share))) for size, share in shares.items()]
+            return {name: torch.stack([share * terms[name] for share, terms in model]).sum() for name in model[0][1]}
 
         def finish(trainer: Trainer) -> None:
             saved(model)(trainer)
             if trainer.rank == 0:
-                save_parts(parts_of(model, autoencoder), plan.folder / "model", torch.float16)
+                save_model(model_of(model, autoencoder), plan.folder / "model", torch.float16)
 
         return StageSetup(objectives={"model": Objective(network=model, loss=loss, kind=self._size)}, finish=finish)
 
@@ -250,9 +251,9 @@ class Diffusion:
         """As the stage before left it; of a shipped model the slots, which are not shipped, are new."""
         model = LatentDiffusion(self.resnets)
         if is_model(self.start):
-            parts = load_parts(self.start, dtype=torch.float32)
-            model.text.load_state_dict(parts.text_encoders[0].state_dict())
-            model.unet.load_state_dict(parts.unet.state_dict())
+            model = load_model(self.start, dtype=torch.float32)
+            model.text.load_state_dict(model.networks.text_encoders[0].state_dict())
+            model.networks.unet.load_state_dict(model.networks.unet.state_dict())
         elif Path(self.start).name == "small_unet":
             grow(model, weights_of(Path(self.start)))
         else:
@@ -267,7 +268,7 @@ class Diffusion:
 
     def _loss(self, model: LatentDiffusion, cache: LatentCache) -> Loss:
         process, empty = ForwardProcess(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
-        device = model.unet.conv_in.weight.device
+        device = model.networks.unet.conv_in.weight.device
         latents = cache.latents.to(device)
 
         def words(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
@@ -284,7 +285,7 @@ class Diffusion:
             t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
             eps = micro_batch.randn("noise", *x0.shape[1:])
             states = model.text(read["ids"]).last
-            output = model.unet(process.noised(x0, eps, t), t.float(), states)
+            output = model.networks.unet(process.noised(x0, eps, t), t.float(), states)
             weight = min_snr_weight(process.prediction, process.alpha_bar(t), GAMMA, floor=FLOOR)
             error = (weight * (output - process.target(x0, eps, t)).square()).mean()
             slots = slot_loss(model.slots(states), read["slots"])
@@ -329,7 +330,7 @@ def autoencoder_weights(start: Path | str) -> dict[str, Tensor]:
     """What a stage left, or those of a model's autoencoder."""
     if not is_model(start):
         return weights_of(Path(start))
-    return load_parts(start, dtype=torch.float32).autoencoder.state_dict()
+    return load_model(start, dtype=torch.float32).networks.autoencoder.state_dict()
 
 
 def is_model(start: Path | str) -> bool:
@@ -362,15 +363,17 @@ def saved(network: nn.Module) -> Callable[[Trainer], None]:
     return finish
 
 
-def parts_of(model: LatentDiffusion, autoencoder: AutoencoderKL) -> Parts:
+def model_of(model: LatentDiffusion, autoencoder: AutoencoderKL) -> LoadedModel:
     """The model as it is shipped."""
-    return Parts(
+    return LoadedModel.of(
+        Networks(
+            unet=model.unet,
+            autoencoder=autoencoder,
+            text_encoders=(model.text,),
+        ),
+        (block_tokenizer(),),
         name="blocks-base",
         family="blocks",
-        unet=model.unet,
-        autoencoder=autoencoder,
-        text_encoders=(model.text,),
-        tokenizers=(block_tokenizer(),),
         scheduler=SchedulerConfig(
             sampler=DEFAULTS.sampler,
             prediction="v_prediction",

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,8 +40,8 @@ from fewstep.models.unet import UNet
 from fewstep.train.plan import Plan
 from fewstep.train.stages import RecipeStage, TrainingTask
 from fewstep.weights.fetch import ASSETS
-from fewstep.weights.load import load_parts, load_tiny
-from fewstep.weights.save import save_parts, save_tiny, write_tensors
+from fewstep.weights.load import load_model, load_tiny
+from fewstep.weights.save import save_model, save_tiny, write_tensors
 
 BASE = "blocks-base"
 TURBO_STAGES = ("turbo-walks", "turbo-begun", "blocks-turbo")
@@ -147,8 +146,10 @@ def _trained_networks(out: Path) -> dict[str, dict[str, nn.Module]]:
     for name, stages in {"base": [BASE], "small": ["blocks-small"], "turbo": TURBO_STAGES}.items():
         for stage in stages:
             if (out / stage / "model" / "model_index.json").is_file():
-                parts = load_parts(out / stage / "model", dtype=torch.float32)
-                networks[name] = {"unet": parts.unet} | ({"text": parts.text_encoders[0]} if name == "base" else {})
+                model = load_model(out / stage / "model", dtype=torch.float32)
+                networks[name] = {"unet": model.networks.unet} | (
+                    {"text": model.networks.text_encoders[0]} if name == "base" else {}
+                )
     if (out / "blocks-tiny" / "tiny" / "config.json").is_file():
         networks["tiny"] = {"tiny": load_tiny(out / "blocks-tiny" / "tiny", dtype=torch.float32)}
     return networks
@@ -156,19 +157,19 @@ def _trained_networks(out: Path) -> dict[str, dict[str, nn.Module]]:
 
 def ship(folder: Path, assets: Path = ASSETS) -> None:
     """Write what `pack` wrote as the shipped models; their cards and records stay, and are to be written anew."""
-    base = load_parts(BASE, dtype=torch.float32)
-    base.autoencoder.load_state_dict(_packed(folder, "vae", "vae"))
-    base.unet.load_state_dict(_packed(folder, "base", "unet"))
-    base.text_encoders[0].load_state_dict(_packed(folder, "base", "text"))
+    base = load_model(BASE, dtype=torch.float32)
+    base.networks.autoencoder.load_state_dict(_packed(folder, "vae", "vae"))
+    base.networks.unet.load_state_dict(_packed(folder, "base", "unet"))
+    base.networks.text_encoders[0].load_state_dict(_packed(folder, "base", "text"))
     notes = {name: (assets / BASE / name).read_bytes() for name in ("README.md", "training.json")}
-    save_parts(base, assets / BASE, torch.float16)
+    save_model(base, assets / BASE, torch.float16)
     for name, text in notes.items():
         (assets / BASE / name).write_bytes(text)
     with tempfile.TemporaryDirectory() as made:
         for name, resnets in (("small", 1), ("turbo", 2)):
             unet = UNet(unet_config(resnets))
             unet.load_state_dict(_packed(folder, name, "unet"))
-            save_parts(replace(base, unet=unet), Path(made) / name)
+            save_model(base.with_unet(unet), Path(made) / name)
         record = (assets / "blocks-small" / "training.json").read_bytes()
         ship_small(Path(made) / "small", assets / "blocks-small")
         (assets / "blocks-small" / "training.json").write_bytes(record)

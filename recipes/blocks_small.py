@@ -4,7 +4,7 @@ r"""blocks-small: two thirds of blocks-base, begun with its layers and taught by
         task.data.folder=runs/blocks-base/latents-large_autoencoder-128
 
 The stages of small-sd, shorter: plain training, then the teacher's output and features beside it (arXiv:2305.15798).
-`python recipes/blocks_small.py runs/blocks/blocks-small/model` writes the UNet that is shipped; the other parts are
+`python recipes/blocks_small.py runs/blocks/blocks-small/model` writes the UNet that is shipped; the other model are
 those of blocks-base.
 
 Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; 4 and 22 minutes, some 330 and 2,129 steps.
@@ -16,7 +16,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +25,8 @@ from blocks_turbo import PROMPTS
 from fewstep.distill.pruning import PrunedStudentTask
 from fewstep.train.plan import Plan
 from fewstep.train.stages import RecipeStage
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model
 
 
 def stages(out: Path) -> Sequence[RecipeStage]:
@@ -68,10 +67,10 @@ def stages(out: Path) -> Sequence[RecipeStage]:
 
 
 def ship(model: Path, folder: Path) -> None:
-    """Write `model` in half precision without the parts that it has in common with blocks-base; a card there stays."""
+    """Write `model` in half precision without the model that it has in common with blocks-base; a card there stays."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    save_parts(replace(load_parts(model, dtype=torch.float32), name="blocks-small"), folder, torch.float16)
+    save_model(load_model(model, dtype=torch.float32).with_spec(name="blocks-small"), folder, torch.float16)
     for shared in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(folder / shared)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.stages import RecipeStage, StageSetup
 from fewstep.train.trainer import Objective, Trainer
-from fewstep.weights.load import load_parts, load_tiny
+from fewstep.weights.load import load_model, load_tiny
 from fewstep.weights.save import save_tiny
 
 LATENTS = Path("runs/blocks-base/latents-large_autoencoder-128")
@@ -64,7 +64,7 @@ class Tiny:
         """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)
         device = choose_device(self.device)
-        large = load_parts(self.model, dtype=torch.float32, device=device).autoencoder
+        large = load_model(self.model, dtype=torch.float32, device=device).networks.autoencoder
         tiny = TinyAutoencoder(WIDTH)
         if self.start is not None:
             tiny.load_state_dict(load_tiny(self.start, dtype=torch.float32).state_dict())
@@ -102,7 +102,10 @@ class Tiny:
 def ship(model: Path, folder: Path) -> None:
     """Write `model` in half precision, and print what it loses over 500 latents."""
     save_tiny(load_tiny(model, dtype=torch.float32), folder, torch.float16)
-    tiny, large = load_tiny(folder, dtype=torch.float32), load_parts("blocks-base", dtype=torch.float32).autoencoder
+    tiny, large = (
+        load_tiny(folder, dtype=torch.float32),
+        load_model("blocks-base", dtype=torch.float32).networks.autoencoder,
+    )
     latents = read_once(LATENTS).latents[:500]
     both = [(tiny.decode(some), large.decode(some)) for some in latents.split(50)]
     loss = torch.stack([psnr(tiny_images, large_images.clamp(-1, 1)) for tiny_images, large_images in both]).mean()

@@ -38,7 +38,7 @@ from fewstep.distill.turbo import TurboTask
 from fewstep.train.plan import Plan
 from fewstep.train.stages import RecipeStage
 from fewstep.weights.derived_model import FILE, VECTORS, vectors
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 
 RANK = 36
 COUNT = 8192
@@ -114,10 +114,10 @@ def _run(out: Path, start: str, name: str, settings: AddSettings, **length: int)
 
 def extract(model: Path, folder: Path) -> None:
     """Write what `model` has over blocks-base as a LoRA, and its biases and norms, in half precision."""
-    base, tuned = (load_parts(what, dtype=torch.float32) for what in ("blocks-base", model))
+    base, tuned = (load_model(what, dtype=torch.float32) for what in ("blocks-base", model))
     lora, left = extracted_lora(base, tuned, rank=RANK, name="blocks-turbo")
     save_lora(lora, folder / FILE, dtype=torch.float16)
-    save_file({name: value.half() for name, value in vectors(tuned.unet).items()}, folder / VECTORS)
+    save_file({name: value.half() for name, value in vectors(tuned.networks.unet).items()}, folder / VECTORS)
     print(f"{folder / FILE}: {left:.1%} of the difference left out")
 
 

@@ -90,25 +90,25 @@ def _filled(task: Task, kind: str) -> Any:
     import diffusers
     import torch
 
-    from benchmarks.speed.models import random_parts_of
+    from benchmarks.speed.models import random_loaded_of
 
     diffusers.utils.logging.set_verbosity_error()
-    parts = random_parts_of(task)
+    model = random_loaded_of(task)
     source: Any
     network: Any
     with torch.device(task.device):
         if kind == "text":
             import transformers
 
-            (source,) = parts.text_encoders
+            (source,) = model.networks.text_encoders
             network = transformers.CLIPTextModel(transformers.CLIPTextConfig(**source.config.to_transformers()))
         elif kind == "unet":
-            source, size = parts.unet, task.size // parts.autoencoder.config.factor
+            source, size = model.networks.unet, task.size // model.spec.autoencoder.factor
             network = diffusers.UNet2DConditionModel.from_config(source.config.to_diffusers(size))
-        elif kind == "decode" and parts.tiny is not None:
-            source, network = parts.tiny, diffusers.AutoencoderTiny()
+        elif kind == "decode" and model.networks.tiny is not None:
+            source, network = model.networks.tiny, diffusers.AutoencoderTiny()
         else:
-            source = parts.autoencoder
+            source = model.networks.autoencoder
             network = diffusers.AutoencoderKL.from_config(source.config.to_diffusers(task.size))
     weights, prefix = source.state_dict(), "text_model."
     if kind == "text" and not any(name.startswith(prefix) for name in network.state_dict()):

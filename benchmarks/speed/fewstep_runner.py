@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] |
     from benchmarks.speed.sampling_loop import run_of, torch_arrays
 
     torch.set_num_threads(task.threads)
-    model, arrays = _parts(task), torch_arrays(task.device)
+    model, arrays = _model(task), torch_arrays(task.device)
     engine = _engine(model, plain=plain, optimizations=optimizations, **options)
     if task.part != "whole":
         return torch.inference_mode()(run_of(task, _networks(engine, task.scaling), arrays))
@@ -37,18 +36,18 @@ def load(task: Task, *, plain: bool = False, optimizations: Mapping[str, bool] |
     return _images(pipe, task) if task.images else torch.inference_mode()(_whole(pipe, task, arrays.wait))
 
 
-def _parts(task: Task) -> LoadedModel:
+def _model(task: Task) -> LoadedModel:
     import torch
 
     if task.made:
-        from benchmarks.speed.models import random_parts_of
+        from benchmarks.speed.models import random_loaded_of
 
-        return random_parts_of(task)
+        return random_loaded_of(task)
     from fewstep.weights.load import load_model, load_tiny
 
     where: dict[str, Any] = {"dtype": getattr(torch, task.dtype), "device": torch.device(task.device)}
     model = load_model(task.folder, **where)
-    return model if task.decoder is None else replace(model, tiny=load_tiny(task.decoder, **where))
+    return model if task.decoder is None else model.with_tiny(load_tiny(task.decoder, **where))
 
 
 def _engine(model: LoadedModel, *, plain: bool, optimizations: Mapping[str, bool] | None, **options: Any) -> Engine:
@@ -69,7 +68,7 @@ def _networks(engine: Engine, scaling: float) -> dict[str, Any]:
     from fewstep.engines.engine import Conditioning
 
     def predict(x: Any, t: Any, context: Any, pooled: Any = None, sizes: Any = None) -> Any:
-        return engine.predict(x, float(t[0]), Conditioning(context=context, pooled=pooled, sizes=sizes))
+        return engine.predict(x, t[:1].expand(len(x)), Conditioning(context=context, pooled=pooled, sizes=sizes))
 
     return {
         "unet": predict,

@@ -14,7 +14,7 @@ def main(model: str, device: str, dtype: str, size: int) -> None:
     """Import, make the model, generate an image, and print the times."""
     import torch
 
-    from benchmarks.speed.models import random_parts
+    from benchmarks.speed.models import random_loaded
     from benchmarks.speed.tasks import prompt
     from fewstep import Pipeline
 
@@ -22,10 +22,10 @@ def main(model: str, device: str, dtype: str, size: int) -> None:
     torch.zeros(1, device=device)  # what a card's first use costs counts
     wait()
     started = perf_counter()
-    parts = random_parts(model, device, getattr(torch, dtype))
+    loaded = random_loaded(model, device, getattr(torch, dtype))
     wait()
     made = perf_counter() - started
-    Pipeline(parts).text_to_image(prompt(0), seed=0, width=size, height=size)
+    Pipeline.of(loaded).text_to_image(prompt(0), seed=0, width=size, height=size)
     print(json.dumps({"drawn": perf_counter(), "made": made}))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing as mp
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from benchmarks.speed.tasks import NoiseLevels, Task
 from fewstep.diffusion.samplers import SAMPLERS
 from fewstep.diffusion.schedule import sigmas_for
 from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
@@ -37,14 +37,14 @@ def random_model(task: Task) -> Path:
     return task.folder
 
 
-def random_parts_of(task: Task) -> LoadedModel:
+def random_loaded_of(task: Task) -> LoadedModel:
     """The model of a task, made on its device: no file is read or written."""
-    model = random_parts(task.model, task.device, getattr(torch, task.dtype))
-    return model if task.decoder is None else replace(model, tiny=random_tiny(task.device, getattr(torch, task.dtype)))
+    model = random_loaded(task.model, task.device, getattr(torch, task.dtype))
+    return model if task.decoder is None else model.with_tiny(random_tiny(task.device, getattr(torch, task.dtype)))
 
 
 @lru_cache(maxsize=1)
-def random_parts(name: str, device: str, dtype: torch.dtype) -> LoadedModel:
+def random_loaded(name: str, device: str, dtype: torch.dtype) -> LoadedModel:
     """A model of the catalogue's shape in `dtype`, the same in each process of a device; the last one is kept."""
     known = entry(name)
     assert known.unet is not None
@@ -52,13 +52,15 @@ def random_parts(name: str, device: str, dtype: torch.dtype) -> LoadedModel:
     assert known.defaults is not None
     words = word_tokenizer(["a"], 77)
     unet, autoencoder = known.unet, known.autoencoder
-    return LoadedModel(
+    return LoadedModel.of(
+        Networks(
+            unet=_random(lambda: UNet(unet), device, dtype),
+            autoencoder=_random(lambda: AutoencoderKL(autoencoder), device, dtype),
+            text_encoders=tuple(_random(partial(TextEncoder, config), device, dtype) for config in known.texts),
+        ),
+        (words,) * len(known.texts),
         name=name,
         family=known.family,
-        unet=_random(lambda: UNet(unet), device, dtype),
-        autoencoder=_random(lambda: AutoencoderKL(autoencoder), device, dtype),
-        text_encoders=tuple(_random(partial(TextEncoder, config), device, dtype) for config in known.texts),
-        tokenizers=(words,) * len(known.texts),
         scheduler=_scheduler(known),
         defaults=known.defaults,
         licence=known.licence,
@@ -99,7 +101,7 @@ def _alone(function: Callable[..., None], *given: Any) -> None:
 
 def _save_model(task: Task) -> None:
     task.folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(random_parts(task.model, task.device, getattr(torch, task.dtype)), task.folder)
+    save_model(random_loaded(task.model, task.device, getattr(torch, task.dtype)), task.folder)
 
 
 def _save_tiny(task: Task) -> None:

@@ -56,6 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import fewstep
     from fewstep.models.autoencoder import AutoencoderKL
     from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+    from fewstep.models.networks import Networks
     from fewstep.models.text_encoder import TextEncoder
     from fewstep.models.unet import UNet
     from fewstep.models.zoo import Defaults
@@ -67,13 +68,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = word_tokenizer(["a", "red", "cube", "on", "top", "of", "blue", "sphere"], window=16)
     levels = (Stage(channels=32, resnets=1, depth=1), Stage(channels=32, resnets=1))
     text = TextConfig(vocabulary=len(words), window=16, width=64, layers=1, heads=1, inner=64, eos=len(words) - 1)
-    model = LoadedModel(
+    model = LoadedModel.of(
+        Networks(
+            unet=UNet(UNetConfig(stages=levels, context=64)).eval(),
+            autoencoder=AutoencoderKL(AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)).eval(),
+            text_encoders=(TextEncoder(text).eval(),),
+        ),
+        (words,),
         name="tiny",
         family="sd1",
-        unet=UNet(UNetConfig(stages=levels, context=64)).eval(),
-        autoencoder=AutoencoderKL(AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)).eval(),
-        text_encoders=(TextEncoder(text).eval(),),
-        tokenizers=(words,),
         scheduler=SchedulerConfig(),
         defaults=Defaults(steps=3, guidance_scale=3.0, sampler="euler", schedule="leading", width=64, height=64),
         licence="CC0-1.0",

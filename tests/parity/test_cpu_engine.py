@@ -109,11 +109,11 @@ def test_a_format_that_it_cannot_read_goes_to_the_plain_engine(
     model = load_model(folder("sd1"), dtype=torch.float32)
     fast = CpuEngine(model.spec, model.networks, autotuner=Last())
     x, told = torch.randn(1, 4, 8, 8), Conditioning(context=torch.randn(1, 77, model.spec.unet.context))
-    before = fast.predict(x, 10.0, told)
+    before = fast.predict(x, torch.tensor([10.0]), told)
     model.networks.unet.bfloat16()
     with caplog.at_level("DEBUG", logger="fewstep"):
-        assert error(fast.predict(x, 10.0, told), before) < 0.1
-        fast.predict(x, 10.0, told)
+        assert error(fast.predict(x, torch.tensor([10.0]), told), before) < 0.1
+        fast.predict(x, torch.tensor([10.0]), told)
     assert [record.message.split(": ")[1] for record in caplog.records] == ["the plain engine runs it"]
 
 

@@ -57,12 +57,10 @@ def test_the_embedded_model() -> None:
 
 
 def test_a_tiny_decoder(folder: Callable[[str], Path]) -> None:
-    from dataclasses import replace
-
     first, second = pair(folder("sd1"))
     decoder = TinyAutoencoder(16).eval()
-    plain = Pipeline(quick := replace(first, tiny=decoder), EagerEngine(quick.spec, quick.networks))
-    fast = Pipeline(quick.spec, quick.tokenizers, engine(replace(second, tiny=decoder)))
+    tiny, other = (LoadedModel(p.spec, p.tokenizers, p.networks).with_tiny(decoder) for p in (first, second))
+    plain, fast = Pipeline.of(tiny, plain=True), Pipeline(tiny.spec, tiny.tokenizers, engine(other))
     assert_same((plain, fast), "text_to_image", steps=1, seed=[1, 2])
 
 

@@ -328,8 +328,8 @@ def test_image_to_image_leaves_the_spacing_to_the_sampler_too(pair: Callable[[st
     wanted = task(
         PROMPT, image=picture(), num_inference_steps=7, generator=generators(11), **common, output_type="latent"
     ).images
-    parts = replace(ours.parts, scheduler=replace(ours.spec.scheduler, spacing=None))
-    result = Pipeline(parts, ours.engine).image_to_image(
+    spec = replace(ours.spec, scheduler=replace(ours.spec.scheduler, spacing=None))
+    result = Pipeline(spec, ours.tokenizers, ours.engine).image_to_image(
         PROMPT, picture(), steps=7, seed=11, sampler=sampler, **common, output="latent"
     )
     assert_close(result.latents, wanted)

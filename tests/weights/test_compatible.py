@@ -85,7 +85,7 @@ def test_a_unet_that_reads_other_channels_is_named(
 @pytest.mark.parametrize("single", [False, True])
 def test_inpainting_unets_load(single: bool, tmp_path: Path, unread: list[Any]) -> None:
     path, options = saved(small_model("sd1", in_channels=9), tmp_path, single=single)
-    assert load_model(path, dtype=torch.float32, **options).unet.config.in_channels == 9
+    assert load_model(path, dtype=torch.float32, **options).spec.unet.in_channels == 9
     assert unread
 
 
@@ -99,13 +99,17 @@ def test_an_sd2_model_of_another_shape_is_named_before_it_is_asked_what_it_predi
 
 def other_latents(family: Family) -> LoadedModel:
     model = small_model(family)
-    return replace(model, autoencoder=AutoencoderKL(replace(model.spec.autoencoder, latent_channels=16)))
+    autoencoder = AutoencoderKL(replace(model.spec.autoencoder, latent_channels=16))
+    networks = replace(model.networks, autoencoder=autoencoder)
+    return model.with_spec(autoencoder=autoencoder.config)._replace(networks=networks)
 
 
 def other_text(family: Family, index: int, **changes: Any) -> LoadedModel:
     configs = list(text_configs(family))
     configs[index] = replace(configs[index], **changes)
-    return replace(small_model(family), text_encoders=tuple(map(TextEncoder, configs)))
+    model = small_model(family)
+    networks = replace(model.networks, text_encoders=tuple(map(TextEncoder, configs)))
+    return model.with_spec(texts=tuple(configs))._replace(networks=networks)
 
 
 MISFITS: dict[str, tuple[Callable[[], LoadedModel], str]] = {
@@ -167,7 +171,7 @@ def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
 def test_channels_of_a_single_file_that_its_heads_do_not_divide_are_refused(tmp_path: Path) -> None:
     config = unet_config("sd2")
     stages = (replace(config.stages[0], channels=224, heads=3), config.stages[1])  # 224 // 64 heads, as SD 2 has them
-    model = replace(small_model("sd2"), unet=UNet(replace(config, stages=stages)))
+    model = small_model("sd2").with_unet(UNet(replace(config, stages=stages)))
     path, options = saved(model, tmp_path, single=True)
     assert "224 channels cannot be shared among 3 attention heads" in refusal(path, **options)
 
@@ -304,7 +308,7 @@ def test_notes_that_are_none_are_passed_over(notes: Any, tmp_path: Path) -> None
     save_model(small_model("sd1"), tmp_path / "model")
     path = tmp_path / "model" / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_fewstep": notes}))
-    assert load_model(tmp_path / "model", dtype=torch.float32).defaults.steps == 50
+    assert load_model(tmp_path / "model", dtype=torch.float32).spec.defaults.steps == 50
 
 
 PIPELINES: list[tuple[dict[str, Any], str]] = [

@@ -13,7 +13,7 @@ import torch
 
 from fewstep.errors import CheckpointError, InputError
 from fewstep.models.zoo import CATALOGUE, entry
-from fewstep.weights.fetch import cached_folder, fetch, is_cached, located, named, wanted_files
+from fewstep.weights.fetch import cached_folder, fetch, is_cached, named, resolve, wanted_files
 from fewstep.weights.load import load_model
 from fewstep.weights.save import save_model
 from tests.factories import assert_same_weights, small_model
@@ -108,7 +108,7 @@ def test_what_is_cached_needs_no_network(cache: Path) -> None:
 def test_a_turbo_model_takes_its_steps_from_the_catalogue(cache: Path) -> None:
     put(cache, "stabilityai/sd-turbo", family="sd2")
     for name in ("sd-turbo", "stabilityai/sd-turbo"):
-        defaults = load_model(name, dtype=torch.float32).defaults
+        defaults = load_model(name, dtype=torch.float32).spec.defaults
         assert (defaults.steps, defaults.guidance_scale, defaults.width) == (1, 0.0, 512)
 
 
@@ -117,7 +117,7 @@ def test_a_half_cached_model_is_not_cached(cache: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert not is_cached(entry("sd-v1-4"))
     with pytest.raises(CheckpointError, match="could not be downloaded"):
-        located("sd-v1-4", half=False)
+        resolve("sd-v1-4", half=False)
 
 
 def test_without_a_network_the_way_out_is_told(cache: Path) -> None:
@@ -153,7 +153,7 @@ def test_malformed_hub_ids_are_refused(cache: Path, name: str) -> None:
     with pytest.raises(InputError):
         fetch(name, half=False)
     with pytest.raises(InputError):
-        located(name, half=False)
+        resolve(name, half=False)
 
 
 @pytest.mark.parametrize("revision", ["../../x", "a b", "a//b", "", "/etc", "\0"])
@@ -165,7 +165,7 @@ def test_malformed_revisions_are_refused(cache: Path, revision: str) -> None:
 def test_a_path_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert located("some/model", half=False) == (Path("some/model"), None)
+    assert resolve("some/model", half=False) == (Path("some/model"), None)
 
 
 def test_the_table_of_models_needs_no_torch() -> None:

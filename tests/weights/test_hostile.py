@@ -315,7 +315,7 @@ def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_p
 
     config = unet_config("sd1")
     stages = tuple(replace(stage, heads=4) for stage in config.stages)
-    odd = replace(small_model("sd1"), unet=UNet(replace(config, stages=stages)))
+    odd = small_model("sd1").with_unet(UNet(replace(config, stages=stages)))
     with pytest.raises(InputError, match="save a folder"):
         save_single_file(odd, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []

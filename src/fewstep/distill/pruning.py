@@ -25,8 +25,8 @@ from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Loss, Objective, Trainer
-from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
 
 BlockFeatures = dict[str, Tensor]
 """The output of each block of a UNet by the block's name, in the order of computing."""
@@ -181,26 +181,28 @@ class PrunedStudentTask:
     def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.TrainingTask`."""
         device = choose_device(self.device)
-        parts = load_parts(self.model, dtype=torch.float32, device=device)
+        model = load_model(self.model, dtype=torch.float32, device=device)
         if self.student is None:
-            student, report = pruned_student(parts.unet)
+            student, report = pruned_student(model.networks.unet)
         else:
             report = None
-            student = load_parts(self.student, dtype=torch.float32, device=device).unet
+            student = load_model(self.student, dtype=torch.float32, device=device).networks.unet
         student.train().requires_grad_(True)
-        norms_in_half(parts.unet, plan.precision)
-        source, pruned = Prefetcher(self.data), replace(parts, unet=student)
-        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout)
+        norms_in_half(model.networks.unet, plan.precision)
+        source, pruned = Prefetcher(self.data), model.with_unet(student)
+        noisy = NoisyLatents(model, source, caption_dropout=self.caption_dropout)
         return StageSetup(
             objectives={
-                "model": Objective(network=student, loss=self._loss(student, parts.unet, noisy), kind=noisy.kind)
+                "model": Objective(
+                    network=student, loss=self._loss(student, model.networks.unet, noisy), kind=noisy.kind
+                )
             },
             finish=lambda trainer: self._save(pruned, trainer, student, report),
             sample=(lambda trainer: sample_sheet(pruned, self.sample_prompts)) if self.sample_prompts else None,
             waited_seconds=lambda: source.waited_seconds,
         )
 
-    def _save(self, pruned: Parts, trainer: Trainer, student: UNet, report: WeightCopyReport | None) -> None:
+    def _save(self, pruned: LoadedModel, trainer: Trainer, student: UNet, report: WeightCopyReport | None) -> None:
         """Write the student, and in `inherited.txt` which weights it copied from the teacher."""
         save_result(pruned, trainer, student)
         if report is not None and trainer.rank == 0:

@@ -30,7 +30,7 @@ from fewstep.train.plan import CPU, MicroBatch, Plan, Precision, mixed_seed
 from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Objective
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 
 CHUNK, BATCH = 256, 32
 CAPTIONS = "captions"
@@ -96,17 +96,17 @@ class RegressionTask:
 
     def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.TrainingTask`."""
-        parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
-        norms_in_half(parts.unet, plan.precision)
-        sampling = NoisyLatents(parts, self.data, caption_dropout=0.0)
-        empty = conditioning_of(parts, sampling.engine, CaptionedBatch(captions=[""]))
-        teacher = Teacher(parts.unet, sampling.process, empty)
+        model = load_model(self.model, dtype=torch.float32, device=choose_device(self.device))
+        norms_in_half(model.networks.unet, plan.precision)
+        sampling = NoisyLatents(model, self.data, caption_dropout=0.0)
+        empty = conditioning_of(model, sampling.engine, CaptionedBatch(captions=[""]))
+        teacher = Teacher(model.networks.unet, sampling.process, empty)
         writer = TrajectoryWriter(teacher=teacher, latents=sampling, settings=self.settings, precision=plan.precision)
         source, student = (
             Prefetcher(TrajectoryDataset(folder=self.trajectories)),
-            parts.unet.train().requires_grad_(True),
+            model.networks.unet.train().requires_grad_(True),
         )
-        batch = NoisyLatents(parts, source, caption_dropout=0.0)
+        batch = NoisyLatents(model, source, caption_dropout=0.0)
         times = torch.tensor(self.settings.stored_timesteps, device=batch.engine.device)
 
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
@@ -120,7 +120,7 @@ class RegressionTask:
             alone = chosen == len(times) - 1
             return {"loss": error.mean(), "from_noise": (error * alone).sum() / alone.sum().clamp(min=1)}
 
-        turbo = turbo_model(parts)
+        turbo = turbo_model(model)
         return StageSetup(
             objectives={"student": Objective(network=student, loss=loss, kind=batch.kind)},
             begin=lambda: writer.write(self.trajectories),

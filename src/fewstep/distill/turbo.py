@@ -22,8 +22,8 @@ from fewstep.train.norms import norms_in_half
 from fewstep.train.plan import Plan
 from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
-from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
 
 
 @refuses_renamed
@@ -50,15 +50,15 @@ class TurboTask:
 
     def prepare(self, plan: Plan) -> StageSetup:
         """See `fewstep.train.stages.TrainingTask`."""
-        parts = load_parts(self.model, dtype=torch.float32, device=choose_device(self.device))
-        student = self._student(parts)
-        turbo = replace(turbo_model(parts), unet=student)
+        model = load_model(self.model, dtype=torch.float32, device=choose_device(self.device))
+        student = self._student(model)
+        turbo = turbo_model(model).with_unet(student)
         if plan.activation_checkpointing:
-            checkpoint_blocks(parts.autoencoder)  # gradients may pass through it
-        norms_in_half(parts.unet, plan.precision)
+            checkpoint_blocks(model.networks.autoencoder)  # gradients may pass through it
+        norms_in_half(model.networks.unet, plan.precision)
         source = Prefetcher(self.data)
-        noisy = NoisyLatents(parts, source, caption_dropout=0.0)
-        add = self.distillation(parts, student, noisy)
+        noisy = NoisyLatents(model, source, caption_dropout=0.0)
+        add = self.distillation(model, student, noisy)
         kind = noisy.kind if self.features == "teacher" else None  # decoders look for overflow, which waits for a card
         return StageSetup(
             objectives=add.objectives(discriminator_lr_multiplier=self.discriminator_lr_multiplier, kind=kind),
@@ -67,31 +67,33 @@ class TurboTask:
             waited_seconds=lambda: source.waited_seconds,
         )
 
-    def distillation(self, parts: Parts, student: UNet, noisy: NoisyLatents) -> AdversarialDistillation:
+    def distillation(self, model: LoadedModel, student: UNet, noisy: NoisyLatents) -> AdversarialDistillation:
         """The losses."""
         process = noisy.process
-        teacher = Teacher(parts.unet, process, conditioning_of(parts, noisy.engine, CaptionedBatch(captions=[""])))
-        features = self._features(parts, process)
+        teacher = Teacher(
+            model.networks.unet, process, conditioning_of(model, noisy.engine, CaptionedBatch(captions=[""]))
+        )
+        features = self._features(model, process)
         return AdversarialDistillation(student, teacher, features, noisy.clean, settings=self.settings)
 
-    def _features(self, parts: Parts, process: ForwardProcess) -> FeatureExtractor:
+    def _features(self, model: LoadedModel, process: ForwardProcess) -> FeatureExtractor:
         if self.features == "teacher":
-            return NoisyLatentFeatures(parts.unet, process, self.settings.discriminator_timesteps)
+            return NoisyLatentFeatures(model.networks.unet, process, self.settings.discriminator_timesteps)
         network = pixel_network(self.features, choose_device(self.device))
-        return PixelFeatures(parts.autoencoder, network, words=parts.unet.config.context, augment=self.augment)
+        return PixelFeatures(model.networks.autoencoder, network, words=model.spec.unet.context, augment=self.augment)
 
-    def _student(self, parts: Parts) -> UNet:
+    def _student(self, model: LoadedModel) -> UNet:
         if self.student is None:
-            return copy.deepcopy(parts.unet).train().requires_grad_(True)
-        loaded = load_parts(self.student, dtype=torch.float32, device=choose_device(self.device))
-        return loaded.unet.train().requires_grad_(True)
+            return copy.deepcopy(model.networks.unet).train().requires_grad_(True)
+        loaded = load_model(self.student, dtype=torch.float32, device=choose_device(self.device))
+        return loaded.networks.unet.train().requires_grad_(True)
 
 
-def turbo_model(parts: Parts) -> Parts:
+def turbo_model(model: LoadedModel) -> LoadedModel:
     """The same with the defaults of a turbo model: one step from the highest level, without guidance.
 
     Of several steps each adds fresh noise, as with SDXL-Turbo: what one step got wrong the next does not build on.
     """
     how = "euler_ancestral"
-    defaults = replace(parts.defaults, steps=1, guidance_scale=0.0, sampler=how, schedule="trailing")
-    return replace(parts, defaults=defaults, scheduler=parts.scheduler.sampled_by(how, "trailing"))
+    defaults = replace(model.spec.defaults, steps=1, guidance_scale=0.0, sampler=how, schedule="trailing")
+    return model.with_spec(defaults=defaults, scheduler=model.spec.scheduler.sampled_by(how, "trailing"))

@@ -26,7 +26,7 @@ from fewstep.pipeline.request import Request, SizeConditioning, TaskOptions, mak
 from fewstep.pipeline.result import Result
 from fewstep.pipeline.run import Run
 from fewstep.text.tokenizer import Tokenizer
-from fewstep.weights.model import LoadedModel, ModelSpec
+from fewstep.weights.model import Loaded, ModelSpec
 from fewstep.weights.save import save_model
 
 
@@ -45,7 +45,7 @@ class Pipeline:
         self.loaded = dict(loaded or {})  # the arguments of `load`, for the pictures' metadata
 
     @classmethod
-    def of(cls, model: LoadedModel, *, plain: bool = False, loaded: Mapping[str, Any] | None = None) -> Pipeline:
+    def of(cls, model: Loaded, *, plain: bool = False, loaded: Mapping[str, Any] | None = None) -> Pipeline:
         """The pipeline of a model in memory, with the fastest engine for it, or the `plain` one."""
         engine = EagerEngine(model.spec, model.networks) if plain else select_engine(model.spec, model.networks)
         return cls(model.spec, model.tokenizers, engine, loaded=loaded)

@@ -24,7 +24,14 @@ from fewstep.finite import FiniteChecks, require_finite
 from fewstep.images import pil_of_uint8, to_numpy, to_uint8
 from fewstep.pipeline.conditioning import Conditions, prompt_inputs, with_channels
 from fewstep.pipeline.denoising import Model, model_denoiser, sampled
-from fewstep.pipeline.init_image import InitImage, sample_posterior, latent_mask, masked_channels, masked_denoiser, rows_of
+from fewstep.pipeline.init_image import (
+    InitImage,
+    latent_mask,
+    masked_channels,
+    masked_denoiser,
+    rows_of,
+    sample_posterior,
+)
 from fewstep.pipeline.recorded import Drawn, launch_recorded
 from fewstep.pipeline.request import Progress, Request, strength_steps
 from fewstep.pipeline.result import Result

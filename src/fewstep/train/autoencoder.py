@@ -21,9 +21,9 @@ from fewstep.train.plan import MicroBatch, Plan, to_device
 from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Objective, Trainer
-from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model
 
 SHOWN = 8
 """Pictures on a sample sheet."""
@@ -68,14 +68,15 @@ class AutoencoderTask:
         _check(plan)
         torch.manual_seed(plan.seed)  # all ranks begin with the same weights
         device = choose_device(self.device)
-        parts = load_parts(self.model, dtype=torch.float32, device=device)
+        model = load_model(self.model, dtype=torch.float32, device=device)
         if self.fresh:
-            parts = replace(parts, autoencoder=AutoencoderKL(parts.autoencoder.config).to(device))
+            fresh = AutoencoderKL(model.spec.autoencoder).to(device)
+            model = model._replace(networks=replace(model.networks, autoencoder=fresh))
         source = Prefetcher(self.data)
         return StageSetup(
-            objectives=Reconstruction(parts.autoencoder, source, self).objectives(),
-            finish=lambda trainer: save_autoencoder(parts, trainer, self.data if self.rescale else None),
-            sample=lambda trainer: reconstruction_sheet(parts.autoencoder, self.data, trainer),
+            objectives=Reconstruction(model.networks.autoencoder, source, self).objectives(),
+            finish=lambda trainer: save_autoencoder(model, trainer, self.data if self.rescale else None),
+            sample=lambda trainer: reconstruction_sheet(model.networks.autoencoder, self.data, trainer),
             waited_seconds=lambda: source.waited_seconds,
         )
 
@@ -226,15 +227,15 @@ def reconstruction_sheet(model: AutoencoderKL, source: Source, trainer: Trainer)
     return contact_sheet(to_pil(torch.cat([image, decoded])), len(image))
 
 
-def save_autoencoder(parts: Parts, trainer: Trainer, source: Source | None = None) -> None:
+def save_autoencoder(model: LoadedModel, trainer: Trainer, source: Source | None = None) -> None:
     """The model with the averaged autoencoder as a folder `model` beside the log; scaled anew by `source`'s latents."""
-    model, folder = parts.autoencoder, trainer.plan.folder
-    model.load_state_dict(trainer.averaged("model"))
+    network, config, folder = model.networks.autoencoder, model.spec.autoencoder, trainer.plan.folder
+    network.load_state_dict(trainer.averaged("model"))
     if trainer.rank:
         return
     if source is not None:
-        model.config = replace(model.config, scaling_factor=1 / latent_deviation(model, source, trainer))
-    save_parts(replace(parts, name=folder.name), folder / "model")
+        config = replace(config, scaling_factor=1 / latent_deviation(network, source, trainer))
+    save_model(model.with_spec(name=folder.name, autoencoder=config), folder / "model")
 
 
 def _check(plan: Plan) -> None:

@@ -28,9 +28,9 @@ from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.renamed import refuses_renamed
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Loss, Objective, Trainer
-from fewstep.weights.load import load_parts
-from fewstep.weights.parts import Parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.model import LoadedModel
+from fewstep.weights.save import save_model
 
 AESTHETIC = 6.0
 """The aesthetic score in the size conditioning of SDXL's refiner."""
@@ -69,27 +69,27 @@ class DiffusionTask:
         """See `fewstep.train.stages.TrainingTask`."""
         torch.manual_seed(plan.seed)  # the same fresh weights on all ranks
         device = choose_device(self.device)
-        parts = load_parts(self.model, dtype=torch.float32, device=device)
+        model = load_model(self.model, dtype=torch.float32, device=device)
         if self.fresh:
-            parts = replace(parts, unet=UNet(parts.unet.config).to(device))
-        source, trained = Prefetcher(self.data), trained_network(parts, self)
-        noisy = NoisyLatents(parts, source, caption_dropout=self.caption_dropout, offset_noise=self.offset_noise)
+            model = model.with_unet(UNet(model.spec.unet).to(device))
+        source, trained = Prefetcher(self.data), trained_network(model, self)
+        noisy = NoisyLatents(model, source, caption_dropout=self.caption_dropout, offset_noise=self.offset_noise)
         return StageSetup(
-            objectives={"model": Objective(network=trained, loss=denoising_loss(parts, noisy, self), kind=noisy.kind)},
-            finish=lambda trainer: save_result(parts, trainer, trained),
-            sample=(lambda trainer: sample_sheet(parts, self.sample_prompts)) if self.sample_prompts else None,
+            objectives={"model": Objective(network=trained, loss=denoising_loss(model, noisy, self), kind=noisy.kind)},
+            finish=lambda trainer: save_result(model, trainer, trained),
+            sample=(lambda trainer: sample_sheet(model, self.sample_prompts)) if self.sample_prompts else None,
             waited_seconds=lambda: source.waited_seconds,
         )
 
 
-def trained_network(parts: Parts, task: DiffusionTask) -> nn.Module:
+def trained_network(model: LoadedModel, task: DiffusionTask) -> nn.Module:
     """What is trained: the UNet, with the text towers beside it, or their LoRAs."""
-    networks = networks_of(parts) if task.train_text else {"unet": parts.unet}
+    networks = networks_of(model) if task.train_text else {"unet": model.networks.unet}
     if task.lora_rank:
         return inject(networks, rank=task.lora_rank, targets=task.lora_targets)
     for network in networks.values():
         network.train().requires_grad_(True)
-    return parts.unet if len(networks) == 1 else nn.ModuleDict(networks)
+    return model.networks.unet if len(networks) == 1 else nn.ModuleDict(networks)
 
 
 class NoisyBatch(NamedTuple):
@@ -112,11 +112,15 @@ class LatentBatch(NamedTuple):
 class NoisyLatents:
     """The UNet's inputs and targets of a micro-batch: encodes pictures and captions, drops captions, adds noise."""
 
-    def __init__(self, parts: Parts, source: Source, *, caption_dropout: float, offset_noise: float = 0.0) -> None:
-        self.parts, self.source = parts, source
+    def __init__(
+        self, model: LoadedModel, source: Source, *, caption_dropout: float, offset_noise: float = 0.0
+    ) -> None:
+        self.model, self.source = model, source
         self.caption_dropout, self.offset_noise = caption_dropout, offset_noise
-        self.engine = EagerEngine(parts)
-        self.process = ForwardProcess(prediction=parts.scheduler.prediction, schedule=parts.scheduler.noise_schedule)
+        self.engine = EagerEngine(model.spec, model.networks)
+        self.process = ForwardProcess(
+            prediction=model.spec.scheduler.prediction, schedule=model.spec.scheduler.noise_schedule
+        )
 
     def __call__(self, micro_batch: MicroBatch, *, train_text: bool = False) -> NoisyBatch:
         micro_batch = micro_batch.on(self.engine.device)
@@ -132,13 +136,13 @@ class NoisyLatents:
         read = micro_batch.inputs(self._read)
         trajectories = TrajectoryBatch(points=read["points"], end=read["end"]) if "end" in read else None
         tokens = TokenizedConditioning.of(read)
-        conditioning = encoded_conditioning(self.parts, self.engine, tokens, grad=train_text)
+        conditioning = encoded_conditioning(self.model, self.engine, tokens, grad=train_text)
         return LatentBatch(self._latents(read, micro_batch), conditioning, trajectories)
 
     @property
     def kind(self) -> Callable[[MicroBatch], Hashable] | None:
         """See `Objective.kind`: one for all; None, so that nothing is captured, above 100 M parameters."""
-        large = sum(parameter.numel() for parameter in self.parts.unet.parameters()) > LARGE
+        large = sum(parameter.numel() for parameter in self.model.networks.unet.parameters()) > LARGE
         return None if large else lambda micro_batch: None
 
     def _read(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
@@ -146,7 +150,7 @@ class NoisyLatents:
         batch = self.source.batch(micro_batch)
         dropped = (micro_batch.rand("drop") < self.caption_dropout).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-        tokens = tokenized_conditioning(self.parts, replace(batch, captions=captions)).tensors()
+        tokens = tokenized_conditioning(self.model, replace(batch, captions=captions)).tensors()
         optional = {"latents": batch.latents, "pictures": batch.pictures}
         trajectories = {} if batch.trajectories is None else batch.trajectories._asdict()
         return tokens | trajectories | {name: value for name, value in optional.items() if value is not None}
@@ -166,12 +170,12 @@ class NoisyLatents:
         return eps
 
 
-def denoising_loss(parts: Parts, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
+def denoising_loss(model: LoadedModel, noisy: NoisyLatents, task: DiffusionTask) -> Loss:
     """The weighted squared error of the UNet's output, mean over the micro-batch."""
 
     def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
         x, t, conditioning, target = noisy(micro_batch, train_text=task.train_text)
-        error = (predicted(parts.unet, x, t, conditioning).float() - target).square()
+        error = (predicted(model.networks.unet, x, t, conditioning).float() - target).square()
         weight = error.new_ones(())
         if task.weighting == "min_snr":
             alpha_bar = noisy.process.alpha_bar(t)
@@ -205,16 +209,16 @@ class TokenizedConditioning(NamedTuple):
         return {f"ids_{i}": ids for i, ids in enumerate(self.ids)} | known
 
 
-def tokenized_conditioning(parts: Parts, batch: CaptionedBatch) -> TokenizedConditioning:
+def tokenized_conditioning(model: LoadedModel, batch: CaptionedBatch) -> TokenizedConditioning:
     """The token ids of a batch's captions and its size conditioning, on the CPU."""
-    ids = tuple(tokenize(batch.captions, tokenizer, chunk=False).ids for tokenizer in parts.tokenizers)
-    zeros = parts.force_zeros_for_empty_prompt
+    ids = tuple(tokenize(batch.captions, tokenizer, chunk=False).ids for tokenizer in model.tokenizers)
+    zeros = model.spec.force_zeros_for_empty_prompt
     has_caption = torch.tensor([bool(caption) for caption in batch.captions]) if zeros else None
-    return TokenizedConditioning(ids, has_caption, size_numbers(parts, batch))
+    return TokenizedConditioning(ids, has_caption, size_numbers(model, batch))
 
 
 def encoded_conditioning(
-    parts: Parts, engine: EagerEngine, tokens: TokenizedConditioning, *, grad: bool = False
+    model: LoadedModel, engine: EagerEngine, tokens: TokenizedConditioning, *, grad: bool = False
 ) -> Conditioning:
     """The conditioning after the text towers; an empty caption of SDXL is all zeros where it was trained so."""
     with torch.set_grad_enabled(grad):
@@ -227,14 +231,16 @@ def encoded_conditioning(
     return Conditioning(context=context, pooled=pooled, sizes=sizes)
 
 
-def conditioning_of(parts: Parts, engine: EagerEngine, batch: CaptionedBatch, *, grad: bool = False) -> Conditioning:
+def conditioning_of(
+    model: LoadedModel, engine: EagerEngine, batch: CaptionedBatch, *, grad: bool = False
+) -> Conditioning:
     """The conditioning of a batch's captions and sizes."""
-    return encoded_conditioning(parts, engine, tokenized_conditioning(parts, batch), grad=grad)
+    return encoded_conditioning(model, engine, tokenized_conditioning(model, batch), grad=grad)
 
 
-def size_numbers(parts: Parts, batch: CaptionedBatch) -> Tensor | None:
+def size_numbers(model: LoadedModel, batch: CaptionedBatch) -> Tensor | None:
     """The size conditioning (B, 6) of SDXL, or (B, 5) of its refiner; by default of a whole picture in native size."""
-    count, size = parts.unet.config.size_numbers, (parts.defaults.height, parts.defaults.width)
+    count, size = model.spec.unet.size_numbers, (model.spec.defaults.height, model.spec.defaults.width)
     if not count:
         return None
     whole = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(batch.captions), 1)
@@ -242,24 +248,24 @@ def size_numbers(parts: Parts, batch: CaptionedBatch) -> Tensor | None:
     return numbers if count == 6 else torch.cat([numbers[:, :4], torch.full((len(numbers), 1), AESTHETIC)], dim=1)
 
 
-def sample_sheet(parts: Parts, prompts: Sequence[str]) -> Image.Image:
+def sample_sheet(model: LoadedModel, prompts: Sequence[str]) -> Image.Image:
     """A picture of each prompt, always from the same seeds."""
-    modes = [(network, network.training) for network in (parts.unet, *parts.text_encoders)]
+    modes = [(network, network.training) for network in (model.networks.unet, *model.networks.text_encoders)]
     try:
         for network, _ in modes:
             network.eval()
-        on_card = parts.unet.conv_in.weight.is_cuda  # where other engines prepare for weights that stay
-        pipe = Pipeline(parts, EagerEngine(parts) if on_card else None)
+        on_card = model.networks.unet.conv_in.weight.is_cuda  # where other engines prepare for weights that stay
+        pipe = Pipeline.of(model, plain=on_card)
         return contact_sheet(pipe.text_to_image(list(prompts), seed=0).images, 4)
     finally:
         for network, training in modes:
             network.train(training)
 
 
-def save_result(parts: Parts, trainer: Trainer, trained: nn.Module, name: str = "model") -> None:
+def save_result(model: LoadedModel, trainer: Trainer, trained: nn.Module, name: str = "model") -> None:
     """The averaged weights as a model folder `model`, or the averaged LoRA as `lora.safetensors`, beside the log.
 
-    `trained`, which lies in `parts`, is the network of the objective `name`.
+    `trained`, which lies in `model`, is the network of the objective `name`.
     """
     folder = trainer.plan.folder
     averaged = trainer.averaged(name)  # of all ranks together; the first has the whole
@@ -268,6 +274,6 @@ def save_result(parts: Parts, trainer: Trainer, trained: nn.Module, name: str = 
     trained.load_state_dict(averaged)
     if isinstance(trained, nn.ModuleList):
         save_lora(trained_lora(trained, folder.name), folder / "lora.safetensors")
-        eject(networks_of(parts))
+        eject(networks_of(model))
     else:
-        save_parts(replace(parts, name=folder.name), folder / "model")
+        save_model(model.with_spec(name=folder.name), folder / "model")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.cards.training_record import FILE, Training, TrainingStage, read_training
+from fewstep.cards.training_record import FILE, TrainingRecord, TrainingStage, read_training
 from fewstep.files import atomic_write
 from fewstep.train.overrides import settings
 from fewstep.train.preflight import KG_PER_KWH, assumed_watts
@@ -24,7 +24,7 @@ def write_record(stage: RecipeStage, trainer: Trainer) -> None:
     model = stage.plan.folder / "model"
     if trainer.rank or not model.is_dir():
         return
-    record = Training(
+    record = TrainingRecord(
         name=stage.name,
         summary=f"Trained with fewstep by the recipe's stage {stage.name}.",
         example="",

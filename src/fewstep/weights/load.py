@@ -102,7 +102,7 @@ def load_model(
         model = LoadedModel(published(spec, base), tokenizers, networks)
         model = model if known.base is None else derived_model(model, known)
     if decoder is not None:
-        model = model._replace(networks=replace(model.networks, tiny=_decoder(decoder, model.spec, dtype, device)))
+        model = model.with_tiny(_decoder(decoder, model.spec, dtype, device))
     return model
 
 
@@ -151,19 +151,15 @@ def _folder_model(folder: Path, *, half: bool) -> tuple[LoadedModel, list[LoadPl
     networks = zip(("unet", "vae", *names), (unet, autoencoder, *towers), strict=True)
     family, size = family_of(unet.config), _native_size(folder, autoencoder.config.factor)
     noted = notes.get("defaults") or {}
-    spec = ModelSpec(
+    model = LoadedModel.of(
+        Networks(unet=unet, autoencoder=autoencoder, text_encoders=tuple(towers)),
+        tuple(tokenizers),
         name=str(notes.get("name", folder.name)),
         family=family,
-        unet=unet.config,
-        autoencoder=autoencoder.config,
-        texts=tuple(tower.config for tower in towers),
         scheduler=scheduler,
         defaults=usual_defaults(family, scheduler, size, noted if isinstance(noted, dict) else {}),
         licence=str(notes.get("licence", "unknown")),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
-    )
-    model = LoadedModel(
-        spec, tuple(tokenizers), Networks(unet=unet, autoencoder=autoencoder, text_encoders=tuple(towers))
     )
     return model, [_load_plan(home[name], network, half=half) for name, network in networks]
 
@@ -222,24 +218,23 @@ def _file_model(
     scheduler = stated_scheduler(file, family, prediction)
     small = family == "sd1" or (family == "sd2" and scheduler.prediction == "epsilon")
     side = 512 if small else 768 if family == "sd2" else 1024
-    spec = ModelSpec(
-        name=path.stem,
-        family=family,
-        unet=contents.unet,
-        autoencoder=contents.autoencoder,
-        texts=contents.texts,
-        scheduler=scheduler,
-        defaults=usual_defaults(family, scheduler, (side, side)),
-        licence=file.notes.get("modelspec.license", "unknown"),
-        force_zeros_for_empty_prompt=family == "sdxl",
-    )
     networks = Networks(
         unet=_built(UNet, contents.unet, path),
         autoencoder=_built(AutoencoderKL, contents.autoencoder, path),
         text_encoders=tuple(_built(TextEncoder, config, path) for config in contents.texts),
     )
+    model = LoadedModel.of(
+        networks,
+        tokenizers_of(path, family, tokenizer),
+        name=path.stem,
+        family=family,
+        scheduler=scheduler,
+        defaults=usual_defaults(family, scheduler, (side, side)),
+        licence=file.notes.get("modelspec.license", "unknown"),
+        force_zeros_for_empty_prompt=family == "sdxl",
+    )
     places = single_places(family, networks)
-    return LoadedModel(spec, tokenizers_of(path, family, tokenizer), networks), [LoadPlan(file, places, DROPPED)]
+    return model, [LoadPlan(file, places, DROPPED)]
 
 
 def _network(folder: Path, network: Callable[[Config], Network], parse: Callable[[dict[str, Any]], Config]) -> Network:

@@ -12,6 +12,7 @@ from fewstep.diffusion.schedule import SCHEDULES
 from fewstep.errors import CheckpointError, quoted
 from fewstep.models.config import AutoencoderConfig, TextConfig, UNetConfig
 from fewstep.models.networks import Networks
+from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, Entry, Family
 from fewstep.text.tokenizer import Tokenizer
@@ -64,9 +65,20 @@ class LoadedModel(NamedTuple):
     tokenizers: tuple[Tokenizer, ...]
     networks: Networks
 
+    @classmethod
+    def of(cls, networks: Networks, tokenizers: tuple[Tokenizer, ...], **spec: Any) -> LoadedModel:
+        """The model of these networks, whose configs go into the spec beside its other entries."""
+        unet, autoencoder = networks.unet.config, networks.autoencoder.config
+        texts = tuple(encoder.config for encoder in networks.text_encoders)
+        return cls(ModelSpec(unet=unet, autoencoder=autoencoder, texts=texts, **spec), tokenizers, networks)
+
     def with_spec(self, **changes: Any) -> LoadedModel:
         """The same networks under a spec with other entries."""
         return self._replace(spec=replace(self.spec, **changes))
+
+    def with_tiny(self, tiny: TinyAutoencoder) -> LoadedModel:
+        """The same model with a decoder in the autoencoder's place."""
+        return self._replace(networks=replace(self.networks, tiny=tiny))
 
     def with_unet(self, unet: UNet) -> LoadedModel:
         """The same model with another UNet, whose config goes into the spec."""

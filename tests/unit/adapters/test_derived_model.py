@@ -61,7 +61,7 @@ def test_a_lower_rank_leaves_some_of_it_out() -> None:
 
 def test_models_of_other_layers_are_refused() -> None:
     model = base()
-    other = replace(model, text_encoders=())
+    other = model._replace(networks=replace(model.networks, text_encoders=()))
     with pytest.raises(InputError, match="other layers"):
         extracted_lora(model, other, rank=2)
     with pytest.raises(InputError, match="1 or more"):

@@ -18,7 +18,6 @@ from fewstep.adapters.lora import Factors, Lora, layers_of, networks
 from fewstep.adapters.save import save_lora
 from fewstep.cli import main
 from fewstep.engines.cpu.engine import CpuEngine
-from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError, NotFiniteError
 from fewstep.images import read_metadata, save_png
 from fewstep.models.autoencoder import AutoencoderKL
@@ -223,13 +222,11 @@ def test_pictures_of_a_lora_in_training_are_those_of_the_plain_engine():
         for update in updates:
             update.up.weight.normal_(0, 0.01)
     options = {"steps": 2, "seed": 1, "width": 64, "height": 64, "output": "latent"}
-    found = fewstep.Pipeline(pipe).text_to_image("a red cube", **options).latents
-    wanted = (
-        fewstep.Pipeline(pipe, EagerEngine(pipe.spec, pipe.networks)).text_to_image("a red cube", **options).latents
-    )
+    found = fewstep.Pipeline.of(pipe).text_to_image("a red cube", **options).latents
+    wanted = fewstep.Pipeline.of(pipe, plain=True).text_to_image("a red cube", **options).latents
     assert torch.equal(found, wanted)
     eject({"unet": pipe.networks.unet})
-    assert isinstance(fewstep.Pipeline(pipe).engine, CpuEngine)
+    assert isinstance(fewstep.Pipeline.of(pipe).engine, CpuEngine)
 
 
 def test_gradients_reach_every_layer(model):

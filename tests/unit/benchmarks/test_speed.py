@@ -30,6 +30,7 @@ from fewstep.engines.eager import EagerEngine
 from fewstep.engines.engine import Conditioning
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults, entry
@@ -43,17 +44,19 @@ WORDS = word_tokenizer(["a"], 77)
 
 
 @pytest.fixture(scope="module")
-def parts() -> LoadedModel:
+def model() -> LoadedModel:
     torch.manual_seed(0)
     levels = (Stage(channels=32, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1))
     text = TextConfig(vocabulary=len(WORDS), width=32, layers=1, heads=2, inner=32, eos=WORDS.eos)
-    return LoadedModel(
+    return LoadedModel.of(
+        Networks(
+            unet=UNet(UNetConfig(stages=levels, context=32)).eval(),
+            autoencoder=AutoencoderKL(AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)).eval(),
+            text_encoders=(TextEncoder(text).eval(),),
+        ),
+        (WORDS,),
         name="tiny",
         family="sd1",
-        unet=UNet(UNetConfig(stages=levels, context=32)).eval(),
-        autoencoder=AutoencoderKL(AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)).eval(),
-        text_encoders=(TextEncoder(text).eval(),),
-        tokenizers=(WORDS,),
         scheduler=SchedulerConfig(sampler="plms", spacing="leading"),
         defaults=Defaults(guidance_scale=7.5, sampler="plms", width=64, height=64),
         licence="CC0-1.0",
@@ -107,7 +110,7 @@ def test_networks_in_the_shared_loop_draw_what_fewsteps_pipeline_draws(model, ta
     engine = EagerEngine(model.spec, model.networks)
 
     def predict(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return engine.predict(x, float(t[0]), Conditioning(context=context))
+        return engine.predict(x, t[:1].expand(len(x)), Conditioning(context=context))
 
     networks = {
         "text": lambda ids: engine.encode_text([ids[:, None]])[0],

@@ -14,7 +14,7 @@ from benchmarks.speed.diffusers_runner import module
 from benchmarks.speed.gpu_suite import FIRST, Row
 from benchmarks.speed.isolated import CaseResult, measure_case, measure_isolated
 from benchmarks.speed.machine import flops
-from benchmarks.speed.models import _save_model, _save_tiny, random_parts, random_parts_of
+from benchmarks.speed.models import _save_model, _save_tiny, random_loaded, random_loaded_of
 from benchmarks.speed.options import BenchmarkOptions
 from benchmarks.speed.runners import CUDA, Runner, select_runners, version_of
 from benchmarks.speed.tasks import Piece, Task, inputs
@@ -51,9 +51,9 @@ def catalogue(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(zoo._SPELLINGS, zoo._key(known.name), known.name)
     monkeypatch.setattr(isolated, "RUNS", 2)
     monkeypatch.setattr(isolated, "FEW", 1)
-    random_parts.cache_clear()
+    random_loaded.cache_clear()
     yield
-    random_parts.cache_clear()
+    random_loaded.cache_clear()
 
 
 @pytest.fixture
@@ -122,9 +122,9 @@ def test_a_waterfall_is_one_process(options_here):
 
 
 def test_models_made_in_place_are_the_same_each_time():
-    first = random_parts("little-xl", "cpu", torch.float32)
-    random_parts.cache_clear()
-    second = random_parts("little-xl", "cpu", torch.float32)
+    first = random_loaded("little-xl", "cpu", torch.float32)
+    random_loaded.cache_clear()
+    second = random_loaded("little-xl", "cpu", torch.float32)
     assert first is not second
     for a, b in zip((first.unet, *first.text_encoders), (second.unet, *second.text_encoders), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
@@ -138,7 +138,7 @@ def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
     _save_model(task)
     _save_tiny(task)
     read = replace(load_model(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
-    made = random_parts_of(task)
+    made = random_loaded_of(task)
     for name in ("unet", "autoencoder", "tiny"):
         weights, others = (getattr(model, name).state_dict() for model in (made, read))
         assert weights.keys() == others.keys()
@@ -151,7 +151,7 @@ def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
 def test_diffusers_networks_are_filled_with_the_same_weights(options_here, kind, decoder):
     task = replace(TURBO, decoder=decoder).task(options_here)
     given = [torch.from_numpy(value) for value in inputs(task, Piece(kind, 1))]
-    model = random_parts_of(task)
+    model = random_loaded_of(task)
     own = {
         "text": lambda ids: model.networks.text_encoders[0](ids).last,
         "unet": model.networks.unet,

@@ -192,7 +192,7 @@ def test_a_student_of_a_small_teacher_draws_the_same() -> None:
 
 
 def test_the_embedded_model_has_a_student(embedded: Any) -> None:
-    teacher = embedded.engine.parts.unet
+    teacher = embedded.engine.networks.unet
     student, report = pruned_student(teacher)
     assert size(teacher) == size(student) + report.dropped_parameters
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 6, teacher.config.context)

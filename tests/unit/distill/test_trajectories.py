@@ -23,7 +23,7 @@ from fewstep.train.diffusion import NoisyLatents
 from fewstep.train.forward_process import ForwardProcess
 from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.trainer import Trainer
-from fewstep.weights.load import load_parts
+from fewstep.weights.load import load_model
 
 MICRO_BATCH = MicroBatch(seed=0, step=0, whole=4, first=0, count=4)
 PROMPTS = ("a red cube on top of a blue sphere", "a small green cone")
@@ -46,7 +46,7 @@ def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
         conditioning_of(embedded.parts, noisy.engine, CaptionedBatch(captions=said)) for said in ([""], PROMPTS)
     )
     noise = SeededNoise(tuple(seeds), (4, 16, 16))()
-    points, end = teacher_trajectory(Teacher(embedded.parts.unet, noisy.process, empty), noise, conditioning, FEW)
+    points, end = teacher_trajectory(Teacher(embedded.networks.unet, noisy.process, empty), noise, conditioning, FEW)
     assert points.shape == (2, 4, 4, 16, 16)
     assert torch.equal(points[:, -1], noise)
     assert drawn.latents is not None
@@ -60,8 +60,8 @@ def test_a_walk_that_does_not_come_by_a_step_of_the_student_is_refused() -> None
 
 
 def test_walks_are_kept_whole_and_made_once(tmp_path: Path) -> None:
-    parts = load_parts("blocks-base", dtype=torch.float32)
-    batch = NoisyLatents(parts, Blockworld(), caption_dropout=0.0)
+    model = load_model("blocks-base", dtype=torch.float32)
+    batch = NoisyLatents(model, Blockworld(), caption_dropout=0.0)
     calls = []
 
     class Constant(Teacher):
@@ -69,7 +69,7 @@ def test_walks_are_kept_whole_and_made_once(tmp_path: Path) -> None:
             calls.append(guidance)
             return torch.ones_like(x)
 
-    writer = TrajectoryWriter(teacher=Constant(parts.unet, ForwardProcess()), latents=batch, settings=FEW)
+    writer = TrajectoryWriter(teacher=Constant(model.networks.unet, ForwardProcess()), latents=batch, settings=FEW)
     writer.write(tmp_path)
     made = len(calls)
     (tmp_path / "walks-00001.safetensors").unlink()

@@ -30,10 +30,10 @@ LATE = 20  # seconds after which one that should go on never will
 
 @pytest.fixture
 def pipe() -> fewstep.Pipeline:
-    parts = factories.small_model("sd1")
-    for network in networks(parts).values():
+    model = factories.small_model("sd1")
+    for network in model.networks:
         network.eval().requires_grad_(False)
-    return fewstep.Pipeline(parts)
+    return fewstep.Pipeline.of(model)
 
 
 def lora_of(pipe: fewstep.Pipeline, seed: int) -> Lora:
@@ -50,7 +50,7 @@ def lora_of(pipe: fewstep.Pipeline, seed: int) -> Lora:
 def predicted(pipe: fewstep.Pipeline) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     x, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 64, generator=generator)
-    return pipe.engine.predict(x, 500.0, Conditioning(context=context))
+    return pipe.engine.predict(x, torch.tensor([500.0]), Conditioning(context=context))
 
 
 def begun(action: Callable[[], Any]) -> tuple[threading.Thread, threading.Event]:
@@ -113,7 +113,7 @@ def test_errors_leave_the_lock_free() -> None:
 def test_a_copy_of_a_model_has_a_lock_of_its_own(pipe: fewstep.Pipeline) -> None:
     with pipe.networks.lock.computing(), copy.deepcopy(pipe.networks.lock).changing():
         assert isinstance(pickle.loads(pickle.dumps(pipe.networks.lock)), WeightsLock)
-    assert replace(pipe, name="renamed").lock is pipe.networks.lock  # the same networks
+    assert replace(pipe.networks, tiny=None).lock is pipe.networks.lock  # the same networks
 
 
 def test_a_lora_waits_for_the_step_that_is_computed(pipe: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

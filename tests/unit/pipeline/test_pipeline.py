@@ -20,6 +20,7 @@ from fewstep.engines.eager import EagerEngine
 from fewstep.images import read_metadata
 from fewstep.models.autoencoder import AutoencoderKL
 from fewstep.models.config import AutoencoderConfig, Stage, TextConfig, UNetConfig
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import Defaults
@@ -37,13 +38,15 @@ def pipe() -> Pipeline:
     tokenizer = word_tokenizer(WORDS, 12)
     text = TextConfig(vocabulary=16, window=12, width=16, layers=2, heads=2, inner=32, eos=tokenizer.eos)
     stages = (Stage(channels=16, resnets=1, depth=1, heads=2), Stage(channels=32, resnets=1, depth=1, heads=2))
-    model = LoadedModel(
+    model = LoadedModel.of(
+        Networks(
+            unet=UNet(UNetConfig(stages=stages, context=16, groups=8)).eval(),
+            autoencoder=AutoencoderKL(AutoencoderConfig(channels=(8, 8, 16, 16), resnets=1, groups=4)).eval(),
+            text_encoders=(TextEncoder(text).eval(),),
+        ),
+        (tokenizer,),
         name="tiny",
         family="sd1",
-        unet=UNet(UNetConfig(stages=stages, context=16, groups=8)).eval(),
-        autoencoder=AutoencoderKL(AutoencoderConfig(channels=(8, 8, 16, 16), resnets=1, groups=4)).eval(),
-        text_encoders=(TextEncoder(text).eval(),),
-        tokenizers=(tokenizer,),
         scheduler=SchedulerConfig(),
         defaults=Defaults(steps=4, guidance_scale=3.0, sampler="ddim", schedule="leading", width=64, height=64),
         licence="Apache-2.0",
@@ -219,10 +222,10 @@ class Broken(EagerEngine):
     ("stage", "named"), [("text", "the text encoder"), ("denoise", "the denoising steps"), ("decode", "the decoder")]
 )
 def test_nan_names_its_stage(pipe: Pipeline, stage: str, named: str) -> None:
-    engine = Broken(pipe)
+    engine = Broken(pipe.spec, pipe.networks)
     engine.stage = stage
     with pytest.raises(NotFiniteError, match=named):
-        Pipeline(pipe, engine).text_to_image(PROMPT, seed=1)
+        Pipeline(pipe.spec, pipe.tokenizers, engine).text_to_image(PROMPT, seed=1)
 
 
 def test_an_overflowing_half_precision_decoder_is_run_again_in_float32(pipe: Pipeline) -> None:
@@ -231,8 +234,10 @@ def test_an_overflowing_half_precision_decoder_is_run_again_in_float32(pipe: Pip
     with torch.no_grad():  # values near 1e5 after the first convolution: infinite in float16
         vae.post_quant_conv.weight.mul_(1e5)
         latents = torch.randn(1, 4, 8, 8)
-        wanted = EagerEngine(replace(pipe, autoencoder=vae)).decode(latents)
-        half = EagerEngine(replace(pipe, autoencoder=vae.half()))
+        spec, networks = replace(pipe.spec, autoencoder=vae.config), replace(pipe.networks, autoencoder=vae)
+        wanted = EagerEngine(spec, networks).decode(latents)
+        vae.half()
+        half = EagerEngine(spec, networks)
         half.dtype = torch.float16
         assert not vae.decode(latents.half() / vae.config.scaling_factor).isfinite().all()
         image = half.decode(latents)

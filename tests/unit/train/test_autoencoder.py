@@ -24,8 +24,8 @@ from fewstep.train.plan import MicroBatch, Plan
 from fewstep.train.recipe import recipe_stages
 from fewstep.train.stages import RecipeStage, run_stage
 from fewstep.train.trainer import Trainer
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model
 
 TINY = AutoencoderConfig(channels=(8, 8), resnets=1, groups=4, scaling_factor=1.0)
 SIZE = 24
@@ -80,11 +80,12 @@ def weights(trainer: Trainer) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model with a tiny autoencoder."""
-    parts = load_parts("blocks-base", dtype=torch.float32)
+    model = load_model("blocks-base", dtype=torch.float32)
     stage = Stage(channels=8, resnets=1, depth=1, heads=2)
-    unet = UNet(UNetConfig(stages=(stage,), context=parts.unet.config.context, groups=4))
+    unet = UNet(UNetConfig(stages=(stage,), context=model.spec.unet.context, groups=4))
     path = tmp_path_factory.mktemp("start") / "model"
-    save_parts(replace(parts, unet=unet, autoencoder=AutoencoderKL(TINY)), path)
+    networks = replace(model.networks, autoencoder=AutoencoderKL(TINY))
+    save_model(model.with_spec(autoencoder=TINY)._replace(networks=networks).with_unet(unet), path)
     return path
 
 
@@ -176,13 +177,13 @@ def test_resume_is_bit_equal_before_and_after_the_discriminator_starts(tmp_path:
     def trainer(name: str) -> Trainer:
         return trainer_of(tmp_path / name, lesson(discriminator_start=3))
 
-    whole, first = trainer("whole"), trainer("parts")
+    whole, first = trainer("whole"), trainer("model")
     for _ in range(5):
         whole.advance()
     for _ in range(stop):
         first.advance()
     first.save()
-    resumed = trainer("parts")
+    resumed = trainer("model")
     for _ in range(5 - stop):
         resumed.advance()
     assert resumed.step == 5
@@ -235,7 +236,7 @@ def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_
     setup = task(folder, fresh=True, rescale=True, discriminator_start=38)
     before = setup.prepare(plan).objectives["model"].loss(micro_batch_of())["l1"]
     run_stage(RecipeStage(task=setup, plan=plan))
-    trained = load_parts(out / "model", dtype=torch.float32).autoencoder
+    trained = load_model(out / "model", dtype=torch.float32).networks.autoencoder
     pictures = Halves().batch(micro_batch_of(16, step=77, whole=16)).pictures
     assert pictures is not None
     with torch.no_grad():
@@ -248,14 +249,14 @@ def test_a_fresh_autoencoder_learns_and_is_saved_in_its_model(folder: Path, tmp_
 def test_the_decoder_alone_learns_where_latents_must_stay(folder: Path, tmp_path: Path) -> None:
     plan = Plan(folder=tmp_path / "decoder", steps=2, batch_size=4, learning_rate=1e-2, warmup_steps=0, ema_decay=0.0)
     run_stage(RecipeStage(task=task(folder, decoder_only=True), plan=plan))
-    before, after = (load_parts(path, dtype=torch.float32) for path in (folder, tmp_path / "decoder" / "model"))
+    before, after = (load_model(path, dtype=torch.float32) for path in (folder, tmp_path / "decoder" / "model"))
     changed = {
         name.split(".")[0]
-        for name, value in after.autoencoder.state_dict().items()
-        if not torch.equal(value, before.autoencoder.state_dict()[name])
+        for name, value in after.networks.autoencoder.state_dict().items()
+        if not torch.equal(value, before.networks.autoencoder.state_dict()[name])
     }
     assert changed == {"decoder", "post_quant_conv"}
-    assert after.name == "decoder"
+    assert after.spec.name == "decoder"
 
 
 def test_the_perceptual_distance_compares_directions_of_features(network: Path) -> None:

@@ -34,8 +34,8 @@ from fewstep.train.replay import MOST, Replay, Tape
 from fewstep.train.stages import StageSetup
 from fewstep.train.trainer import Objective, Trainer, TrainState
 from fewstep.weights.fetch import ASSETS
-from fewstep.weights.load import load_parts
-from fewstep.weights.save import save_parts
+from fewstep.weights.load import load_model
+from fewstep.weights.save import save_model
 
 META = torch.device("meta")
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
@@ -185,13 +185,13 @@ def test_the_recipes_steps_leave_nothing_on_the_cpu(
 def test_what_a_card_trained_is_packed_and_shipped(recipes: Any, tmp_path: Path) -> None:
     import blocks_card
 
-    base, out, assets = load_parts("blocks-base", dtype=torch.float32), tmp_path / "out", tmp_path / "assets"
+    base, out, assets = load_model("blocks-base", dtype=torch.float32), tmp_path / "out", tmp_path / "assets"
     shutil.copytree(ASSETS, assets)
     (out / "decoder").mkdir(parents=True)
-    recipes.save_weights(base.autoencoder, out / "decoder")
+    recipes.save_weights(base.networks.autoencoder, out / "decoder")
     for name in ("blocks-base", "blocks-turbo"):
-        save_parts(base, out / name / "model", torch.float16)
-    save_parts(load_parts("blocks-small", dtype=torch.float32), out / "blocks-small" / "model", torch.float16)
+        save_model(base, out / name / "model", torch.float16)
+    save_model(load_model("blocks-small", dtype=torch.float32), out / "blocks-small" / "model", torch.float16)
     shutil.copytree(ASSETS / "blocks-tiny", out / "blocks-tiny" / "tiny")
     blocks_card.pack(out, tmp_path / "packed")
     assert {path.stem for path in (tmp_path / "packed").iterdir()} == {"vae", "base", "small", "turbo", "tiny"}
@@ -200,7 +200,7 @@ def test_what_a_card_trained_is_packed_and_shipped(recipes: Any, tmp_path: Path)
         shipped = load_file(assets / path.relative_to(ASSETS))
         same = "blocks-turbo" not in path.parts  # what was packed as turbo here is the base
         assert not same or all(torch.equal(shipped[name], value) for name, value in load_file(path).items())
-    own = base.unet.state_dict()
+    own = base.networks.unet.state_dict()
     vectors = load_file(assets / "blocks-turbo" / "vectors.safetensors")
     assert vectors
     assert all(torch.equal(value, own[name].half()) for name, value in vectors.items())

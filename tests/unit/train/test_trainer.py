@@ -21,7 +21,7 @@ from fewstep.errors import CheckpointError, InputError, NotFiniteError
 from fewstep.models.autoencoder import AutoencoderKL, Posterior
 from fewstep.models.config import AutoencoderConfig, Stage, UNetConfig
 from fewstep.models.unet import UNet
-from fewstep.nn.attention import attended
+from fewstep.nn.attention import attention
 from fewstep.train.activation_checkpointing import checkpoint_blocks
 from fewstep.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fewstep.train.distributed import shutdown_ranks
@@ -235,7 +235,7 @@ def test_checkpointed_blocks_compute_the_same(tmp_path: Path) -> None:
 def test_attention_in_bfloat16_is_attention() -> None:
     q, k, v = (torch.randn(2, 4, 16, 8) for _ in range(3))
     low = [value.bfloat16().requires_grad_() for value in (q, k, v)]
-    mixed = attended(*low)
+    mixed = attention(*low)
     mixed.float().square().sum().backward()
     high = [value.requires_grad_() for value in (q, k, v)]
     F.scaled_dot_product_attention(*high).square().sum().backward()
