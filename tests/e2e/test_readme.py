@@ -1,4 +1,4 @@
-"""The README's commands and its Python, pasted in their order into one shell."""
+"""The commands and the Python of the README and of its two guides, pasted in their order into one shell."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/python.md", "docs/command-line.md")
+MOST_BYTES = 8_000  # of the README
 NETWORK = "needs the network"
 ELSEWHERE = ("pip install", "benchmarks.", "fewstep train", "fewstep bench")  # installing, hours of training, measuring
+
+
+def text() -> str:
+    return "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 
 
 def pasted() -> str:
     """A script of what needs neither a network nor hours."""
     script = ["set -e"]
-    for kind, block in re.findall(r"```(sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for kind, block in re.findall(r"```(sh|python)\n(.*?)```", text(), flags=re.DOTALL):
         if kind == "sh":
             lines = [line.removeprefix(_install(line)) for line in block.splitlines()]
             script += [line for line in lines if not any(word in line for word in (NETWORK, *ELSEWHERE))]
@@ -53,7 +59,11 @@ def test_the_commands_work_in_their_order(tmp_path: Path) -> None:
 
 def test_what_needs_the_network_says_so() -> None:
     named = re.compile(r"sdxl|sd-turbo|stabilityai")
-    for block in re.findall(r"```(?:sh|python)\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for block in re.findall(r"```(?:sh|python)\n(.*?)```", text(), flags=re.DOTALL):
         for line in block.splitlines():
             if named.search(line) and "benchmarks" not in line:
                 assert NETWORK in line or NETWORK in block.splitlines()[0], line
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    assert (ROOT / "README.md").stat().st_size <= MOST_BYTES
