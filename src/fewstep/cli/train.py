@@ -109,10 +109,10 @@ def _print_preflight(stage: RecipeStage, trainer: Trainer) -> None:
     from fewstep.train.preflight import check_fits, estimate, parameter_counts
 
     check_fits(stage, trainer)
-    said = estimate(stage, trainer)
+    forecast = estimate(stage, trainer)
     for name, (count, trained) in parameter_counts(trainer).items():
         _say(f"  {name}: {count:,} parameters, {trained:,} of them trained")
-    _say(f"  {said}")
+    _say(f"  {forecast}")
     if trainer.step:
         _say(f"  goes on at step {trainer.step}")
 

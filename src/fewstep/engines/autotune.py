@@ -191,5 +191,5 @@ def _read(path: Path | None) -> dict[str, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    kept = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    return found if kept else {}
+    usable = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if usable else {}

@@ -157,9 +157,9 @@ def _text_config(shapes: Shapes, prefix: str) -> TextConfig:
 
 def stated_scheduler(file: TensorFile, family: Family, prediction: Prediction | None) -> SchedulerConfig:
     """The family's usual one, with the prediction that the caller or the file names."""
-    said, steps = file.notes.get("modelspec.prediction_type", ""), file.notes.get("global_step")
-    v = "v_pred" in file.shapes or said.startswith("v")
-    epsilon = family != "sd2" or said.startswith("eps") or steps == "875000"  # of SD 2's base; no other number tells
+    stated, steps = file.notes.get("modelspec.prediction_type", ""), file.notes.get("global_step")
+    v = "v_pred" in file.shapes or stated.startswith("v")
+    epsilon = family != "sd2" or stated.startswith("eps") or steps == "875000"  # of SD 2's base; no other number tells
     if not (prediction or v or epsilon):
         raise InputError(
             f"{file.path} is an SD 2 model and does not say what it predicts; pass prediction='v_prediction' "

@@ -79,7 +79,7 @@ class CpuEngine:
         self._fast.dtype = torch.float32  # of what goes through the networks
         self.device, self.dtype = self._fast.device, self._fast.dtype
         self._prompts = PromptCache()
-        self._said = False
+        self._fallback_logged = False
 
     @staticmethod
     def supports(spec: ModelSpec, networks: Networks) -> bool:
@@ -111,9 +111,9 @@ class CpuEngine:
     def _ready(self) -> Iterator[EagerEngine]:
         """The fast engine, or the plain one for weights that it cannot compute with."""
         fits = reads(self.networks)
-        if not fits and not self._said:
+        if not fits and not self._fallback_logged:
             _log.debug("%s is no longer in float32 or float16 on a CPU: the plain engine runs it", self.spec.name)
-            self._said = True
+            self._fallback_logged = True
         with torch.no_grad(), memory_errors(), cap_threads(self.threads):
             yield self._fast if fits else EagerEngine(self.spec, self.networks)
 

@@ -50,7 +50,7 @@ class BufferPool:
     """Allocates large tensors, reusing memory whose earlier tensors are gone."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         self._lock = threading.Lock()
 
     def empty(self, *shape: int) -> Tensor:
@@ -59,12 +59,14 @@ class BufferPool:
         if 4 * size < LARGE:
             return torch.empty(shape)
         with self._lock:
-            free = [each for each in self._kept if _users(each) == 1]
+            free = [each for each in self._buffers if _users(each) == 1]
             fits = [each for each in free if each.numel() >= size]
             if not fits:
-                self._kept = [each for each in self._kept if not any(each is one for one in free)]  # all too small
+                self._buffers = [
+                    each for each in self._buffers if not any(each is one for one in free)
+                ]  # all too small
                 fits = [fresh(size)]
-                self._kept += fits
+                self._buffers += fits
             return min(fits, key=lambda each: each.numel())[:size].view(shape)
 
 

@@ -144,10 +144,10 @@ def _window(x: Tensor, tiles: _Tiles, scheme: Scheme, activate: _Copy | None) ->
     step, down = scheme.step, tiles.down
     window = scratch("window", (batch, down * step + 2, tiles.across * step + 2, channels))
     first, lead = tiles.top * step - 1, int(tiles.top == 0)
-    kept = min(tiles.last * step + 1, height) - first
-    for border in (window[:, :lead], window[:, kept:], window[:, :, :1], window[:, :, width + 1 :]):
+    valid = min(tiles.last * step + 1, height) - first
+    for border in (window[:, :lead], window[:, valid:], window[:, :, :1], window[:, :, width + 1 :]):
         border.zero_()
-    inside, rows = window[:, lead:kept, 1 : width + 1], x[:, first + lead : first + kept]
+    inside, rows = window[:, lead:valid, 1 : width + 1], x[:, first + lead : first + valid]
     if activate is None:
         inside.copy_(rows)
     else:

@@ -63,11 +63,11 @@ class FusedLinear:
 
 
 def _one(ctx: CudaLayerContext, weights: Weights) -> Callable[[], Tensor]:
-    """The weight of a single layer as it is, those of several as one that is kept."""
+    """The weight of a single layer as it is, those of several packed into one."""
     if len(weights()) == 1:
         return lambda: joined(weights())
-    kept = ctx.pack(weights, lambda: joined(weights()))
-    return lambda: kept.value
+    packed = ctx.pack(weights, lambda: joined(weights()))
+    return lambda: packed.value
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ def split_on_oom(
     try:
         return function(*rows)
     except torch.OutOfMemoryError as error:
-        said = str(error)  # not the error itself: it holds on to the tensors of the failed call
+        message = str(error)  # not the error itself: it holds on to the tensors of the failed call
     forget()
     assert rows[0] is not None
     count = len(rows[0])
@@ -44,7 +44,7 @@ def split_on_oom(
         return torch.cat([split_on_oom(function, piece, forget=forget, last=last) for piece in pieces])
     if last is not None:
         return split_on_oom(last, rows, forget=forget)
-    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", said)
+    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", message)
     raise InputError(
         f"{wanted[1] if wanted else 'some bytes'} more are needed at once on the card and {_free()} are free; draw "
         "smaller pictures, close other programs that use it, or load the model with decoder='tiny'"

@@ -54,8 +54,8 @@ class Recordings:
 def on_the_host(outputs: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
     """Begin to copy `outputs` to the CPU; the function that waits until they are there, and gives them."""
     if not outputs[0].is_cuda:
-        kept = [out.clone() for out in outputs]
-        return lambda: kept
+        clones = [out.clone() for out in outputs]
+        return lambda: clones
     copies = [torch.empty(out.shape, dtype=out.dtype, pin_memory=True) for out in outputs]
     for copy, out in zip(copies, outputs, strict=True):
         copy.copy_(out, non_blocking=True)
