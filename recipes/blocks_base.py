@@ -186,7 +186,7 @@ class Text:
         )
         device = choose_device(self.device)
         model = LatentDiffusion(resnets=1).to(device)
-        model.networks.unet.requires_grad_(False)
+        model.unet.requires_grad_(False)
 
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             ids, slots = (value.to(device) for value in cache.words(micro_batch, varied=0.8)[1:])
@@ -233,8 +233,8 @@ class Diffusion:
         def loss(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
             if self.size_cycle:
                 return losses[self._size(micro_batch)](micro_batch)
-            model = [(share, losses[size](smaller(micro_batch, share))) for size, share in shares.items()]
-            return {name: torch.stack([share * terms[name] for share, terms in model]).sum() for name in model[0][1]}
+            parts = [(share, losses[size](smaller(micro_batch, share))) for size, share in shares.items()]
+            return {name: torch.stack([share * terms[name] for share, terms in parts]).sum() for name in parts[0][1]}
 
         def finish(trainer: Trainer) -> None:
             saved(model)(trainer)
@@ -251,9 +251,9 @@ class Diffusion:
         """As the stage before left it; of a shipped model the slots, which are not shipped, are new."""
         model = LatentDiffusion(self.resnets)
         if is_model(self.start):
-            model = load_model(self.start, dtype=torch.float32)
-            model.text.load_state_dict(model.networks.text_encoders[0].state_dict())
-            model.networks.unet.load_state_dict(model.networks.unet.state_dict())
+            start = load_model(self.start, dtype=torch.float32).networks
+            model.text.load_state_dict(start.text_encoders[0].state_dict())
+            model.unet.load_state_dict(start.unet.state_dict())
         elif Path(self.start).name == "small_unet":
             grow(model, weights_of(Path(self.start)))
         else:
@@ -268,7 +268,7 @@ class Diffusion:
 
     def _loss(self, model: LatentDiffusion, cache: LatentCache) -> Loss:
         process, empty = ForwardProcess(prediction="v_prediction"), tokenize([""], block_tokenizer()).ids[0, 0]
-        device = model.networks.unet.conv_in.weight.device
+        device = model.unet.conv_in.weight.device
         latents = cache.latents.to(device)
 
         def words(micro_batch: MicroBatch) -> Mapping[str, Tensor]:
@@ -285,7 +285,7 @@ class Diffusion:
             t = micro_batch.rows("t", lambda count, generator: stratified_timesteps(count, process.steps, generator))
             eps = micro_batch.randn("noise", *x0.shape[1:])
             states = model.text(read["ids"]).last
-            output = model.networks.unet(process.noised(x0, eps, t), t.float(), states)
+            output = model.unet(process.noised(x0, eps, t), t.float(), states)
             weight = min_snr_weight(process.prediction, process.alpha_bar(t), GAMMA, floor=FLOOR)
             error = (weight * (output - process.target(x0, eps, t)).square()).mean()
             slots = slot_loss(model.slots(states), read["slots"])

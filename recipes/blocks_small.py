@@ -4,7 +4,7 @@ r"""blocks-small: two thirds of blocks-base, begun with its layers and taught by
         task.data.folder=runs/blocks-base/latents-large_autoencoder-128
 
 The stages of small-sd, shorter: plain training, then the teacher's output and features beside it (arXiv:2305.15798).
-`python recipes/blocks_small.py runs/blocks/blocks-small/model` writes the UNet that is shipped; the other model are
+`python recipes/blocks_small.py runs/blocks/blocks-small/model` writes the UNet that is shipped; the other parts are
 those of blocks-base.
 
 Hardware: 2 shared cores of an AMD EPYC (Zen 5, AVX-512), float32, no GPU; 4 and 22 minutes, some 330 and 2,129 steps.
@@ -67,7 +67,7 @@ def stages(out: Path) -> Sequence[RecipeStage]:
 
 
 def ship(model: Path, folder: Path) -> None:
-    """Write `model` in half precision without the model that it has in common with blocks-base; a card there stays."""
+    """Write `model` in half precision without the parts that it has in common with blocks-base; a card there stays."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     save_model(load_model(model, dtype=torch.float32).with_spec(name="blocks-small"), folder, torch.float16)

@@ -50,8 +50,8 @@ def put(cache: Path, source: str = SD, commit: str = COMMIT, family: Any = "sd1"
 
 
 def weights(*names: str) -> list[str]:
-    model = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-    return [f"{part}{name}" for part in model for name in names]
+    parts = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    return [f"{part}{name}" for part in parts for name in names]
 
 
 def test_only_what_drawing_needs_is_taken() -> None:

@@ -21,7 +21,7 @@ Description = dict[str, Any]
 
 
 def describe(path: Path) -> Description:
-    """The family, layout, model and notes of the checkpoint at `path`; CheckpointError if it is none."""
+    """The family, layout, parts and notes of the checkpoint at `path`; CheckpointError if it is none."""
     if not path.is_dir():
         return _single_file(path)
     if (path / "model_index.json").is_file():
@@ -30,7 +30,7 @@ def describe(path: Path) -> Description:
         return _network(path)
     if (path / "lora.safetensors").is_file():
         content = _single_file(path / "lora.safetensors")
-        return {**content, "model": {"lora": content["model"]["all"]}}
+        return {**content, "parts": {"lora": content["parts"]["all"]}}
     raise CheckpointError(f"{path} has no model_index.json, so it is not a diffusers folder; name a file in it")
 
 
@@ -43,11 +43,11 @@ def _model(folder: Path) -> Description:
     own = [
         name for name in parts_of(index) if "base" not in notes or (folder / name).is_dir()
     ]  # the rest is the base's
-    model = {name: open_part(folder / name) for name in own}
+    parts = {name: open_part(folder / name) for name in own}
     return {
         "family": notes.get("family", family_of(unet)),
         "layout": f"diffusers folder of a {index.get('_class_name')}",
-        "model": {name: _counts(file, file.shapes) for name, file in model.items()},
+        "parts": {name: _counts(file, file.shapes) for name, file in parts.items()},
         "prediction": scheduler.prediction,
         "inpainting": unet.in_channels == 9,
         "licence": notes.get("licence"),
@@ -56,7 +56,7 @@ def _model(folder: Path) -> Description:
 
 def _network(folder: Path) -> Description:
     name, file = read_json(folder / "config.json").get("_class_name"), open_part(folder)
-    return {"family": None, "layout": f"one {name}", "model": {folder.name: _counts(file, file.shapes)}}
+    return {"family": None, "layout": f"one {name}", "parts": {folder.name: _counts(file, file.shapes)}}
 
 
 def _single_file(path: Path) -> Description:
@@ -66,18 +66,18 @@ def _single_file(path: Path) -> Description:
         contents = recognise(file)
     except CheckpointError as error:
         what = str(error).removeprefix(f"{path} is ").partition(";")[0]
-        return {"family": None, "layout": what, "model": {"all": _counts(file, file.shapes)}, **notes}
+        return {"family": None, "layout": what, "parts": {"all": _counts(file, file.shapes)}, **notes}
     return {
         "family": contents.family,
         "layout": "original single file",
-        "model": _prefixed(file, contents.family),
+        "parts": _prefixed(file, contents.family),
         "inpainting": contents.unet.in_channels == 9,
         **notes,
     }
 
 
 def _prefixed(file: TensorFile, family: str) -> Description:
-    """The model of an original single file by the beginnings of their names; averages and constants are `other`."""
+    """The parts of an original single file by the beginnings of their names; averages and constants are `other`."""
     prefixes = {"unet": UNET_PREFIX, "vae": AUTOENCODER_PREFIX}
     towers = next(starts for name, starts in TEXT_PREFIXES.items() if name == family)
     prefixes |= dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False))

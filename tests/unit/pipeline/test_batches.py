@@ -20,8 +20,8 @@ PROMPTS = ("a red cube on top of a blue sphere", "a green cone", "a small purple
 def drawn(pipe: fewstep.Pipeline, batch: int) -> tuple[torch.Tensor, list[np.ndarray]]:
     """Final latents and pictures of six seeds, `batch` of them at a time."""
     prompts, seeds, options = PROMPTS * 2, list(range(6)), {"steps": 2, "width": 96, "height": 64}
-    model = [slice(first, first + batch) for first in range(0, 6, batch)]
-    results = [pipe.text_to_image(prompts[part], seed=seeds[part], **options, output="latent") for part in model]
+    parts = [slice(first, first + batch) for first in range(0, 6, batch)]
+    results = [pipe.text_to_image(prompts[part], seed=seeds[part], **options, output="latent") for part in parts]
     latents = torch.cat([result.latents for result in results])
     pictures = pipe.decode(latents) if batch == 6 else [pipe.decode(one[None])[0] for one in latents]
     return latents, [np.asarray(picture, np.int16) for picture in pictures]
