@@ -235,10 +235,10 @@ def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str]
     from fewstep.cli.batch import Line, generate_batches
 
     (pipe, _), other = fast(folder("turbo")), plain(folder("turbo"))
-    model = [[Line(number, "a cube", Path(f"{number}.png"))] for number in (1, 2, 3)]
+    batches = [[Line(number, "a cube", Path(f"{number}.png"))] for number in (1, 2, 3)]
     options: dict[str, Any] = {"prompt": "", "steps": 1, "width": 64, "height": 64}
-    found = list(generate_batches(pipe, options, model, seed=5))
-    assert [lines for lines, _ in found] == model
+    found = list(generate_batches(pipe, options, batches, seed=5))
+    assert [lines for lines, _ in found] == batches
     for number, (_, result) in enumerate(found):
         wanted = other.text_to_image("a cube", steps=1, seed=5 + number, width=64, height=64)
         assert off(result, wanted) <= 1
@@ -253,8 +253,8 @@ def test_a_batch_of_files_is_drawn_ahead_and_none_is_lost(folder: Callable[[str]
     pipe.start = failing  # type: ignore[method-assign]
     kept: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        kept.extend(lines for lines, _ in generate_batches(pipe, options, model, seed=5))
-    assert kept == model[:2]
+        kept.extend(lines for lines, _ in generate_batches(pipe, options, batches, seed=5))
+    assert kept == batches[:2]
 
 
 def test_threads_draw_what_one_draws_alone(folder: Callable[[str], Path]) -> None:
