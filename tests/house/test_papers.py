@@ -97,13 +97,3 @@ def test_no_machine_and_no_package_host_is_named():
                 if found := re.search(pattern, line):
                     breaches.append(f"{path.relative_to(ROOT)}:{number}: {found[0]!r} {what}")
     fail_if(breaches, "write a relative path, or leave it out; in tests use tmp_path")
-
-
-def test_links_between_files_lead_somewhere():
-    breaches = []
-    for path in (path for path in repository() if path.suffix == ".md"):
-        for target in re.findall(r"\]\(([^)\s]+)\)", text(path)):
-            file = target.partition("#")[0]
-            if not re.match(r"\w+:", file) and not (path.parent / file).exists():
-                breaches.append(f"{path.relative_to(ROOT)}: {target} does not exist")
-    fail_if(breaches, "write the file, or take out the link")
