@@ -24,7 +24,9 @@ sys.exit(main(["--version"]))
 
 
 def version() -> str:
-    found = re.findall(r'^__version__ = "(\d+\.\d+\.\d+\S*)"$', (SRC / "version.py").read_text(), flags=re.MULTILINE)
+    found = re.findall(
+        r'^__version__ = "(\d+\.\d+\.\d+\S*)"$', (SRC / "version.py").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert len(found) == 1, 'src/fewstep/version.py must hold one line of the form __version__ = "1.2.3"'
     return str(found[0])
 
