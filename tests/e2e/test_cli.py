@@ -485,12 +485,12 @@ def test_inspect_tells_what_a_single_file_is(cli, tiny):
     from fewstep import load
     from fewstep.weights.save import save_single_file
 
-    save_single_file(load(tiny).parts, "tiny.safetensors")
+    save_single_file(load(tiny), "tiny.safetensors")
     found = json.loads(cli("inspect", "tiny.safetensors", "--json").out)
     assert (found["family"], found["layout"]) == ("sd1", "original single file")
-    assert set(found["model"]) == {"unet", "vae", "text_encoder"}
+    assert set(found["parts"]) == {"unet", "vae", "text_encoder"}
     whole = json.loads(cli("inspect", tiny, "--json").out)
-    assert found["model"] == whole["model"]
+    assert found["parts"] == whole["parts"]
 
 
 def test_inspect_tells_what_a_part_is(cli, tiny):

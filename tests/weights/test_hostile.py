@@ -242,7 +242,7 @@ def test_not_a_number_is_no_reason_to_refuse(single: tuple[LoadedModel, Path]) -
     _, path = single
     tensors = load_file(path) | {"model.diffusion_model.out.2.bias": torch.full((4,), float("nan"))}
     save_file(tensors, path)
-    assert load(path).unet.conv_out.bias.isnan().all()
+    assert load(path).networks.unet.conv_out.bias.isnan().all()
 
 
 def test_all_that_does_not_fit_a_single_file_is_told_at_once(single: tuple[LoadedModel, Path]) -> None:
@@ -294,7 +294,7 @@ def test_what_a_single_file_does_not_say_is_asked_for(
     model = small_model("sd2")
     save_single_file(model, tmp_path / "sd2.safetensors")
     save_file(load_file(tmp_path / "sd2.safetensors"), tmp_path / "silent.safetensors")
-    assert load(tmp_path / "sd2.safetensors").scheduler.prediction == "v_prediction"
+    assert load(tmp_path / "sd2.safetensors").spec.scheduler.prediction == "v_prediction"
     with pytest.raises(InputError, match="pass prediction='v_prediction'"):
         load(tmp_path / "silent.safetensors")
     silent = load(tmp_path / "silent.safetensors", prediction="epsilon")
@@ -304,7 +304,7 @@ def test_what_a_single_file_does_not_say_is_asked_for(
         with pytest.raises(InputError, match="does not say what it predicts"):
             load(tmp_path / "sd2.ckpt")
     torch.save({"state_dict": load_file(tmp_path / "sd2.safetensors"), "global_step": 875000}, tmp_path / "sd2.ckpt")
-    assert load(tmp_path / "sd2.ckpt").scheduler.prediction == "epsilon"
+    assert load(tmp_path / "sd2.ckpt").spec.scheduler.prediction == "epsilon"
 
 
 def test_a_single_file_is_not_written_where_it_would_read_as_another_model(tmp_path: Path) -> None:
@@ -327,4 +327,4 @@ def test_inpainting_is_told_by_nine_channels(tmp_path: Path, family: Family) -> 
     save_single_file(model, tmp_path / "model.safetensors")
     for name, words in zip(("tokenizer", "tokenizer_2"), model.tokenizers, strict=False):
         words.save(tmp_path / name)
-    assert load(tmp_path / "model.safetensors").unet.config.in_channels == 9
+    assert load(tmp_path / "model.safetensors").spec.unet.in_channels == 9

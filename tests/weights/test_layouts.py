@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.formats.tensors import TensorFile
 from fewstep.models.autoencoder import AutoencoderKL
+from fewstep.models.networks import Networks
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE, Entry, Family
@@ -36,8 +37,9 @@ def full(name: str) -> tuple[Entry, list[tuple[Network, dict[str, Place]]]]:
     assert known.autoencoder is not None
     with torch.device("meta"):
         unet, autoencoder = UNet(known.unet), AutoencoderKL(known.autoencoder)
-        towers = [TextEncoder(config) for config in known.texts]
-    return known, [*single_places(known.family, unet, autoencoder, towers)]
+        encoders = tuple(TextEncoder(config) for config in known.texts)
+    networks = Networks(unet=unet, autoencoder=autoencoder, text_encoders=encoders)
+    return known, [*single_places(known.family, networks)]
 
 
 @cache

@@ -281,7 +281,7 @@ def test_other_adapters_are_called_by_their_names(model, tmp_path, key, what):
 
 
 def test_a_file_without_any_lora(model, tmp_path):
-    says = refusal(dict(model("sd1").unet.state_dict()), model("sd1"), tmp_path)
+    says = refusal(dict(model("sd1").networks.unet.state_dict()), model("sd1"), tmp_path)
     assert "holds no LoRA: add" in says or "holds no LoRA: conv_in" in says
     assert "lora_unet_*.lora_down.weight" in says
 

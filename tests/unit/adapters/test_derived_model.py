@@ -19,11 +19,12 @@ from fewstep.adapters.merge import fuse_lora
 from fewstep.errors import CheckpointError, InputError
 from fewstep.weights.derived_model import VECTORS, vectors
 from fewstep.weights.fetch import ASSETS
+from fewstep.weights.load import load_model
 from fewstep.weights.model import LoadedModel
 
 
 def base() -> LoadedModel:
-    return fewstep.load("blocks-base", device="cpu", dtype="float32").parts
+    return load_model("blocks-base", dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def test_the_embedded_models_are_small_together() -> None:
 
 
 def test_the_small_model_shares_the_other_parts_of_its_base() -> None:
-    small, plain = (fewstep.load(name, device="cpu").parts for name in ("blocks-small", "blocks-base"))
+    small, plain = (load_model(name, dtype=torch.float32) for name in ("blocks-small", "blocks-base"))
     ours, theirs = (sum(p.numel() for p in model.networks.unet.parameters()) for model in (small, plain))
     assert 0.6 < ours / theirs < 0.7
     for one, other in ((small.autoencoder, plain.autoencoder), (small.text_encoders[0], plain.text_encoders[0])):

@@ -40,6 +40,7 @@ class Model:
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
+        self.spec, self.tokenizers, self.networks = model
 
     def weights(self) -> dict[str, torch.Tensor]:
         found = networks(self.model).items()
@@ -56,7 +57,8 @@ class Model:
 @pytest.fixture
 def model() -> Model:
     eighth = AutoencoderConfig(channels=(32, 32, 32, 32), resnets=1)
-    model = replace(factories.small_model("sd1"), autoencoder=AutoencoderKL(eighth))
+    model = factories.small_model("sd1").with_spec(autoencoder=eighth)
+    model = model._replace(networks=replace(model.networks, autoencoder=AutoencoderKL(eighth)))
     for network in networks(model).values():
         network.eval().requires_grad_(False)
     return Model(model)
@@ -65,7 +67,7 @@ def model() -> Model:
 def random_lora(model: Model, seed: int = 0, size: float = 0.1) -> Lora:
     """Of a linear layer, a 3x3 convolution, a projection that is one in name only, and the text tower."""
     generator = torch.Generator().manual_seed(seed)
-    layers, factors = layers_of(networks(model.parts)), {}
+    layers, factors = layers_of(networks(model.model)), {}
     for rank, name in enumerate((TO_Q, CONV, PROJ, TEXT), 2):
         weight = layers[name].weight
         down = size * torch.randn(rank, *weight.shape[1:], generator=generator)
@@ -101,7 +103,7 @@ def test_merging_adds_the_scaled_product(model):
 
 def test_a_convolution_does_what_its_two_convolutions_would(model):
     lora, x = random_lora(model), torch.randn(1, 64, 6, 6)
-    layer = layers_of(networks(model.parts))[CONV]
+    layer = layers_of(networks(model.model))[CONV]
     down, up = lora.layers[CONV].down, lora.layers[CONV].up
     wanted = layer(x) + nn.functional.conv2d(nn.functional.conv2d(x, down, padding=1), up)
     fewstep.add_lora(model, lora)
@@ -110,7 +112,7 @@ def test_a_convolution_does_what_its_two_convolutions_would(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_removing_restores_every_bit(model, dtype):
-    for network in networks(model.parts).values():
+    for network in networks(model.model).values():
         network.to(dtype)
     before = model.weights()
     fewstep.add_lora(model, random_lora(model, 1))
@@ -122,7 +124,7 @@ def test_removing_restores_every_bit(model, dtype):
 
 def test_half_precision_is_summed_in_float32(model):
     """Two LoRAs that cancel out leave the weights alone, though each is too small to be added in bfloat16 exactly."""
-    for network in networks(model.parts).values():
+    for network in networks(model.model).values():
         network.to(torch.bfloat16)
     before, lora = model.weights(), random_lora(model, size=0.02)
     fewstep.add_lora(model, lora, 1.0)
@@ -167,7 +169,7 @@ def test_a_lora_of_another_model(model, name):
 
 
 def test_an_overflow_leaves_the_model_as_it_was(model):
-    for network in networks(model.parts).values():
+    for network in networks(model.model).values():
         network.half()
     kept = fewstep.add_lora(model, random_lora(model))
     before = model.weights()
@@ -183,12 +185,12 @@ def test_an_overflow_leaves_the_model_as_it_was(model):
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 def test_a_fresh_lora_changes_nothing(model, targets):
     before = model.outputs()
-    inject(networks(model.parts), rank=3, targets=targets)
+    inject(networks(model.model), rank=3, targets=targets)
     assert all(torch.equal(a, b) for a, b in zip(model.outputs(), before, strict=True))
 
 
 def test_only_the_lora_is_trained(model):
-    found = networks(model.parts)
+    found = networks(model.model)
     updates = inject(found, rank=3, targets=EVERYTHING)
     wanted = {id(parameter) for parameter in updates.parameters()}
     assert {id(p) for network in found.values() for p in network.parameters() if p.requires_grad} == wanted
@@ -196,13 +198,13 @@ def test_only_the_lora_is_trained(model):
 
 
 def test_a_second_injection_keeps_the_first_trainable(model):
-    first = inject(networks(model.parts), rank=3)
-    inject(networks(model.parts), rank=5, targets=CONVOLUTIONS)
+    first = inject(networks(model.model), rank=3)
+    inject(networks(model.model), rank=5, targets=CONVOLUTIONS)
     assert all(parameter.requires_grad for parameter in first.parameters())
 
 
 def test_beside_and_merged_are_one_function(model):
-    before, found = model.outputs(), networks(model.parts)
+    before, found = model.outputs(), networks(model.model)
     updates = inject(found, rank=3, alpha=1.5, targets=EVERYTHING)
     for update in updates:
         nn.init.normal_(update.up.weight, std=0.1)
@@ -238,7 +240,7 @@ def test_gradients_reach_every_layer(model):
 
 
 def test_dropout_is_for_training_alone(model):
-    updates = inject(networks(model.parts), rank=8, targets=("to_q", "to_k"), dropout=0.5)
+    updates = inject(networks(model.model), rank=8, targets=("to_q", "to_k"), dropout=0.5)
     for update in updates:
         nn.init.normal_(update.up.weight)
     assert not torch.equal(model.outputs()[0], model.outputs()[0])
@@ -291,7 +293,7 @@ def test_training_a_lora(model, tmp_path):
 def test_what_cannot_be_injected(model, changes, says):
     before = list(model.networks.unet.modules())
     with pytest.raises(InputError, match=says):
-        inject(networks(model.parts), **({"rank": 4} | changes))
+        inject(networks(model.model), **({"rank": 4} | changes))
     assert list(model.networks.unet.modules()) == before
 
 
@@ -302,7 +304,7 @@ def test_what_cannot_be_injected(model, changes, says):
 def draw(model: Model, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Any:
     """`draw("-o", "a.png")`: exit code, what was printed on stderr; in a folder with a model and two LoRAs."""
     monkeypatch.chdir(tmp_path)
-    save_model(model.parts, "model")
+    save_model(model.model, "model")
     for seed in (1, 2):
         save_lora(random_lora(model, seed), f"{seed}.safetensors")
 

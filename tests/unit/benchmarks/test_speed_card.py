@@ -126,10 +126,10 @@ def test_models_made_in_place_are_the_same_each_time():
     random_loaded.cache_clear()
     second = random_loaded("little-xl", "cpu", torch.float32)
     assert first is not second
-    for a, b in zip((first.unet, *first.text_encoders), (second.unet, *second.text_encoders), strict=True):
+    for a, b in zip(first.networks, second.networks, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not any(weight.requires_grad or weight.is_meta for weight in second.unet.parameters())
-    assert (second.unet.conv_norm_out.weight != 1).any()
+    assert not any(weight.requires_grad or weight.is_meta for weight in second.networks.unet.parameters())
+    assert (second.networks.unet.conv_norm_out.weight != 1).any()
 
 
 def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
@@ -137,10 +137,10 @@ def test_a_folder_has_the_weights_that_are_made_in_place(options_here):
     assert task.decoder is not None
     _save_model(task)
     _save_tiny(task)
-    read = replace(load_model(task.folder, dtype=torch.float32), tiny=load_tiny(task.decoder, dtype=torch.float32))
+    read = load_model(task.folder, dtype=torch.float32).with_tiny(load_tiny(task.decoder, dtype=torch.float32))
     made = random_loaded_of(task)
     for name in ("unet", "autoencoder", "tiny"):
-        weights, others = (getattr(model, name).state_dict() for model in (made, read))
+        weights, others = (getattr(model.networks, name).state_dict() for model in (made, read))
         assert weights.keys() == others.keys()
         assert all(torch.equal(weights[key], others[key]) for key in weights)
 

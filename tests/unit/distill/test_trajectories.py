@@ -41,7 +41,7 @@ def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
     drawn = embedded.text_to_image(
         PROMPTS, seed=seeds, steps=4, guidance_scale=2.0, sampler="ddim", schedule="trailing", output="latent"
     )
-    noisy = NoisyLatents(embedded.parts, Blockworld(), caption_dropout=0.0)
+    noisy = NoisyLatents(embedded, Blockworld(), caption_dropout=0.0)
     empty, conditioning = (
         conditioning_of(embedded.parts, noisy.engine, CaptionedBatch(captions=said)) for said in ([""], PROMPTS)
     )

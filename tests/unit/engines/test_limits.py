@@ -132,7 +132,7 @@ def test_what_is_done_beside_the_engine_takes_as_many_threads(output: str, monke
     """On a busy machine one operation of two threads on the finished picture takes longer than a step."""
     pipe = fewstep.load("blocks-base", device="cpu")
     seen: list[int] = []
-    for home, name in ((run, "to_uint8"), (run, "to_numpy"), (pipeline, "to_pil"), (pipeline, "read_canvas")):
+    for home, name in ((run, "to_uint8"), (run, "to_numpy"), (pipeline, "to_pil"), (pipeline, "read_init_image")):
         plain = getattr(home, name)
         recording = lambda *given, plain=plain: (seen.append(torch.get_num_threads()), plain(*given))[1]  # noqa: E731
         monkeypatch.setattr(home, name, recording)

@@ -23,7 +23,8 @@ class Pipe:
         torch.nn.init.constant_(network.weight, weight)
         torch.nn.init.zeros_(network.bias)
         defaults = SimpleNamespace(steps=steps)
-        self.parts = SimpleNamespace(name=name, unet=network, autoencoder=network, text_encoders=(), defaults=defaults)
+        self.spec = SimpleNamespace(name=name, defaults=defaults)
+        self.networks = SimpleNamespace(unet=network, autoencoder=network, text_encoders=())
         self.drawn: list[tuple[str, int]] = []
 
     def start(self, prompt, *, seed, **options):

@@ -132,6 +132,6 @@ def test_a_decoder_that_overflows_leaves_the_weights_in_half() -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
     watched = Watching()
     engine = object.__new__(EagerEngine)
-    engine.parts, engine.dtype = type("LoadedModel", (), {"autoencoder": watched})(), torch.float16
+    engine.networks, engine.dtype = type("Networks", (), {"autoencoder": watched})(), torch.float16
     engine._in_float32(torch.zeros(1), "decode")
     assert seen == [(torch.float16, torch.float32)]
