@@ -476,8 +476,8 @@ def test_inspect_hides_terminal_commands(cli):
 def test_inspect_tells_what_a_folder_is(cli, tiny):
     found = json.loads(cli("inspect", tiny, "--json").out)
     assert (found["family"], found["prediction"], found["licence"]) == ("sd1", "epsilon", "CC0-1.0")
-    assert found["model"]["unet"]["dtypes"] == ["float32"]
-    assert found["model"]["unet"]["parameters"] > 10_000
+    assert found["parts"]["unet"]["dtypes"] == ["float32"]
+    assert found["parts"]["unet"]["parameters"] > 10_000
     assert "parameters, float32" in cli("inspect", tiny).out
 
 

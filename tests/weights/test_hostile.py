@@ -298,7 +298,7 @@ def test_what_a_single_file_does_not_say_is_asked_for(
     with pytest.raises(InputError, match="pass prediction='v_prediction'"):
         load(tmp_path / "silent.safetensors")
     silent = load(tmp_path / "silent.safetensors", prediction="epsilon")
-    assert (silent.scheduler.prediction, silent.defaults.width) == ("epsilon", 512)
+    assert (silent.spec.scheduler.prediction, silent.spec.defaults.width) == ("epsilon", 512)
     for steps in (140000, 220000, 0):
         torch.save({"state_dict": load_file(tmp_path / "sd2.safetensors"), "global_step": steps}, tmp_path / "sd2.ckpt")
         with pytest.raises(InputError, match="does not say what it predicts"):

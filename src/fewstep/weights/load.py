@@ -92,14 +92,14 @@ def load_model(
     path, known = resolve(what, half=dtype.itemsize == 2, revision=revision)
     folder = path.is_dir()
     model, plans = _folder_model(path, half=dtype.itemsize == 2) if folder else _file_model(path, prediction, tokenizer)
-    spec, tokenizers, networks = model
-    check_parts(path, spec.unet, spec.autoencoder, spec.texts, tokenizers)
+    spec = model.spec
+    check_parts(path, spec.unet, spec.autoencoder, spec.texts, model.tokenizers)
     _fill(plans, dtype, device)
     scheduler = spec.scheduler if prediction is None else replace(spec.scheduler, prediction=prediction)
-    spec = replace(spec, scheduler=scheduler, revision=revision)
+    model = model.with_spec(scheduler=scheduler, revision=revision)
     if known is not None:
         base = known if known.base is None else CATALOGUE[known.base]
-        model = LoadedModel(published(spec, base), tokenizers, networks)
+        model = model._replace(spec=published(model.spec, base))
         model = model if known.base is None else derived_model(model, known)
     if decoder is not None:
         model = model.with_tiny(_decoder(decoder, model.spec, dtype, device))

@@ -43,7 +43,7 @@ def test_a_walk_ends_where_the_pipeline_ends(embedded: object) -> None:
     )
     noisy = NoisyLatents(embedded, Blockworld(), caption_dropout=0.0)
     empty, conditioning = (
-        conditioning_of(embedded.parts, noisy.engine, CaptionedBatch(captions=said)) for said in ([""], PROMPTS)
+        conditioning_of(embedded, noisy.engine, CaptionedBatch(captions=said)) for said in ([""], PROMPTS)
     )
     noise = SeededNoise(tuple(seeds), (4, 16, 16))()
     points, end = teacher_trajectory(Teacher(embedded.networks.unet, noisy.process, empty), noise, conditioning, FEW)

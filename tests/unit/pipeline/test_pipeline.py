@@ -392,7 +392,7 @@ def test_a_negative_prompt_without_guidance_is_told(pipe: Pipeline) -> None:
 
 
 def test_a_model_moves_and_takes_the_engine_that_is_best_there(pipe: Pipeline) -> None:
-    moved = Pipeline(copy.deepcopy(pipe))
+    moved = Pipeline.of(LoadedModel(pipe.spec, pipe.tokenizers, copy.deepcopy(pipe.networks)))
     wanted, engine = pixels(moved.text_to_image(PROMPT, seed=1))[0], moved.engine
     assert moved.to("cpu", "float16") is moved
     assert moved.engine is not engine
