@@ -10,11 +10,19 @@ from torch import Tensor
 
 import fewstep
 from fewstep import Pipeline
+from fewstep.engines.autotune import Autotuner, Candidates
 from fewstep.engines.cuda.graphs import Function, Given
 
 PROMPTS = ["a red cube on top of a blue sphere", "a photo"]
 SIZE = {"width": 72, "height": 104}
 Pair = tuple[Pipeline, Pipeline]
+
+
+class Last(Autotuner):
+    """Runs the last candidate each time: never the plain one."""
+
+    def run(self, key: str, candidates: Candidates) -> Tensor:
+        return list(candidates.values())[-1]()
 
 
 class Replayed:

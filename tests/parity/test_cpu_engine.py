@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fewstep import Pipeline
-from fewstep.engines.autotune import Autotuner, Candidates
+from fewstep.engines.autotune import Autotuner
 from fewstep.engines.cpu import convolution, engine
 from fewstep.engines.cpu.build import kernels
 from fewstep.engines.cpu.context import LayerContext
@@ -25,14 +24,7 @@ from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.models.unet import UNet
 from fewstep.models.zoo import CATALOGUE
 from fewstep.weights.load import load_model
-from tests.parity.engine_exam import PROMPTS, SIZE, Pair, assert_same, error, picture
-
-
-class Last(Autotuner):
-    """Runs the last candidate each time: never the plain one."""
-
-    def run(self, key: str, candidates: Candidates) -> Tensor:
-        return list(candidates.values())[-1]()
+from tests.parity.engine_exam import PROMPTS, SIZE, Last, Pair, assert_same, error, picture
 
 
 @pytest.fixture(autouse=True, params=["kernels", "tensor operations"])
@@ -50,27 +42,6 @@ def pair(path: Path | str, *, strict: bool = False) -> Pair:
     return Pipeline.of(first, plain=True), Pipeline(
         second.spec, second.tokenizers, CpuEngine(second.spec, second.networks, strict=strict, autotuner=Last())
     )
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
-def test_pictures_of_odd_sizes_in_batches(folder: Callable[[str], Path], kind: str) -> None:
-    assert_same(pair(folder(kind)), "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
-
-
-@pytest.mark.parametrize("kind", ["sd1", "refiner"])
-def test_pictures_from_pictures(folder: Callable[[str], Path], kind: str) -> None:
-    assert_same(pair(folder(kind)), "image_to_image", picture(), steps=4, strength=0.5, seed=[1, 2])
-
-
-@pytest.mark.parametrize("kind", ["sd1", "inpaint"])
-def test_inpainting(folder: Callable[[str], Path], kind: str) -> None:
-    mask = Image.new("L", (72, 104))
-    mask.paste(255, (16, 8, 48, 56))
-    assert_same(pair(folder(kind)), "inpaint", picture(), mask, steps=2, seed=[1, 2])
-
-
-def test_the_embedded_model() -> None:
-    assert_same(pair("blocks-base"), "text_to_image", steps=2, seed=[1, 2])
 
 
 @pytest.mark.parametrize("width", [16, 64])

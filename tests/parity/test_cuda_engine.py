@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fewstep import Pipeline
@@ -16,10 +15,9 @@ from fewstep.engines.cuda.engine import CudaEngine
 from fewstep.engines.cuda.graphs import Graphs
 from fewstep.engines.eager import EagerEngine
 from fewstep.errors import InputError
-from fewstep.models.tiny_autoencoder import TinyAutoencoder
 from fewstep.weights.load import load_model
 from fewstep.weights.model import LoadedModel
-from tests.parity.engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error, picture
+from tests.parity.engine_exam import PROMPTS, SIZE, Pair, Replayed, assert_same, error
 
 
 def engine(model: LoadedModel, **options: bool) -> CudaEngine:
@@ -29,46 +27,6 @@ def engine(model: LoadedModel, **options: bool) -> CudaEngine:
 def pair(path: Path | str, **options: bool) -> Pair:
     first, second = (load_model(path, dtype=torch.float32) for _ in range(2))
     return Pipeline.of(first, plain=True), Pipeline(second.spec, second.tokenizers, engine(second, **options))
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "turbo", "sdxl", "sdxl-turbo"])
-def test_pictures_of_odd_sizes_in_batches(folder: Callable[[str], Path], kind: str) -> None:
-    assert_same(pair(folder(kind)), "text_to_image", steps=2, guidance_scale=4.0, seed=[1, 2], **SIZE)
-
-
-@pytest.mark.parametrize("kind", ["sd1", "refiner"])
-def test_pictures_from_pictures(folder: Callable[[str], Path], kind: str) -> None:
-    assert_same(pair(folder(kind)), "image_to_image", picture(), steps=4, strength=0.5, seed=[1, 2])
-
-
-@pytest.mark.parametrize("kind", ["sd1", "inpaint"])
-def test_inpainting(folder: Callable[[str], Path], kind: str) -> None:
-    mask = Image.new("L", (72, 104))
-    mask.paste(255, (16, 8, 48, 56))
-    assert_same(pair(folder(kind)), "inpaint", picture(), mask, steps=2, seed=[1, 2])
-
-
-def test_samplers_that_look_back_see_what_was(folder: Callable[[str], Path]) -> None:
-    assert_same(pair(folder("sd1")), "text_to_image", steps=4, sampler="plms", guidance_scale=4.0, seed=[1, 2])
-
-
-def test_the_embedded_model() -> None:
-    assert_same(pair("blocks-base"), "text_to_image", steps=2, seed=[1, 2])
-
-
-def test_a_tiny_decoder(folder: Callable[[str], Path]) -> None:
-    first, second = pair(folder("sd1"))
-    decoder = TinyAutoencoder(16).eval()
-    tiny, other = (LoadedModel(p.spec, p.tokenizers, p.networks).with_tiny(decoder) for p in (first, second))
-    plain, fast = Pipeline.of(tiny, plain=True), Pipeline(tiny.spec, tiny.tokenizers, engine(other))
-    assert_same((plain, fast), "text_to_image", steps=1, seed=[1, 2])
-
-
-def test_other_prompts_of_the_same_shape(folder: Callable[[str], Path]) -> None:
-    plain, fast = pair(folder("sd2"))
-    for prompt in ("a cube", "a photo", "a cube"):
-        wanted, found = (pipe.text_to_image(prompt, steps=2, seed=1, output="latent").latents for pipe in (plain, fast))
-        assert error(found, wanted) <= 1e-4
 
 
 def test_changed_weights_count_at_the_next_call(folder: Callable[[str], Path]) -> None:
