@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import torch
 from PIL.Image import Image
@@ -57,6 +57,11 @@ class Pipeline:
         if not isinstance(networks, Networks):
             raise InputError(f"{self.spec.name} is run from compiled files: its weights cannot be changed or saved")
         return networks
+
+    @property
+    def parts(self) -> NoReturn:
+        """Refused: the name that `spec` and `networks` had together."""
+        raise AttributeError("pipe.parts is now pipe.spec (what the model is), pipe.networks and pipe.tokenizers")
 
     def __repr__(self) -> str:
         return f"Pipeline({self.spec.name!r}, {self.spec.family}, {self.engine.device})"

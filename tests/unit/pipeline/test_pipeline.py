@@ -400,3 +400,8 @@ def test_a_model_moves_and_takes_the_engine_that_is_best_there(pipe: Pipeline) -
     assert np.abs(pixels(moved.text_to_image(PROMPT, seed=1))[0] - wanted).max() <= 8
     with pytest.raises(InputError, match=r"not available|unknown device"):
         moved.to("cuda:77")
+
+
+def test_the_old_name_of_what_a_pipeline_holds_names_the_new_ones(pipe: Pipeline) -> None:
+    with pytest.raises(AttributeError, match=r"pipe\.spec .*, pipe\.networks and pipe\.tokenizers"):
+        _ = pipe.parts
