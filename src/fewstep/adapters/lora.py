@@ -48,7 +48,8 @@ def networks(model: Loaded) -> dict[str, nn.Module]:
     """What a LoRA may change: `unet`, `text_encoder`, `text_encoder_2`; the refiner has the second tower alone."""
     alone = family_of(model.spec.unet) == "sdxl-refiner"
     towers = ("text_encoder_2",) if alone else ("text_encoder", "text_encoder_2")
-    return {"unet": model.networks.unet, **dict(zip(towers, model.networks.text_encoders, strict=False))}
+    encoders = model.networks.text_encoders
+    return {"unet": model.networks.unet, **dict(zip(towers[: len(encoders)], encoders, strict=True))}
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[str, Layer]:
