@@ -21,7 +21,7 @@ from fewstep.formats.archive import Member, read_directory, read_member
 from fewstep.formats.tensors import TensorFile, check_names
 
 LARGEST_PICKLE = 8_000_000  # bytes; that of SD 1.4 has 0.2 million
-MOST_INSTRUCTIONS = 150_000  # a checkpoint of SDXL has 80,000
+MOST_INSTRUCTIONS = 150_000  # one of SDXL has about 80,000
 MOST_COPIED = 4_000_000  # characters and items that instructions may copy
 MOST_DIMENSIONS = 8
 LITTLE = b"little"  # the order of bytes
